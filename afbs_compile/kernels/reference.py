@@ -66,7 +66,9 @@ def block_statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return mean, similarity
 
 
-def visible_blocks(count_q: int, count_k: int, block_q: int, block_k: int, causal: bool, device: torch.device) -> Tensor:
+def visible_blocks(
+    count_q: int, count_k: int, block_q: int, block_k: int, causal: bool, device: torch.device
+) -> Tensor:
     """``[n_q, n_k]`` bool: key blocks that hold at least one key which some row of the query block may attend."""
     if not causal:
         return torch.ones(count_q, count_k, dtype=torch.bool, device=device)
@@ -81,9 +83,7 @@ def diagonal_blocks(count_q: int, count_k: int, block_q: int, block_k: int, devi
     return (first_k < first_q + block_q) & (first_q < first_k + block_k)
 
 
-def block_probabilities(
-    mean_q: Tensor, mean_k: Tensor, candidates: Tensor, *, scale: float
-) -> Tensor:
+def block_probabilities(mean_q: Tensor, mean_k: Tensor, candidates: Tensor, *, scale: float) -> Tensor:
     """Softmax over the candidate blocks of the pooled scores.
 
     Args:
@@ -224,7 +224,8 @@ def masked_attention(
         needed = _any_row_of_block(~(gap < lam), block_q)
         out = out + torch.where(needed[..., None], weights @ v_full[..., start : start + block_k, :], 0.0)
         running = new
-    return (out / total[..., None]).to(q.dtype)
+    result: Tensor = (out / total[..., None]).to(q.dtype)
+    return result
 
 
 def _any_row_of_block(flags: Tensor, block: int) -> Tensor:
@@ -248,5 +249,5 @@ def sparse_attention(
     block_k: int = 64,
 ) -> Tensor:
     """Predict the live blocks, then attend over them: what ``afbs::sparse_attention`` computes."""
-    shape = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k}
-    return masked_attention(q, k, v, predict_mask(q, k, tau, theta, **shape), lam, **shape)
+    live = predict_mask(q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+    return masked_attention(q, k, v, live, lam, causal=causal, scale=scale, block_q=block_q, block_k=block_k)

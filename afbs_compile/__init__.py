@@ -1,0 +1,12 @@
+"""afbs_compile: attention made sparse by a compiler, calibrated per head inside an error bound.
+
+``torch.compile(model, backend="afbs")`` does it all; :func:`calibrate` and :class:`Recipe` separate calibration
+from compilation, and :func:`explain` tells what happened to every attention call.
+"""
+
+from afbs_compile.calibration import calibrate
+from afbs_compile.recipe import Recipe
+from afbs_compile.report.explain import explain
+
+__all__ = ["Recipe", "calibrate", "explain"]
+__version__ = "0.1.0"

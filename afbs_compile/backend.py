@@ -1,0 +1,110 @@
+"""The torch.compile backend: find, calibrate or reuse a recipe, rewrite, lower."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from afbs_compile import cache
+from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
+from afbs_compile.fingerprint import tensor_digest
+from afbs_compile.found import FoundGraph
+from afbs_compile.kernels.reference import PREDICTOR_VERSION
+from afbs_compile.options import Options
+from afbs_compile.passes.lower import lower
+from afbs_compile.passes.rewrite import dump, rewrite
+from afbs_compile.plan import Plan
+from afbs_compile.recipe import SCHEMA_VERSION, Recipe
+from afbs_compile.report import registry
+from afbs_compile.samples import bind, materialised, tensors_of
+from afbs_compile.tuner.graph import Source, calibrate_graph
+
+
+def afbs(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a captured graph with its attention calls made sparse; ``torch.compile(model, backend="afbs")``.
+
+    Args:
+        gm: the graph Dynamo captured; example_inputs: the values of the first call.
+        options: see :class:`afbs_compile.options.Options`.
+        mode: passed to inductor, e.g. ``"reduce-overhead"``.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or a sample does not fit the graph.
+        RecipeError: the recipe that the user named is damaged, foreign, or belongs to another model.
+    """
+    settings = Options.parse(options)
+    found = FoundGraph.of(gm, example_inputs, settings.min_length)
+    recipe = _recipe(found, example_inputs, settings) if found.sites else None
+    plan = Plan.of(found, recipe)
+    rewritten = rewrite(gm, plan.constants)
+    if settings.dump is not None:
+        dump(rewritten, settings.dump, f"graph_{registry.compile_id()}")
+    if registry.record(found, plan, rewritten, recipe) and not rewritten.changed:
+        warnings.warn(f"afbs: {plan.summary()}; this graph runs unchanged.", AfbsWarning, stacklevel=2)
+    return lower(gm, example_inputs, mode=mode)
+
+
+afbs.reset = registry.clear  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
+def _recipe(found: FoundGraph, example_inputs: Sequence[Any], settings: Options) -> Recipe:
+    """The recipe the user named, else a cached one, else a new one."""
+    if settings.recipe is not None:
+        return _named_recipe(found, settings.recipe)
+    samples = None if settings.samples is None else materialised(settings.samples)
+    path = cache.cache_path(_conditions(found, settings, samples))
+    cached = cache.read(path)
+    if cached is not None:
+        try:
+            Plan.of(found, cached)
+            return cached
+        except RecipeError as error:
+            warnings.warn(f"{path}: {error} Calibrating again.", AfbsWarning, stacklevel=2)
+    source: Source = "first call"
+    runs: list[list[Any]] = [list(example_inputs)]
+    if samples is not None:
+        source, runs = "samples", bind(found.gm, example_inputs, samples)
+    recipe = calibrate_graph([(found, runs)], settings.tuning, source)
+    cache.write(path, recipe)
+    return recipe
+
+
+def _named_recipe(found: FoundGraph, named: str | os.PathLike[str] | Recipe) -> Recipe:
+    recipe = named if isinstance(named, Recipe) else Recipe.load(named)
+    try:
+        Plan.of(found, recipe)
+    except RecipeError as error:
+        name = "the recipe given" if isinstance(named, Recipe) else f"recipe {Path(named)}"
+        raise RecipeError(f"{name} {error}") from None
+    return recipe
+
+
+def _conditions(found: FoundGraph, settings: Options, samples: list[Any] | None) -> dict[str, Any]:
+    """Everything that must be equal for a cached recipe to be used."""
+    tuning = settings.tuning
+    device = found.sites[0].device
+    return {
+        "schema": SCHEMA_VERSION,
+        "predictor": PREDICTOR_VERSION,
+        "graph": found.graph,
+        "weights": found.weights,
+        "dtypes": sorted({str(site.dtype) for site in found.sites}),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "tolerance": tuning.tolerance,
+        "method": tuning.method,
+        "parameterization": tuning.parameterization,
+        "block": [tuning.block_q, tuning.block_k],
+        "samples": None if samples is None else tensor_digest(tensors_of(samples)),
+    }

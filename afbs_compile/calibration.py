@@ -1,0 +1,112 @@
+"""The public :func:`calibrate`: run a model on samples, calibrate every graph that Dynamo captures of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from afbs_compile.errors import OptionError
+from afbs_compile.found import FoundGraph
+from afbs_compile.options import Options
+from afbs_compile.passes.capture import concrete
+from afbs_compile.recipe import Recipe
+from afbs_compile.tuner.graph import calibrate_graph
+from afbs_compile.tuner.site import Method
+from afbs_compile.tuner.space import Parameterization
+
+MAX_LENGTHS = 64
+"""Shapes of samples that Dynamo may capture a graph for in one calibration."""
+
+
+def calibrate(
+    model: Callable[..., Any],
+    samples: Iterable[Any],
+    *,
+    tolerance: float = 0.055,
+    method: Method = "afbs",
+    parameterization: Parameterization = "corrected",
+    min_length: int = 1024,
+) -> Recipe:
+    """Calibrate every attention call of a model on sample inputs, without compiling it.
+
+    Args:
+        model: a module or function as ``torch.compile`` takes it; it runs under ``torch.no_grad()``.
+        samples: model inputs; each is a tensor, a tuple of positional arguments, or a mapping of keyword arguments
+            (a tokenizer's output, say). Lengths may differ. A single sample of batch 1 has its queries split into
+            five disjoint windows that are validated each.
+        tolerance: largest relative L1 error ``sum|O - O_dense| / sum|O_dense|`` of any head on any validation input
+            (paper, Eq. 1).
+        method: ``"afbs"``: largest sparsity within the tolerance, validated until it passes, else DENSE.
+            ``"paper"``: Algorithm 1 as printed.
+        parameterization: reading of the paper's Eq. 2 for ``method="paper"``.
+        min_length: attention over fewer tokens is refused as too short.
+
+    Returns:
+        The recipe: for ``torch.compile(model, backend="afbs", options={"recipe": recipe})``, or ``recipe.save(path)``.
+
+    Raises:
+        OptionError: an argument is out of range, there is no sample, or no attention call ran on the samples.
+    """
+    options = Options.parse(
+        {
+            "tolerance": tolerance,
+            "method": method,
+            "parameterization": parameterization,
+            "min_length": min_length,
+            "samples": samples,
+        }
+    )
+    graphs = [
+        (FoundGraph.of(program.gm, program.samples[0], min_length), program.samples)
+        for program in record_programs(model, list(samples))
+    ]
+    graphs = [(found, inputs) for found, inputs in graphs if found.sites or found.refusals]
+    if not graphs:
+        raise OptionError(
+            "samples: no attention call ran on them; accepted: at least one input of a model that calls "
+            "torch.nn.functional.scaled_dot_product_attention"
+        )
+    recipes = []
+    for digest in dict.fromkeys(found.graph for found, _ in graphs):
+        same = [(found, inputs) for found, inputs in graphs if found.graph == digest]
+        with_sites = [(found, inputs) for found, inputs in same if found.sites]
+        recipes.append(calibrate_graph(with_sites or same[:1], options.tuning, "samples"))
+    by_weight = sorted(recipes, key=lambda recipe: not recipe.graphs[0].weights)  # one with sites leads
+    return replace(by_weight[0], graphs=tuple(recipe.graphs[0] for recipe in recipes))
+
+
+class Program:
+    """A captured graph that runs eagerly and keeps the inputs of each call."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.samples: list[list[Any]] = []
+
+    def __call__(self, *inputs: Any) -> Any:
+        self.samples.append([concrete(value) for value in inputs])
+        return self.gm(*inputs)
+
+
+def record_programs(model: Callable[..., Any], samples: list[Any]) -> list[Program]:
+    """Run the samples through Dynamo and keep each graph with the inputs that reached it."""
+    programs: list[Program] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        programs.append(Program(gm))
+        return programs[-1]
+
+    recorded = torch.compile(model, backend=keep, dynamic=False)
+    limit = {"recompile_limit": MAX_LENGTHS, "accumulated_recompile_limit": 2 * MAX_LENGTHS}
+    with torch.no_grad(), torch._dynamo.config.patch(limit):
+        for sample in samples:
+            if isinstance(sample, Mapping):
+                recorded(**sample)
+            elif isinstance(sample, tuple | list):
+                recorded(*sample)
+            else:
+                recorded(sample)
+    return [program for program in programs if program.samples]

@@ -1,0 +1,17 @@
+"""Errors and warnings that a user sees."""
+
+
+class AfbsError(Exception):
+    """Base of the errors that afbs_compile raises on purpose."""
+
+
+class OptionError(AfbsError, ValueError):
+    """An option or argument is unknown or out of range; the message names it and what is accepted."""
+
+
+class RecipeError(AfbsError, ValueError):
+    """A recipe is damaged, foreign, from a newer version, or belongs to another model; one sentence says which."""
+
+
+class AfbsWarning(UserWarning):
+    """Something stayed dense, or was not done, that the user may have expected."""

@@ -1,0 +1,324 @@
+# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
+# A kernel's arguments have Triton's own types:
+# mypy: disable-error-code="no-untyped-def"
+"""Block-sparse attention forward in Triton: one program per query tile walks its list of live key blocks.
+
+The rule is :func:`afbs_compile.kernels.reference.masked_attention`. Lists are ascending, so the blocks that need a
+mask (those on the diagonal, or the partial one at the end) are the last entries; all others run a loop without masks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afbs_compile.kernels.predict import BlockLists
+from afbs_compile.kernels.predict_triton import device_constants
+from afbs_compile.kernels.reference import LAMBDA_OFF, LOG2_E, block_count
+
+LARGEST_ROW_STRIDE = 2**31 // 256
+"""Offsets inside a tile of at most 256 rows are 32 bits wide; the start of a tile is 64 bits wide."""
+
+
+class LaunchShape(NamedTuple):
+    """How a block shape is laid on the machine.
+
+    Attributes:
+        tile_q, tile_k: rows of queries and keys that a program holds; they divide the block.
+        warps: warps per program.
+        stages: depth of the software pipeline over key blocks.
+    """
+
+    tile_q: int
+    tile_k: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _attend_tile(
+    acc,
+    total,
+    peak,
+    query,
+    key,
+    value,
+    rows,
+    start,
+    stride_key_row,
+    stride_value_row,
+    scale,
+    length,
+    lam,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fold keys ``start .. start + TILE_K`` into the running softmax. ``scale`` is in log2 units."""
+    places = tl.arange(0, TILE_K)
+    cols = tl.arange(0, DIM_PAD)
+    base = start.to(tl.int64)
+    keys = key + base * stride_key_row + places[:, None] * stride_key_row + cols[None, :]
+    values = value + base * stride_value_row + places[:, None] * stride_value_row + cols[None, :]
+    if MASKED:
+        inside = (start + places < length)[:, None] & (cols < HEAD_DIM)[None, :]
+        key_tile = tl.load(keys, mask=inside, other=0.0)
+    elif HEAD_DIM != DIM_PAD:
+        inside = (places >= 0)[:, None] & (cols < HEAD_DIM)[None, :]
+        key_tile = tl.load(keys, mask=inside, other=0.0)
+    else:
+        key_tile = tl.load(keys)
+
+    scores = tl.dot(query, tl.trans(key_tile), input_precision=PRECISION)
+    if MASKED:
+        allowed = (start + places < length)[None, :]
+        if CAUSAL:
+            allowed = allowed & (rows[:, None] >= (start + places)[None, :])
+        scores = tl.where(allowed, scores * scale, float("-inf"))
+        tile_peak = tl.max(scores, 1)
+        new_peak = tl.maximum(peak, tile_peak)
+        # A row that has seen no key yet keeps the exponent finite: -inf - 0 instead of -inf - -inf.
+        base_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.math.exp2(scores - base_peak[:, None])
+    else:
+        # The scale enters after the maximum (it is not negative): one fused multiply-add per score.
+        tile_peak = tl.max(scores, 1) * scale
+        new_peak = tl.maximum(peak, tile_peak)
+        base_peak = new_peak
+        weights = tl.math.exp2(scores * scale - base_peak[:, None])
+
+    # l <- l * 2^(m_old - m_new) + rowsum(2^(s - m_new)),   o <- o * 2^(m_old - m_new) + 2^(s - m_new) V
+    decay = tl.math.exp2(peak - base_peak)
+    total = total * decay + tl.sum(weights, 1)
+    acc = acc * decay[:, None]
+    needed = True
+    if HAS_LAMBDA:
+        unseen = (tile_peak - base_peak < lam) | (rows >= length)
+        needed = tl.min(unseen.to(tl.int32), 0) == 0
+    if needed:
+        if MASKED or HEAD_DIM != DIM_PAD:  # noqa: SIM108 (a ternary would evaluate both in the interpreter)
+            value_tile = tl.load(values, mask=inside, other=0.0)
+        else:
+            value_tile = tl.load(values)
+        acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc, input_precision=PRECISION)
+    return acc, total, new_peak
+
+
+@triton.jit
+def _forward_kernel(
+    query,
+    key,
+    value,
+    out,
+    counts,
+    indices,
+    lam,
+    scale,
+    length,
+    heads,
+    groups,
+    count_q,
+    count_k,
+    stride_query_batch,
+    stride_query_head,
+    stride_query_row,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_row,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_row,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows ``tile * TILE_Q ..`` of one head."""
+    SPLIT_Q: tl.constexpr = BLOCK_Q // TILE_Q
+    SPLIT_K: tl.constexpr = BLOCK_K // TILE_K
+    # Heads are outermost, so that programs that run together share keys and values in the cache.
+    tiles = count_q * SPLIT_Q
+    tile = tl.program_id(0) % tiles
+    plane = tl.program_id(0) // tiles
+    if CAUSAL:
+        # Longest rows first: the short ones fill the end.
+        tile = tiles - 1 - tile
+    batch = (plane // heads).to(tl.int64)
+    head = plane % heads
+    head_k = (head // groups).to(tl.int64)
+    block = tile // SPLIT_Q
+
+    rows = tile * TILE_Q + tl.arange(0, TILE_Q)
+    cols = tl.arange(0, DIM_PAD)
+    inside = (rows < length)[:, None] & (cols < HEAD_DIM)[None, :]
+    query += batch * stride_query_batch + head.to(tl.int64) * stride_query_head
+    key += batch * stride_key_batch + head_k * stride_key_head
+    value += batch * stride_value_batch + head_k * stride_value_head
+    query_tile = tl.load(query + rows.to(tl.int64)[:, None] * stride_query_row + cols[None, :], mask=inside, other=0.0)
+
+    row = plane.to(tl.int64) * count_q + block
+    count = tl.load(counts + row)
+    blocks = indices + row * count_k
+    # Only the last entries can lie on the diagonal, or be the partial block.
+    MASKED_AT_MOST: tl.constexpr = BLOCK_Q // BLOCK_K if CAUSAL else 1
+    first_masked = block * MASKED_AT_MOST if CAUSAL else length // BLOCK_K
+    plain = count
+    for place in tl.static_range(1, MASKED_AT_MOST + 1):
+        last = tl.load(blocks + count - place, mask=count >= place, other=-1)
+        plain -= (last >= first_masked).to(tl.int32)
+
+    lam_head = 0.0
+    if HAS_LAMBDA:
+        lam_head = tl.load(lam + head)
+    acc = tl.zeros([TILE_Q, DIM_PAD], tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    peak = tl.full([TILE_Q], float("-inf"), tl.float32)
+    for entry in range(0, plain * SPLIT_K):
+        start = tl.load(blocks + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
+        acc, total, peak = _attend_tile(
+            acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale,
+            length, lam_head, HEAD_DIM, DIM_PAD, TILE_K, CAUSAL, False, HAS_LAMBDA, PRECISION,
+        )  # fmt: skip
+    for entry in range(plain * SPLIT_K, count * SPLIT_K):
+        start = tl.load(blocks + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
+        acc, total, peak = _attend_tile(
+            acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale,
+            length, lam_head, HEAD_DIM, DIM_PAD, TILE_K, CAUSAL, True, HAS_LAMBDA, PRECISION,
+        )  # fmt: skip
+
+    # The output is [B, N, H, HEAD_DIM] in memory.
+    place = (batch * length + rows) * heads + head
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * HEAD_DIM + cols[None, :], result, mask=inside)
+
+
+@functools.cache
+def launch_shape(block_q: int, block_k: int, dim_pad: int, itemsize: int, shared_memory: int) -> LaunchShape:
+    """The largest tiles that divide the blocks and fit the machine, with the deepest pipeline that still fits.
+
+    Args:
+        block_q, block_k: rows per block.
+        dim_pad: columns that a tile holds.
+        itemsize: bytes per element.
+        shared_memory: bytes that one program may use.
+    """
+    tile_q, tile_k = block_q, block_k
+    row = dim_pad * itemsize
+
+    def needed(stages: int) -> int:
+        """Bytes for the query tile, a pipeline of key and value tiles, and the weights on their way to a product."""
+        return row * (tile_q + 2 * stages * tile_k) + tile_q * tile_k * itemsize
+
+    while needed(1) > shared_memory and max(tile_q, tile_k) > 16:
+        if tile_k >= tile_q:
+            tile_k //= 2
+        else:
+            tile_q //= 2
+    stages = next((depth for depth in (3, 2) if needed(depth) <= shared_memory), 1)
+    # An fp32 accumulator of more than 128 registers a thread spills.
+    warps = 8 if tile_q * dim_pad > 128 * 128 or (tile_q >= 128 and tile_k >= 128) else 4
+    return LaunchShape(tile_q, tile_k, warps, stages)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use; unlimited where Triton only interprets."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """``x`` itself if the kernel can walk it, else a contiguous copy: the last dimension must have stride 1."""
+    return x if x.stride(3) == 1 and x.stride(2) < LARGEST_ROW_STRIDE else x.contiguous()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    lam: Sequence[float],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> Tensor:
+    """Attention over the live blocks of ``lists``; nothing else of k and v is read.
+
+    Half precisions multiply in their own precision and accumulate in fp32; fp32 is IEEE throughout. Where the
+    blocks do not fit the machine they are cut into smaller tiles, and ``lam`` is then ignored, which skips nothing.
+
+    Args:
+        q: ``[B, H, N, D]`` fp16, bf16 or fp32; k, v: ``[B, H_kv, N, D]`` of the same dtype; any strides.
+        lists: as :func:`afbs_compile.kernels.predict.predict_blocks` makes them: ascending, no block that is
+            invisible under ``causal``, and at least one visible key for every row.
+        lam: one number per query head, at most 0; a tile whose row maxima all lie more than ``-lam`` log2 units
+            under the running ones adds to the row sums, but its product with V is skipped.
+        causal: whether row r attends keys 0..r only.
+        scale: softmax scale; ``None`` means ``D ** -0.5``.
+        block_q, block_k: rows per block, powers of two; ``block_q`` is a multiple of ``block_k``.
+
+    Returns:
+        ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
+    """
+    batch, heads, length, dim = q.shape
+    out = q.new_empty(batch, length, heads, dim)
+    if out.numel() == 0:
+        return out.transpose(1, 2)
+    scale = dim**-0.5 if scale is None else scale
+    if scale < 0:
+        # The kernel takes the row maximum before it multiplies by the scale.
+        q, scale = -q, -scale
+    q, k, v = (_addressable(x) for x in (q, k, v))
+    dim_pad = max(16, triton.next_power_of_2(dim))
+    shape = launch_shape(block_q, block_k, dim_pad, q.element_size(), _shared_memory(q.device))
+    whole = (shape.tile_q, shape.tile_k) == (block_q, block_k)
+    has_lambda = whole and any(value > LAMBDA_OFF for value in lam)
+    count_q = block_count(length, block_q)
+    _forward_kernel[(batch * heads * count_q * (block_q // shape.tile_q),)](
+        q,
+        k,
+        v,
+        out,
+        lists.counts,
+        lists.indices,
+        device_constants(tuple(lam), q.device) if has_lambda else lists.counts,
+        scale * LOG2_E,
+        length,
+        heads,
+        heads // k.shape[1],
+        count_q,
+        lists.indices.shape[-1],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        HEAD_DIM=dim,
+        DIM_PAD=dim_pad,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        TILE_Q=shape.tile_q,
+        TILE_K=shape.tile_k,
+        CAUSAL=causal,
+        HAS_LAMBDA=has_lambda,
+        PRECISION="ieee",
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+    )
+    return out.transpose(1, 2)

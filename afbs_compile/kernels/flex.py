@@ -1,0 +1,207 @@
+"""Block-sparse attention on the CPU, and on devices without a kernel of ours, by compiled FlexAttention.
+
+The rule is :func:`afbs_compile.kernels.reference.masked_attention` with every ``lam`` at ``LAMBDA_OFF``: this engine
+skips no product with V, which is never less accurate.
+
+FlexAttention is fast only when it is compiled. Eager, it holds an N x N tensor per head and is many times slower than
+dense attention, and torch.compile falls back to eager silently (recompile limit, ``suppress_errors``, a stance,
+``TORCHDYNAMO_DISABLE``). Here that cannot happen: :func:`_fused` refuses to run uncompiled, and :func:`attend` then
+takes :func:`_attend_by_rows` and says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch._dynamo
+import torch._dynamo.exc
+import torch.fx.experimental._config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from afbs_compile.kernels.predict import mask_to_lists
+from afbs_compile.kernels.reference import block_count, diagonal_blocks, visible_blocks
+
+LARGEST_TILE = 64
+"""Rows per block handed to FlexAttention. Larger blocks are cut: on the CPU 128 x 128 in bf16 was ten times slower."""
+
+ROWS_AT_ONCE = 512
+"""Query rows whose mask :func:`_attend_by_rows` holds at a time; a multiple of every block shape."""
+
+
+class UnfusedAttentionWarning(UserWarning):
+    """FlexAttention cannot be compiled here; a correct but slower path runs."""
+
+
+class NotCompiledError(RuntimeError):
+    """FlexAttention was about to run eagerly."""
+
+
+def _causal(batch: Tensor, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """What a row may attend inside the blocks that are not computed whole."""
+    return row >= col
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+    """Body of the compiled function."""
+    if not torch.compiler.is_dynamo_compiling():
+        raise NotCompiledError("torch.compile did not compile it (a stance, or TORCHDYNAMO_DISABLE)")
+    return flex_attention(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=True)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """The compiled function: one kernel for all lengths, key heads and masks.
+
+    Another dtype, head_dim, scale or number of query heads per key head compiles again, and so does a single key head.
+    """
+    return torch.compile(_fused, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _uncompilable() -> dict[tuple[str, torch.dtype, int], str]:
+    """Why FlexAttention failed to compile, by device type, dtype and head_dim: it is not tried again."""
+    return {}
+
+
+def _cut(live: Tensor, length: int, blocks: tuple[int, int], tiles: tuple[int, int], causal: bool) -> Tensor:
+    """The same mask over smaller blocks.
+
+    Args:
+        live: bool ``[B, H, n_q, n_k]`` over ``blocks``.
+        length: rows that the blocks cover.
+        blocks, tiles: rows of queries and of keys per block; tiles divide blocks.
+        causal: whether tiles that no row may attend are dropped.
+
+    Returns:
+        bool ``[B, H, ceil(length / tiles[0]), ceil(length / tiles[1])]``.
+    """
+    if tiles == blocks:
+        return live
+    for dim, block, tile in zip((2, 3), blocks, tiles, strict=True):
+        live = live.repeat_interleave(block // tile, dim).narrow(dim, 0, block_count(length, tile))
+    count_q, count_k = live.shape[2:]
+    return live & visible_blocks(count_q, count_k, *tiles, causal, live.device)
+
+
+def _attend_one(
+    q: Tensor, k: Tensor, v: Tensor, live: Tensor, tiles: tuple[int, int], causal: bool, scale: float
+) -> Tensor:
+    """FlexAttention on one batch element.
+
+    Each key head becomes an element of FlexAttention's batch, since FlexAttention compiles the number of its heads
+    in: ``q [H, N, D]`` goes in as ``[H_kv, groups, N, D]``, a view.
+
+    Args:
+        q: ``[H, N, D]``; k, v: ``[H_kv, N, D]``.
+        live: bool ``[H, n_q, n_k]`` over ``tiles``, at least two of each.
+        tiles: rows of queries and of keys per block.
+        causal: as in :func:`attend`.
+        scale: softmax scale.
+
+    Returns:
+        ``[H, N, D]``.
+    """
+    heads, length, _ = q.shape
+    split = (k.shape[0], heads // k.shape[0])
+    live = live.unflatten(0, split)
+    partial = torch.zeros_like(live)
+    if causal:
+        count_q, count_k = live.shape[2:]
+        partial = live & diagonal_blocks(count_q, count_k, *tiles, live.device)
+    block_mask = BlockMask.from_kv_blocks(
+        *mask_to_lists(partial),
+        *mask_to_lists(live & ~partial),
+        BLOCK_SIZE=tiles,
+        mask_mod=_causal,
+        seq_lengths=(length, length),
+        compute_q_blocks=False,
+    )
+    return _compiled()(q.unflatten(0, split), k[:, None], v[:, None], block_mask, scale).flatten(0, 1)
+
+
+def _attend_by_rows(
+    q: Tensor, k: Tensor, v: Tensor, live: Tensor, blocks: tuple[int, int], causal: bool, scale: float
+) -> Tensor:
+    """Dense attention under the mask, a few hundred query rows at a time. Arguments as in :func:`attend`."""
+    length, (block_q, block_k) = q.shape[2], blocks
+    cols = torch.arange(length, device=q.device)
+    parts = []
+    for start in range(0, length, ROWS_AT_ONCE):
+        rows = cols[start : start + ROWS_AT_ONCE]
+        allowed = live[:, :, rows // block_q].repeat_interleave(block_k, 3)[..., :length]
+        if causal:
+            allowed = allowed & (cols <= rows[:, None])
+        part = q[:, :, start : start + ROWS_AT_ONCE]
+        parts.append(F.scaled_dot_product_attention(part, k, v, attn_mask=allowed, scale=scale, enable_gqa=True))
+    return torch.cat(parts, 2)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    live: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> Tensor:
+    """Attention over the live blocks.
+
+    The first call of a kind (dtype, head_dim, scale, query heads per key head) compiles for some seconds.
+
+    Args:
+        q: ``[B, H, N, D]`` fp16, bf16 or fp32; k, v: ``[B, H_kv, N, D]`` of the same dtype; any strides.
+        live: bool ``[B, H, n_q, n_k]``, no block that is invisible under ``causal``, and at least one visible key for
+            every row.
+        causal: whether row r attends keys 0..r only.
+        scale: softmax scale; ``None`` means ``D ** -0.5``.
+        block_q, block_k: rows per block, powers of two; ``block_q`` is a multiple of ``block_k``.
+
+    Returns:
+        ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
+
+    Warns:
+        UnfusedAttentionWarning: FlexAttention cannot be compiled here (no AVX2, no C++ compiler, a stance).
+    """
+    batch, heads, length, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    tiles = (min(block_q, LARGEST_TILE), min(block_k, LARGEST_TILE))
+    out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
+    kind = (q.device.type, q.dtype, dim)
+    reason = _uncompilable().get(kind, "")
+    if length <= min(tiles):
+        # One block: it is live, or its rows would have no key. FlexAttention would compile this length on its own.
+        return out.copy_(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True))
+    if not reason:
+        cut = _cut(live, length, (block_q, block_k), tiles, causal)
+        # k and v are read once per query block: contiguous rows pay for the copy. q keeps the layout of the output.
+        k_rows, v_rows = k.contiguous(), v.contiguous()
+        q_rows = q.transpose(1, 2).contiguous().transpose(1, 2)
+        try:
+            with (
+                # Every kind of call is worth its compilation, whatever the process has compiled before. Duck shapes
+                # would tie sizes that happen to be equal on the first call (N == H * D) and compile again later.
+                torch._dynamo.config.patch(
+                    recompile_limit=2**30,
+                    accumulated_recompile_limit=2**30,
+                    suppress_errors=False,
+                    error_on_recompile=False,
+                ),
+                torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+            ):
+                for i in range(batch):
+                    out[i] = _attend_one(q_rows[i], k_rows[i], v_rows[i], cut[i], tiles, causal, scale)
+            return out
+        except NotCompiledError as error:
+            reason = str(error)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = _uncompilable()[kind] = " ".join(str(error).split())
+    warnings.warn(f"FlexAttention runs as masked dense attention: {reason}", UnfusedAttentionWarning, stacklevel=2)
+    return out.copy_(_attend_by_rows(q, k, v, live, (block_q, block_k), causal, scale))

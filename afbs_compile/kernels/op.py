@@ -1,0 +1,229 @@
+"""``afbs::sparse_attention``: the operator that the rewritten graphs call.
+
+One implementation serves all devices and branches on them: CUDA and ROCm run the Triton kernels, everything else the
+PyTorch predictor and FlexAttention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afbs_compile.kernels import flex, reference
+from afbs_compile.kernels.predict import predict_blocks
+from afbs_compile.kernels.reference import KEEP_ALL
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
+BLOCKS = (16, 32, 64, 128)
+
+
+def engine_name(device: torch.device) -> str:
+    """Which engine computes sparse attention on a device: ``"triton"`` or ``"flex"``."""
+    return "triton" if device.type == "cuda" else "flex"
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse operands that no engine takes.
+
+    Raises:
+        ValueError: naming the argument, what came and what is accepted.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has {x.dim()} dimensions; accepted: 4, [batch, heads, length, head_dim]")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; accepted: {', '.join(map(str, DTYPES))}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; accepted: the same")
+    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
+    if not SMALLEST_HEAD_DIM <= dim <= LARGEST_HEAD_DIM:
+        raise ValueError(f"q has head_dim {dim}; accepted: {SMALLEST_HEAD_DIM} to {LARGEST_HEAD_DIM}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads and k has {kv_heads}; accepted: a multiple of k's heads")
+    for name, x, shape in (("k", k, (q.shape[0], kv_heads, q.shape[2], dim)), ("v", v, k.shape)):
+        for axis, (came, wanted) in enumerate(zip(x.shape, shape, strict=True)):
+            torch._check_value(
+                came == wanted,
+                lambda name=name, came=came, wanted=wanted, axis=axis: (
+                    f"{name} has size {came} in dimension {axis}; accepted: {wanted}, as the other operands have "
+                    "(query and key lengths must be equal)"
+                ),
+            )
+
+
+def _check_constants(
+    heads: int, tau: Sequence[float], theta: Sequence[float], lam: Sequence[float], block_q: int, block_k: int
+) -> None:
+    """Refuse constants that do not fit the call.
+
+    Raises:
+        ValueError: naming the argument, what came and what is accepted.
+    """
+    for name, values in (("tau", tau), ("theta", theta), ("lam", lam)):
+        if len(values) != heads:
+            raise ValueError(f"{name} has {len(values)} constants; accepted: one for each of the {heads} query heads")
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{name} is {list(values)}; accepted: finite numbers")
+    if max(lam, default=0.0) > 0.0:
+        raise ValueError(f"lam is {list(lam)}; accepted: numbers at most 0 (log2 units under the running maximum)")
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block not in BLOCKS:
+            raise ValueError(f"{name} is {block}; accepted: {', '.join(map(str, BLOCKS))}")
+    if block_q % block_k:
+        raise ValueError(f"block_q is {block_q} and block_k is {block_k}; accepted: block_q a multiple of block_k")
+
+
+def _empty_output(q: Tensor) -> Tensor:
+    """``[B, H, N, D]`` that lies in memory as ``[B, N, H, D]``: the transpose and reshape that follow copy nothing."""
+    batch, heads, length, dim = q.shape
+    return q.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """``F.scaled_dot_product_attention``, its result in the layout of :func:`_empty_output`."""
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    result = _empty_output(q)
+    return out if out.stride() == result.stride() else result.copy_(out)
+
+
+def _sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    lam: Sequence[float],
+    **call: Any,
+) -> tuple[Tensor, Tensor]:
+    """:func:`sparse_attention_with_counts` on checked arguments that hold at least one element."""
+    if engine_name(q.device) == "triton":
+        from afbs_compile.kernels import block_sparse  # Triton is not installed everywhere.
+
+        lists = predict_blocks(q, k, tau, theta, **call)
+        return block_sparse.attend(q, k, v, lists, lam, **call), lists.counts
+    live = reference.predict_mask(q, k, tau, theta, **call)
+    return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
+
+
+def sparse_attention_with_counts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    lam: Sequence[float],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The sparse engine of the device, whatever the length and the constants, and how much it computed.
+
+    Args:
+        q: ``[B, H, N, D]`` fp16, bf16 or fp32, D from 16 to 256; k, v: ``[B, H_kv, N, D]``, H a multiple of H_kv.
+        tau, theta, lam: one number per query head, as in :mod:`afbs_compile.kernels.reference`.
+        causal: whether row r attends keys 0..r only.
+        scale: softmax scale; ``None`` means ``D ** -0.5``.
+        block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
+
+    Returns:
+        The output ``[B, H, N, D]``, which lies in memory as ``[B, N, H, D]``, and the number of live key blocks of
+        each query block, int32 ``[B, H, n_q]``.
+
+    Raises:
+        ValueError: naming the argument, what came and what is accepted.
+    """
+    _check_tensors(q, k, v)
+    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
+    if q.numel() == 0:
+        count_q = reference.block_count(q.shape[2], block_q)
+        return _empty_output(q), q.new_zeros(*q.shape[:2], count_q, dtype=torch.int32)
+    return _sparse_attention(q, k, v, tau, theta, lam, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+
+
+@torch.library.custom_op(
+    "afbs::sparse_attention",
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, bool is_causal, float? scale=None, "
+        "int block_q=64, int block_k=64, int min_length=0) -> Tensor"
+    ),
+)
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    lam: Sequence[float],
+    is_causal: bool,
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+    min_length: int = 0,
+) -> Tensor:
+    """Block-sparse attention with each head's constants; dense where that is what they say.
+
+    The operands are those of :func:`sparse_attention_with_counts`.
+
+    Args:
+        min_length: sequences shorter than this run dense, and so does a call whose heads are all DENSE.
+
+    Returns:
+        ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
+
+    Raises:
+        ValueError: naming the argument, what came and what is accepted.
+        RuntimeError: a gradient is asked for.
+    """
+    _check_tensors(q, k, v)
+    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
+    if q.numel() == 0:
+        return _empty_output(q)
+    if q.shape[2] < min_length or all(value >= KEEP_ALL for value in tau):
+        return _dense_attention(q, k, v, is_causal, scale)
+    call = {"causal": is_causal, "scale": scale, "block_q": block_q, "block_k": block_k}
+    out, _ = _sparse_attention(q, k, v, tau, theta, lam, **call)
+    return out
+
+
+@sparse_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    lam: Sequence[float],
+    is_causal: bool,
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+    min_length: int = 0,
+) -> Tensor:
+    """Shape, dtype and strides of the result; the same checks as the real thing."""
+    _check_tensors(q, k, v)
+    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
+    return _empty_output(q)
+
+
+def _refuse_gradient(*_: object, **__: object) -> None:
+    """Called, after the forward, when an operand requires grad and gradients are recorded.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "afbs::sparse_attention has no gradient: run the model under torch.no_grad() or torch.inference_mode(), "
+        "or detach q, k and v"
+    )
+
+
+sparse_attention.register_autograd(_refuse_gradient, setup_context=_refuse_gradient)

@@ -1,0 +1,82 @@
+"""Which key blocks each query block attends, as lists: the form that the attention kernels read.
+
+The rule is :func:`afbs_compile.kernels.reference.predict_mask`. On CUDA and ROCm it runs as four Triton kernels
+(:mod:`afbs_compile.kernels.predict_triton`), everywhere else in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels import reference
+
+
+class BlockLists(NamedTuple):
+    """The live key blocks of each query block.
+
+    Attributes:
+        counts: int32 ``[B, H, n_q]``, number of live blocks.
+        indices: int32 ``[B, H, n_q, n_k]``; the first ``counts`` entries are the live blocks in ascending order, the
+            others are unspecified but lie in ``0..n_k - 1``.
+    """
+
+    counts: Tensor
+    indices: Tensor
+
+
+def mask_to_lists(mask: Tensor) -> BlockLists:
+    """Turn bool ``[B, H, n_q, n_k]`` into lists."""
+    # A live block goes to the place that the number of live blocks before it names; the others share a place past the
+    # end, which is cut off.
+    counts = mask.sum(-1, dtype=torch.int32)
+    place = torch.where(mask, mask.cumsum(-1) - 1, mask.shape[-1])
+    blocks = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
+    indices = blocks.new_zeros(*mask.shape[:-1], mask.shape[-1] + 1).scatter_(-1, place, blocks)
+    return BlockLists(counts, indices[..., :-1].contiguous())
+
+
+def lists_to_mask(lists: BlockLists, n_k: int) -> Tensor:
+    """Turn lists into bool ``[B, H, n_q, n_k]``; the inverse of :func:`mask_to_lists`."""
+    counts, indices = lists
+    valid = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    place = torch.where(valid, indices, n_k).long()
+    mask = torch.zeros(*indices.shape[:-1], n_k + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, place, True)[..., :-1]
+
+
+def predict_blocks(
+    q: Tensor,
+    k: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> BlockLists:
+    """Predict the live blocks on the device of ``q``, in fp32 whatever the inputs.
+
+    Args:
+        q: ``[B, H, N, D]``; k: ``[B, H_kv, N, D]``; any strides.
+        tau, theta: one number per query head.
+        causal: whether row r attends keys 0..r only.
+        scale: softmax scale; ``None`` means ``D ** -0.5``.
+        block_q, block_k: rows per block, powers of two; ``block_q`` is a multiple of ``block_k``.
+
+    Returns:
+        The lists. Engines agree up to fp32 rounding: a block whose preceding mass lies within about 1e-5 of ``tau``
+        may be live on one and not on the other.
+    """
+    if q.device.type == "cuda":
+        from afbs_compile.kernels import predict_triton  # Triton is not installed everywhere.
+
+        return predict_triton.predict_blocks(
+            q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k
+        )
+    mask = reference.predict_mask(q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+    return mask_to_lists(mask)

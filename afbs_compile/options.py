@@ -1,0 +1,96 @@
+"""What a user may set, checked in one place for the backend and for :func:`afbs_compile.calibrate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from afbs_compile.errors import OptionError
+from afbs_compile.recipe import Recipe
+from afbs_compile.tuner.site import METHODS, Method, TuneSettings
+from afbs_compile.tuner.space import PARAMETERIZATIONS, Parameterization
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``torch.compile(model, backend="afbs", options={...})``.
+
+    Attributes:
+        tolerance: largest relative L1 error of a head's output, on every validation input; in (0, 1).
+        method: ``"afbs"`` or ``"paper"`` (Algorithm 1 as printed).
+        parameterization: reading of the paper's Eq. 2, used by ``method="paper"``: ``"corrected"`` or ``"paper"``.
+        min_length: attention over fewer tokens is refused as too short.
+        samples: model inputs to calibrate on; by default the inputs of the first call. Each is a tensor, a tuple of
+            positional arguments, or a mapping of keyword arguments.
+        recipe: a :class:`Recipe` or its file; nothing is calibrated then.
+        dump: folder for the text of every graph before and after the rewrite.
+    """
+
+    tolerance: float = 0.055
+    method: Method = "afbs"
+    parameterization: Parameterization = "corrected"
+    min_length: int = 1024
+    samples: Iterable[Any] | None = None
+    recipe: str | os.PathLike[str] | Recipe | None = None
+    dump: str | os.PathLike[str] | None = None
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> Options:
+        """Check names, types and ranges.
+
+        Raises:
+            OptionError: names the option, what came and what is accepted.
+        """
+        given = dict(given or {})
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}")
+        if given.get("recipe") is not None and (unused := sorted(set(given) & _CALIBRATION_OPTIONS)):
+            raise OptionError(f"{', '.join(unused)}: not accepted together with recipe, which was calibrated already")
+        options = cls(**given)
+        options._check()
+        return options
+
+    @property
+    def tuning(self) -> TuneSettings:
+        """The part that the tuner needs."""
+        return TuneSettings(
+            tolerance=float(self.tolerance), method=self.method, parameterization=self.parameterization
+        )
+
+    def _check(self) -> None:
+        number = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)
+        _accept("tolerance", self.tolerance, number and 0 < self.tolerance < 1, "a number between 0 and 1")
+        _accept("method", self.method, self.method in METHODS, _one_of(METHODS))
+        _accept(
+            "parameterization",
+            self.parameterization,
+            self.parameterization in PARAMETERIZATIONS,
+            _one_of(PARAMETERIZATIONS),
+        )
+        whole = isinstance(self.min_length, int) and not isinstance(self.min_length, bool)
+        _accept("min_length", self.min_length, whole and self.min_length >= 1, "a whole number of tokens, at least 1")
+        iterable = isinstance(self.samples, Iterable) and not isinstance(self.samples, str | Mapping)
+        _accept("samples", self.samples, self.samples is None or iterable, "an iterable of model inputs")
+        path = isinstance(self.recipe, str | os.PathLike | Recipe)
+        _accept("recipe", self.recipe, self.recipe is None or path, "a Recipe or the path of one")
+        folder = self.dump is None or isinstance(self.dump, str | os.PathLike)
+        _accept("dump", self.dump, folder, "the path of a folder")
+        file_in_the_way = self.dump is not None and Path(self.dump).is_file()
+        _accept("dump", self.dump, not file_in_the_way, "the path of a folder, and this is a file")
+
+
+_CALIBRATION_OPTIONS = {"tolerance", "method", "parameterization", "samples"}
+
+
+def _accept(name: str, value: object, accepted: bool, what: str) -> None:
+    if not accepted:
+        raise OptionError(f"{name}: got {value!r}; accepted: {what}")
+
+
+def _one_of(values: Iterable[str]) -> str:
+    return " or ".join(map(repr, values))

@@ -1,0 +1,72 @@
+"""Add nodes to a captured graph and erase the ones that lost their use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from afbs_compile.passes.effects import has_effect, value_of
+
+VALUE_KEYS = ("example_value", "val")
+"""Where tracers keep a node's fake value: Dynamo in the first, torch.export in the second."""
+
+aten = torch.ops.aten
+
+
+class NodeBuilder:
+    """Inserts calls before a node and records for each what a tracer would have recorded.
+
+    Args:
+        like: the node to insert before, with a fake value; the new ones stand in the same module and source line.
+    """
+
+    def __init__(self, like: fx.Node) -> None:
+        self._like = like
+        self._key = next((key for key in VALUE_KEYS if key in like.meta), VALUE_KEYS[0])
+
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+        """Insert a call of an operator; its fake value is computed from its arguments' fake values."""
+        with self._like.graph.inserting_before(self._like):
+            node = self._like.graph.call_function(target, args, dict(kwargs or {}))
+        node.meta = {key: value for key, value in self._like.meta.items() if key not in VALUE_KEYS}
+        fake_args = fx.map_arg(node.args, value_of)
+        fake_kwargs = fx.map_arg(node.kwargs, value_of)
+        # Not detect_fake_mode(): inside a backend it answers with a newer mode than the one that traced the graph.
+        with value_of(self._like).fake_mode, torch.no_grad():
+            node.meta[self._key] = target(*fake_args, **fake_kwargs)
+        return node
+
+    def in_layout_of(self, wanted: fx.Node, node: fx.Node) -> fx.Node:
+        """The node with its dimensions in the memory order of ``wanted``.
+
+        Models view an attention output in ways that depend on its strides, e.g. ``out.transpose(1, 2).view(...)``.
+        """
+        order = _memory_order(value_of(wanted))
+        if order == _memory_order(value_of(node)):
+            return node
+        permuted = self.call(aten.contiguous.default, (self.call(aten.permute.default, (node, order)),))
+        return self.call(aten.permute.default, (permuted, [order.index(dim) for dim in range(len(order))]))
+
+
+def erase_unused(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
+    """Erase nodes without users and without effects, and their inputs where those lose their last user by it.
+
+    Not ``Graph.eliminate_dead_code``: that also erases in-place methods such as ``cache.index_copy_(...)``, because it
+    looks for effects in functions only.
+    """
+    pending = list(candidates)
+    while pending:
+        node = pending.pop()
+        if node.users or node._erased or has_effect(node):
+            continue
+        pending += node.all_input_nodes
+        graph.erase_node(node)
+
+
+def _memory_order(value: Tensor) -> list[int]:
+    """Dimensions from the widest stride to the narrowest. Symbolic strides are compared by this call's values."""
+    strides = [stride.node.hint if isinstance(stride, torch.SymInt) else stride for stride in value.stride()]
+    return sorted(range(value.dim()), key=lambda dim: -strides[dim])

@@ -1,0 +1,159 @@
+"""Find every attention call of a graph and bring it into canonical form, or say why it stays dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from torch import fx
+
+from afbs_compile.passes.constants import Constants, NotConstantError
+from afbs_compile.passes.effects import submodule_of, value_of
+from afbs_compile.passes.kv_heads import head_repeat
+from afbs_compile.passes.mask_proof import MaskPattern, MaskProver
+from afbs_compile.passes.names import SiteNames
+from afbs_compile.passes.operands import Call, is_sdpa
+from afbs_compile.passes.rules import first_refusal, hidden_refusal, mask_refusal, too_short
+from afbs_compile.passes.site import AttentionSite, Refusal
+from afbs_compile.passes.sizes import Size, fixed, holds
+
+
+def find(gm: fx.GraphModule, *, min_length: int) -> tuple[list[AttentionSite], list[Refusal]]:
+    """Every attention call of a graph, accepted or refused, each in graph order. The graph is not changed.
+
+    Inside a Dynamo backend the answer may rest on symbolic sizes; each such condition becomes a guard, so the graph is
+    compiled again where it does not hold: ``length >= min_length`` for a dynamic length, the number of heads, and for
+    a dense mask the exact length that it was proven at. Outside (torch.export) a condition that does not hold for
+    every size refuses the call, except ``min_length``, which the operator checks again when it runs.
+
+    Args:
+        gm: a graph from Dynamo, before AOTAutograd, or from torch.export, before decompositions.
+        min_length: shortest sequence worth rewriting.
+    """
+    return _Finder(gm, min_length).find()
+
+
+class _Finder:
+    def __init__(self, gm: fx.GraphModule, min_length: int) -> None:
+        self._gm = gm
+        self._min_length = min_length
+        self._names = SiteNames()
+        self._constants = Constants(gm)
+        self._prover = MaskProver(self._constants)
+        self._sites: list[AttentionSite] = []
+        self._refusals: list[Refusal] = []
+
+    def find(self) -> tuple[list[AttentionSite], list[Refusal]]:
+        for node in self._gm.graph.nodes:
+            if is_sdpa(node):
+                self._take(node)
+            elif reason := hidden_refusal(node):
+                self._refuse(node, reason)
+            elif body := submodule_of(node):
+                for inner in _attention_nodes(body):
+                    self._refuse(inner, _inside_operator(node))
+        return self._sites, self._refusals
+
+    def _take(self, node: fx.Node) -> None:
+        call = Call.of(node)
+        try:
+            causal = self._accept(call)
+        except _RefusedError as refused:
+            self._refuse(node, str(refused))
+        else:
+            self._sites.append(self._site(call, causal))
+
+    def _refuse(self, node: fx.Node, reason: str) -> None:
+        self._refusals.append(Refusal(self._names.name(node), reason))
+
+    def _accept(self, call: Call) -> bool:
+        """Whether an accepted call is causal. The length is asked before the mask: evaluating one pins the length."""
+        if sentence := first_refusal(call):
+            raise _RefusedError(sentence)
+        program = self._mask_program(call)
+        length = call.tensors[0].shape[-2]
+        if holds(length < self._min_length):
+            raise _RefusedError(too_short(length, self._min_length))
+        if call.mask is None:
+            return bool(call.is_causal)
+        return self._mask_pattern(call.mask, program, fixed(length)) is MaskPattern.CAUSAL
+
+    def _mask_program(self, call: Call) -> tuple[fx.Node, ...]:
+        if call.mask is None:
+            return ()
+        try:
+            return self._prover.program(call.mask, site=call.node)
+        except NotConstantError as error:
+            raise _RefusedError(mask_refusal(call.mask, str(error))) from error
+
+    def _mask_pattern(self, mask: fx.Node, program: tuple[fx.Node, ...], length: int | None) -> MaskPattern:
+        try:
+            if length is None:
+                raise NotConstantError("the length is symbolic in an exported graph")
+            return self._prover.pattern(mask, program, length=length)
+        except NotConstantError as error:
+            raise _RefusedError(mask_refusal(mask, str(error))) from error
+
+    def _site(self, call: Call, causal: bool) -> AttentionSite:
+        q = call.tensors[0]
+        k, v = self._unrepeated(call)
+        four_d = q.dim() >= 4
+        return AttentionSite(
+            name=self._names.name(call.node),
+            node=call.node,
+            q=call.q,
+            k=k,
+            v=v,
+            causal=causal,
+            scale=_scale(call),
+            batch=prod(q.shape[: -3 if four_d else -2]),
+            length=q.shape[-2],
+            heads=_known(q.shape[-3]) if four_d else 1,
+            kv_heads=_known(value_of(k).shape[-3]) if four_d else 1,
+            head_dim=_known(q.shape[-1]),
+            rank=q.dim(),
+            dtype=q.dtype,
+            device=q.device,
+        )
+
+    def _unrepeated(self, call: Call) -> tuple[fx.Node, fx.Node]:
+        """Key and value before the graph repeated their heads, if it did so to both alike."""
+        if call.tensors[0].dim() < 4:
+            return call.k, call.v
+        writes = self._constants.writes
+        k, v = (head_repeat(node, writes, before=call.node) for node in (call.k, call.v))
+        if k is None or v is None or k.repeats != v.repeats:
+            return call.k, call.v
+        return k.source, v.source
+
+
+class _RefusedError(Exception):
+    """Carries the sentence of a refusal."""
+
+
+def _scale(call: Call) -> float | fx.Node:
+    if isinstance(call.scale, fx.Node):
+        return call.scale
+    return float(call.scale) if call.scale is not None else _known(call.tensors[0].shape[-1]) ** -0.5
+
+
+def _known(size: Size) -> int:
+    """A size that a rule has already pinned."""
+    number = fixed(size)
+    assert number is not None
+    return number
+
+
+def _attention_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """Attention calls of a graph and of the graphs inside it."""
+    for node in gm.graph.nodes:
+        if is_sdpa(node) or hidden_refusal(node):
+            yield node
+        elif body := submodule_of(node):
+            yield from _attention_nodes(body)
+
+
+def _inside_operator(node: fx.Node) -> str:
+    """The sentence for attention in a graph that ``node`` hands to an operator such as checkpoint or cond."""
+    operator = next((str(user.target) for user in node.users), "a submodule call")
+    return f"inside a higher-order operator: {operator} runs it from a graph of its own; call it outside of that"

@@ -1,0 +1,36 @@
+"""Hand a graph to inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from torch import fx
+
+
+def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None) -> Callable[..., Any]:
+    """Compile a graph with inductor, inside a Dynamo backend.
+
+    Args:
+        gm: the graph, before AOTAutograd.
+        example_inputs: values or fake values of its placeholders.
+        mode: as in ``torch.compile(mode=...)``, e.g. ``"reduce-overhead"``; None is inductor's default.
+
+    Raises:
+        ValueError: inductor has no such mode.
+    """
+    from torch._inductor.compile_fx import compile_fx  # takes a second to import
+
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_patches(mode))
+    return cast(Callable[..., Any], compiled)
+
+
+def _patches(mode: str | None) -> dict[str, Any]:
+    if mode is None:
+        return {}
+    from torch._inductor import list_mode_options
+
+    modes: dict[str, dict[str, Any]] = list_mode_options()
+    if mode not in modes:
+        raise ValueError(f"unknown mode {mode!r}; inductor has {', '.join(sorted(modes))}")
+    return dict(modes[mode])

@@ -1,0 +1,101 @@
+"""The calls that compute attention, under every name a captured graph may use, and their arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.nn import functional as F
+
+from afbs_compile.passes.effects import value_of
+
+SDPA = frozenset({
+    F.scaled_dot_product_attention,  # also torch._C._nn.scaled_dot_product_attention: the same object
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+})  # fmt: skip
+
+PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+CALL_SDPA = "call F.scaled_dot_product_attention instead"
+NO_FAST_PATH = "call torch.backends.mha.set_fastpath_enabled(False) before compiling"
+
+FUSED = {
+    "multi_head_attention_forward": "pass need_weights=False",
+    "_native_multi_head_attention": NO_FAST_PATH,
+    "_transformer_encoder_layer_fwd": NO_FAST_PATH,
+    "_scaled_dot_product_flash_attention": CALL_SDPA,
+    "_scaled_dot_product_flash_attention_for_cpu": CALL_SDPA,
+    "_scaled_dot_product_efficient_attention": CALL_SDPA,
+    "_scaled_dot_product_cudnn_attention": CALL_SDPA,
+    "_scaled_dot_product_attention_math": CALL_SDPA,
+}
+"""PyTorch functions with attention inside that a graph does not show, and what the user can do about it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One scaled-dot-product-attention call as the graph spells it.
+
+    Attributes:
+        node: the call. q, k, v, mask: its operands; ``mask`` is None where nothing is masked.
+        dropout, is_causal, scale, enable_gqa: numbers and flags, or nodes where the graph computes them.
+    """
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    dropout: Any
+    is_causal: Any
+    scale: Any
+    enable_gqa: Any
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Call:
+        """Read the arguments, positional or by name."""
+        given: dict[str, Any] = {**dict(zip(PARAMETERS, node.args, strict=False)), **node.kwargs}
+        return cls(
+            node=node,
+            q=given["query"],
+            k=given["key"],
+            v=given["value"],
+            mask=given.get("attn_mask"),
+            dropout=given.get("dropout_p", 0.0),
+            is_causal=given.get("is_causal", False),
+            scale=given.get("scale"),
+            enable_gqa=given.get("enable_gqa", False),
+        )
+
+    @property
+    def tensors(self) -> tuple[Any, Any, Any]:
+        """Fake values of q, k and v."""
+        return value_of(self.q), value_of(self.k), value_of(self.v)
+
+    @property
+    def result(self) -> Any:
+        """Fake value of the output."""
+        return value_of(self.node)
+
+
+def is_sdpa(node: fx.Node) -> bool:
+    """Whether a node is a scaled-dot-product-attention call."""
+    return node.op == "call_function" and node.target in SDPA
+
+
+def is_flex_attention(node: fx.Node) -> bool:
+    """Whether a node is a FlexAttention call."""
+    return node.op == "call_function" and node.target is torch.ops.higher_order.flex_attention
+
+
+def fused_name(node: fx.Node) -> str | None:
+    """Name of the PyTorch function that hides an attention call; None for any other node."""
+    target: Any = node.target
+    if node.op != "call_function":
+        return None
+    name = target.overloadpacket.__name__ if isinstance(target, OpOverload) else getattr(target, "__name__", "")
+    return name if name in FUSED else None

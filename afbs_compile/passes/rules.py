@@ -1,0 +1,182 @@
+"""Why an attention call stays dense: one rule a function, each with a sentence for the user.
+
+A rule gets a call that passed the rules before it and returns None or a sentence that starts with the kind of refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from afbs_compile.passes.effects import value_of
+from afbs_compile.passes.operands import FUSED, Call, fused_name, is_flex_attention
+from afbs_compile.passes.sizes import fixed, holds
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(16, 257)
+RANKS = range(2, 6)
+
+GRADIENT = "gradient needed: the output requires grad; run under torch.no_grad() or torch.inference_mode()"
+
+Rule = Callable[[Call], str | None]
+
+
+def layout(call: Call) -> str | None:
+    """Shapes are known and the tensors are strided ones on one device."""
+    for value in (*call.tensors, call.result):
+        if not isinstance(value, Tensor):
+            return "unsupported layout: the graph records no shape for this call; capture it with torch.compile"
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return "unsupported layout: the call is inside torch.vmap or torch.func; call it on batched tensors instead"
+        if value.is_nested or value.layout != torch.strided:
+            return "unsupported layout: nested or sparse tensors; strided ones are accepted (pad the batch)"
+    places = [str(value.device) for value in call.tensors]
+    if len(set(places)) > 1:
+        return f"unsupported device: q, k, v are on {', '.join(places)}; all on one device are accepted"
+    return None
+
+
+def rank(call: Call) -> str | None:
+    """Operands have the same number of dimensions, 2 to 5."""
+    ranks = {value.dim() for value in call.tensors}
+    if len(ranks) > 1 or not ranks <= set(RANKS):
+        return f"unsupported shape: {_shapes(call)}; the same 2 to 5 dimensions are accepted for q, k and v"
+    return None
+
+
+def lengths(call: Call) -> str | None:
+    """Self-attention over one sequence: as many query rows as keys."""
+    q, k, _ = call.tensors
+    if holds(q.shape[-2] == k.shape[-2]):
+        return None
+    return (
+        f"q_len != k_len: {q.shape[-2]} query rows against {k.shape[-2]} keys; only self-attention over one whole "
+        "sequence (prefill) is accepted, so decoding, a longer cache and cross-attention stay dense"
+    )
+
+
+def dropout(call: Call) -> str | None:
+    """Nothing is dropped."""
+    if isinstance(call.dropout, int | float) and call.dropout == 0:
+        return None
+    return f"dropout in effect: dropout_p={call.dropout}; call model.eval() first"
+
+
+def gradient(call: Call) -> str | None:
+    """No backward pass runs through the call."""
+    return GRADIENT if call.result.requires_grad else None
+
+
+def dtype(call: Call) -> str | None:
+    """One accepted dtype for all operands, and the output in it: autocast may change it inside the call."""
+    dtypes = {value.dtype for value in call.tensors}
+    found = ", ".join(_short(value.dtype) for value in call.tensors)
+    if len(dtypes) > 1:
+        return f"unsupported dtype: q, k, v are {found}; one of float16, bfloat16, float32 for all three is accepted"
+    if not dtypes <= set(DTYPES):
+        return f"unsupported dtype: q, k, v are {found}; float16, bfloat16 and float32 are accepted"
+    if call.result.dtype not in dtypes:
+        return (
+            f"unsupported dtype: autocast computes {found} in {_short(call.result.dtype)}; cast q, k and v before the "
+            "call or load the model in that dtype"
+        )
+    return None
+
+
+def head_dim(call: Call) -> str | None:
+    """One head_dim for all operands, of a size the kernels have."""
+    sizes = [fixed(value.shape[-1]) for value in call.tensors]
+    if len(set(sizes)) == 1 and sizes[0] in HEAD_DIMS:
+        return None
+    found = ", ".join(str(value.shape[-1]) for value in call.tensors)
+    return f"unsupported head_dim: q, k, v have {found}; one size from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} is accepted"
+
+
+def batch(call: Call) -> str | None:
+    """Operands share all dimensions before the heads; k and v agree in everything."""
+    q, k, v = (value.shape for value in call.tensors)
+    before_heads = -2 if len(q) < 4 else -3
+    pairs = [*zip(q[:before_heads], k[:before_heads], strict=True), *zip(k[:-1], v[:-1], strict=True)]
+    if all(holds(a == b) for a, b in pairs):
+        return None
+    return (
+        f"unsupported shape: {_shapes(call)}; one batch for q, k, v, and one number of heads for k and v, is accepted"
+    )
+
+
+def heads(call: Call) -> str | None:
+    """Each key head serves the same whole number of query heads."""
+    q, k, _ = call.tensors
+    if q.dim() < 4:
+        return None
+    count, kv_count = fixed(q.shape[-3]), fixed(k.shape[-3])
+    if count is None or kv_count is None:
+        return f"unsupported shape: {_shapes(call)}; numbers of heads that are the same in every call are accepted"
+    shared = kv_count == 1 or (call.enable_gqa is True and kv_count and count % kv_count == 0)
+    if count == kv_count or shared:
+        return None
+    return (
+        f"unsupported shape: {count} query heads over {kv_count} key heads; with enable_gqa=True a multiple is accepted"
+    )
+
+
+def causal_flag(call: Call) -> str | None:
+    """Either a plain ``is_causal`` or a mask."""
+    if not isinstance(call.is_causal, bool):
+        return "mask not proven: is_causal is computed in the graph; pass True or False"
+    if call.is_causal and call.mask is not None:
+        return "mask not proven: is_causal=True together with attn_mask; pass one of them"
+    return None
+
+
+RULES: tuple[Rule, ...] = (layout, rank, lengths, dropout, gradient, dtype, head_dim, batch, heads, causal_flag)
+"""In the order in which they are asked; what cannot be changed by the user's next step comes first."""
+
+
+def first_refusal(call: Call) -> str | None:
+    """The sentence of the first rule that a call breaks; None where it keeps all."""
+    return next((sentence for rule in RULES if (sentence := rule(call)) is not None), None)
+
+
+def hidden_refusal(node: fx.Node) -> str | None:
+    """The sentence for attention that is no SDPA call; None for a node that is no attention."""
+    if is_flex_attention(node):
+        return "flex_attention: it carries its own block mask; F.scaled_dot_product_attention is accepted"
+    if (name := fused_name(node)) is None:
+        return None
+    outputs = value_of(node)
+    first = outputs[0] if isinstance(outputs, tuple | list) else outputs
+    if isinstance(first, Tensor) and first.requires_grad:
+        return GRADIENT
+    return f"fused operator: {name} hides its attention from the graph; {FUSED[name]}"
+
+
+def mask_refusal(mask: fx.Node, why: str) -> str:
+    """The sentence for a mask that is not proven to be causal or true everywhere."""
+    value = value_of(mask)
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return (
+            f"mask not proven: {why}; pass no mask (is_causal=True for a causal model) or a causal mask made of "
+            "constants such as torch.arange"
+        )
+    return (
+        f"additive bias: a floating mask is added to the scores, and {why}; only 0 and -inf in the causal pattern, "
+        "made of constants, is accepted"
+    )
+
+
+def too_short(length: Any, min_length: int) -> str:
+    """The sentence for a sequence on which sparse attention would not pay."""
+    return f"too short: {length} tokens; sparse attention is worth it here from {min_length} on"
+
+
+def _shapes(call: Call) -> str:
+    q, k, v = (list(value.shape) for value in call.tensors)
+    return f"q {q}, k {k}, v {v}"
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,97 @@
+"""Decide what happens to each attention call of one graph, given a recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from afbs_compile.errors import RecipeError
+from afbs_compile.found import FoundGraph
+from afbs_compile.kernels.op import engine_name
+from afbs_compile.kernels.reference import PREDICTOR_VERSION
+from afbs_compile.passes.rewrite import SiteConstants
+from afbs_compile.passes.site import AttentionSite
+from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with every attention call of a graph.
+
+    Attributes:
+        constants: the calls to rewrite.
+        rows: every call, with its outcome in THIS graph, in the recipe's terms.
+    """
+
+    constants: Mapping[AttentionSite, SiteConstants]
+    rows: tuple[SiteRecipe, ...]
+
+    @classmethod
+    def of(cls, found: FoundGraph, recipe: Recipe | None) -> Plan:
+        """Match a graph with a recipe; without one every call stays dense.
+
+        Raises:
+            RecipeError: the recipe was made for another model, device, dtype or predictor. The message lacks its
+                subject, the recipe's name.
+        """
+        refused = tuple(SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals)
+        if recipe is None:
+            return cls({}, refused)
+        by_name = {site.name: site for site in _matching_graph(found, recipe).sites}
+        rows = [_applied(site, by_name.get(site.name), recipe) for site in found.sites]
+        constants = {
+            site: _constants(row, recipe) for site, row in zip(found.sites, rows, strict=True) if row.outcome == "sparse"
+        }
+        return cls(constants, (*rows, *refused))
+
+    def summary(self) -> str:
+        """One sentence on why nothing was rewritten."""
+        if not self.rows:
+            return "the graph has no scaled_dot_product_attention call"
+        reasons = Counter(row.reason for row in self.rows)
+        return "no attention call was rewritten: " + "; ".join(f"{count} x {why}" for why, count in reasons.items())
+
+
+def _matching_graph(found: FoundGraph, recipe: Recipe) -> GraphRecipe:
+    if recipe.predictor_version != PREDICTOR_VERSION:
+        raise RecipeError(f"was made for predictor version {recipe.predictor_version}, this is {PREDICTOR_VERSION}.")
+    device = found.sites[0].device
+    if (recipe.device, recipe.engine) != (device.type, engine_name(device)):
+        raise RecipeError(
+            f"was calibrated on {recipe.device} ({recipe.engine}), this model runs on {device.type} "
+            f"({engine_name(device)})."
+        )
+    same_calls = [graph for graph in recipe.graphs if graph.graph == found.graph]
+    if not same_calls:
+        raise RecipeError("belongs to another model: its attention calls or parameter shapes are not this graph's.")
+    for graph in same_calls:
+        if graph.weights == found.weights:
+            return graph
+    raise RecipeError("belongs to another model: same architecture, other weights.")
+
+
+def _applied(site: AttentionSite, recorded: SiteRecipe | None, recipe: Recipe) -> SiteRecipe:
+    """The recorded decision, as it applies to a site at this graph's length."""
+    if recorded is None or recorded.outcome == "refused":
+        return SiteRecipe(site.name, "dense", "not calibrated: it was refused when the recipe was made")
+    here = (site.causal, site.heads, site.kv_heads, site.head_dim, str(site.dtype).removeprefix("torch."))
+    there = (recorded.causal, len(recorded.heads), recorded.kv_heads, recorded.head_dim, recorded.dtype)
+    if here != there:
+        raise RecipeError(f"does not fit {site.name}: (causal, heads, kv heads, head_dim, dtype) is {here}, not {there}.")
+    short = isinstance(site.length, int) and recorded.min_length is not None and site.length < recorded.min_length
+    if recorded.outcome == "sparse" and short:
+        reason = f"too short: {site.length} tokens, sparse was measured to pay from {recorded.min_length}"
+        return replace(recorded, outcome="dense", reason=reason)
+    return recorded
+
+
+def _constants(row: SiteRecipe, recipe: Recipe) -> SiteConstants:
+    return SiteConstants(
+        tau=tuple(head.tau for head in row.heads),
+        theta=tuple(head.theta for head in row.heads),
+        lam=tuple(head.lam for head in row.heads),
+        block_q=recipe.block_q,
+        block_k=recipe.block_k,
+        min_length=row.min_length or 0,
+    )

@@ -1,0 +1,259 @@
+"""The calibrated artefact: what was decided for every site and head, under which conditions, as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from afbs_compile.errors import RecipeError
+
+FORMAT = "afbs-recipe"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """One head.
+
+    Attributes:
+        outcome: ``"dense"`` heads keep every block.
+        tau: pooled-softmax mass kept; theta: self-similarity below which a block is always kept (negative: off);
+            lam: skip threshold in log2 units (-1000: off).
+        sparsity: 1 - live / causally valid blocks, mean of the samples.
+        error: relative L1 (Eq. 1), worst of ``validation_errors``.
+        validation_errors: one per validation input.
+    """
+
+    outcome: Literal["sparse", "dense"]
+    tau: float
+    theta: float
+    lam: float
+    sparsity: float
+    error: float
+    validation_errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SiteRecipe:
+    """One attention call.
+
+    Attributes:
+        name: where it stands in the model, e.g. ``model.layers.3.self_attn``.
+        outcome: ``"sparse"`` calls are rewritten; ``"dense"`` ones were calibrated and stay as they are;
+            ``"refused"`` ones could not be rewritten.
+        reason: why a call is not sparse; ``None`` for sparse ones.
+        causal, head_dim, kv_heads: of the call; dtype: of q, k and v, e.g. ``"bfloat16"``; ``None`` for refused ones.
+        heads: one entry per query head; empty for refused calls.
+        dense_ms, sparse_ms: median milliseconds at the calibrated length; ``None`` where not measured.
+        min_length: shortest length at which sparse is worthwhile; shorter inputs run dense.
+    """
+
+    name: str
+    outcome: Literal["sparse", "dense", "refused"]
+    reason: str | None = None
+    causal: bool | None = None
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    dtype: str | None = None
+    heads: tuple[HeadRecipe, ...] = ()
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    min_length: int | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Mean over the heads of what runs: 0 unless the call is rewritten."""
+        return sum(head.sparsity for head in self.heads) / len(self.heads) if self.outcome == "sparse" else 0.0
+
+    @property
+    def error(self) -> float:
+        """Largest error of any head of what runs: 0 unless the call is rewritten."""
+        return max(head.error for head in self.heads) if self.outcome == "sparse" else 0.0
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """What the thresholds were calibrated on.
+
+    Attributes:
+        source: ``"samples"`` given by the user or ``"first call"``.
+        count: samples.
+        validation_inputs: inputs that every sparse head was validated on: the samples' batch elements or, where
+            there is only one, its disjoint windows of queries.
+        lengths: tokens of the shortest and the longest sample at the attention calls.
+        digest: SHA-256 of the graph inputs of all samples.
+    """
+
+    source: Literal["samples", "first call"]
+    count: int
+    validation_inputs: int
+    lengths: tuple[int, int]
+    digest: str
+
+
+@dataclass(frozen=True)
+class GraphRecipe:
+    """One graph of the model: a model with graph breaks has several.
+
+    Attributes:
+        graph: fingerprint of its attention calls and parameter shapes; weights: fingerprint of parameter values.
+        samples: what it was calibrated on.
+        seconds: wall-clock time of the calibration.
+        evaluations: its cost in sparse attention calls at full length on one sample, summed over the sites.
+        sites: in graph order.
+    """
+
+    graph: str
+    weights: str
+    samples: SampleRecord
+    seconds: float
+    evaluations: float
+    sites: tuple[SiteRecipe, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything needed to rewrite a model again without calibrating, and to know when that would be wrong.
+
+    Thresholds hold for one block shape, dtype and predictor; a recipe that does not fit is refused, never bent.
+
+    Attributes:
+        tolerance: largest relative L1 error per head and validation input.
+        method, parameterization: how the thresholds were searched.
+        block_q, block_k: block shape.
+        device: device type the speeds were measured on; engine: kernel that ran there.
+        predictor_version: version of the selection rule.
+        versions: of afbs_compile, torch, triton and python.
+        graphs: one per captured graph that has attention calls.
+    """
+
+    tolerance: float
+    method: Literal["afbs", "paper"]
+    parameterization: Literal["corrected", "paper"]
+    block_q: int
+    block_k: int
+    device: str
+    engine: str
+    predictor_version: int
+    versions: dict[str, str]
+    graphs: tuple[GraphRecipe, ...]
+    format: str = field(default=FORMAT)
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def sites(self) -> tuple[SiteRecipe, ...]:
+        """The attention calls of all graphs."""
+        return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def sparsity(self) -> float:
+        """Mean sparsity over the heads of all calls that were calibrated, rewritten or not."""
+        calibrated = [(site.sparsity, len(site.heads)) for site in self.sites if site.heads]
+        heads = sum(count for _, count in calibrated)
+        return sum(sparsity * count for sparsity, count in calibrated) / heads if heads else 0.0
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe as JSON; the file appears whole or not at all.
+
+        Raises:
+            OSError: the folder is missing or not writable.
+        """
+        target = Path(path)
+        text = json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe.
+
+        Raises:
+            RecipeError: the file is missing, damaged, not a recipe, or of another schema version; one sentence.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise RecipeError(f"recipe {path} is damaged: it is not JSON ({error}).") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise RecipeError(f"recipe {path} is not an afbs recipe: its 'format' is not {FORMAT!r}.")
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            age = "newer than" if isinstance(version, int) and version > SCHEMA_VERSION else "not"
+            raise RecipeError(f"recipe {path} has schema version {version!r}, {age} the {SCHEMA_VERSION} read here.")
+        try:
+            recipe: Recipe = _decode(cls, data, "recipe")
+            _check(recipe)
+        except _Damage as error:
+            raise RecipeError(f"recipe {path} is damaged: {error}.") from error
+        return recipe
+
+
+class _Damage(Exception):
+    """What is wrong with a decoded value, without the file's name."""
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse values that no calibration writes."""
+    if not 0 < recipe.tolerance < math.inf:
+        raise _Damage(f"tolerance is {recipe.tolerance}")
+    for site in recipe.sites:
+        if site.outcome != "refused" and not site.heads:
+            raise _Damage(f"{site.name} is {site.outcome} and has no heads")
+        for index, head in enumerate(site.heads):
+            numbers = [head.tau, head.theta, head.lam, head.sparsity, head.error, *head.validation_errors]
+            if not all(math.isfinite(number) for number in numbers):
+                raise _Damage(f"head {index} of {site.name} has a number that is not finite")
+            if head.tau < 0 or not 0 <= head.sparsity <= 1 or head.lam > 0:
+                raise _Damage(f"head {index} of {site.name} has tau, sparsity or lam out of range")
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """Rebuild a value of the annotated type from JSON, refusing anything that does not fit it."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    if origin in (Union, types.UnionType):
+        inner = next(option for option in arguments if option is not type(None))
+        return None if value is None else _decode(inner, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise _Damage(f"{where} is {value!r}, not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):
+            raise _Damage(f"{where} is not a list of the expected length")
+        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _Damage(f"{where} is not an object")
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise _Damage(f"{where} is {value!r}, not {kind.__name__}")
+    return value
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    names = {f.name for f in fields(kind)}
+    if not isinstance(value, Mapping):
+        raise _Damage(f"{where} is not an object")
+    if wrong := names ^ set(value):
+        raise _Damage(f"{where} lacks or has too much: {', '.join(sorted(wrong))}")
+    hints = get_type_hints(kind)
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})

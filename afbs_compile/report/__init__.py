@@ -1,0 +1,1 @@
+"""What the user reads: the table of sites."""

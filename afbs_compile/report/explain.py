@@ -1,0 +1,153 @@
+"""The public :func:`explain`: what was found, what was decided, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.report import registry
+
+WIDTH = 130
+
+
+@dataclass(frozen=True)
+class ExplainRow:
+    """One attention call.
+
+    Attributes:
+        graph: number of the captured graph it is in.
+        site: where it stands in the model.
+        outcome: ``"sparse"``, ``"dense"`` or ``"refused"``; reason: why not sparse, ``None`` if it is.
+        heads: query heads, 0 if refused; dense_heads: those that keep every block.
+        sparsity: 1 - live / causally valid blocks of what runs, mean over the heads.
+        error: relative L1 of what runs, worst head and validation input.
+        dense_ms, sparse_ms: median milliseconds at the calibrated length, ``None`` where not measured.
+    """
+
+    graph: int
+    site: str
+    outcome: str
+    reason: str | None
+    heads: int
+    dense_heads: int
+    sparsity: float
+    error: float
+    dense_ms: float | None
+    sparse_ms: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A table to print, and the same as data.
+
+    Attributes:
+        rows: one per attention call.
+        notes: what the thresholds were calibrated on, one line per recipe.
+        before, after: text of each compiled graph before and after the rewrite; empty for a recipe.
+    """
+
+    rows: tuple[ExplainRow, ...]
+    notes: tuple[str, ...]
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """The rows as plain dictionaries."""
+        return [dict(vars(row)) for row in self.rows]
+
+    def __rich__(self) -> Table:
+        table = Table(caption="\n".join(self.notes), caption_justify="left")
+        for header in ("site", "outcome", "reason"):
+            table.add_column(header, overflow="fold")
+        for header in ("heads", "sparsity", "error", "dense ms", "sparse ms"):
+            table.add_column(header, justify="right")
+        for row in self.rows:
+            table.add_row(*_cells(row))
+        return table
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=WIDTH).print(self)
+        return text.getvalue().rstrip()
+
+    __repr__ = __str__
+
+
+def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
+    """Tell what happened to every attention call.
+
+    Args:
+        compiled_or_recipe: what ``torch.compile(model, backend="afbs")`` returned, after a first call, or a recipe.
+
+    Raises:
+        TypeError: the argument is neither.
+    """
+    if isinstance(compiled_or_recipe, Recipe):
+        recipe = compiled_or_recipe
+        rows = [_row(index, site) for index, graph in enumerate(recipe.graphs) for site in graph.sites]
+        return Explanation(tuple(rows), (_note(recipe),))
+    graphs = _compiled_graphs(compiled_or_recipe)
+    rows = [_row(index, site) for index, graph in enumerate(graphs) for site in graph.rows]
+    notes = dict.fromkeys(_note(graph.recipe) for graph in graphs if graph.recipe is not None)
+    return Explanation(
+        tuple(rows),
+        tuple(notes) if graphs else ("nothing is compiled yet: call the model once",),
+        tuple(graph.before for graph in graphs),
+        tuple(graph.after for graph in graphs),
+    )
+
+
+def _compiled_graphs(compiled: Any) -> Sequence[registry.CompiledGraph]:
+    original = getattr(compiled, "_orig_mod", None) or getattr(compiled, "_torchdynamo_orig_callable", None)
+    if original is None:
+        raise TypeError(
+            f"compiled_or_recipe: got {type(compiled).__name__}; accepted: a Recipe or what torch.compile returned"
+        )
+    is_module = isinstance(original, torch.nn.Module)
+    tensors = [*original.parameters(), *original.buffers()] if is_module else []
+    function = original.forward if is_module else original
+    entries = _debug_get_cache_entry_list(getattr(function, "__func__", function))
+    ids = {f"{entry.compile_id.frame_id}_{entry.compile_id.frame_compile_id}" for entry in entries}
+    return registry.graphs_of(tensors, ids)
+
+
+def _row(graph: int, site: SiteRecipe) -> ExplainRow:
+    return ExplainRow(
+        graph=graph,
+        site=site.name,
+        outcome=site.outcome,
+        reason=site.reason,
+        heads=len(site.heads),
+        dense_heads=sum(head.outcome == "dense" for head in site.heads),
+        sparsity=site.sparsity,
+        error=site.error,
+        dense_ms=site.dense_ms,
+        sparse_ms=site.sparse_ms,
+    )
+
+
+def _cells(row: ExplainRow) -> list[str]:
+    heads = "" if not row.heads else str(row.heads) + (f" ({row.dense_heads} dense)" if row.dense_heads else "")
+    times = ["" if ms is None else f"{ms:.3g}" for ms in (row.dense_ms, row.sparse_ms)]
+    return [row.site, row.outcome, row.reason or "", heads, f"{row.sparsity:.1%}", f"{row.error:.3f}", *times]
+
+
+def _note(recipe: Recipe) -> str:
+    samples = [graph.samples for graph in recipe.graphs]
+    shortest, longest = min(s.lengths[0] for s in samples), max(s.lengths[1] for s in samples)
+    tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    inputs = max(sample.validation_inputs for sample in samples)
+    return (
+        f"mean sparsity {recipe.sparsity:.1%}; tolerance {recipe.tolerance:g} on every head; method {recipe.method}; "
+        f"blocks {recipe.block_q}x{recipe.block_k}; engine {recipe.engine}; calibrated on {samples[0].source} "
+        f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, validated on {inputs} inputs: "
+        "other inputs may err more"
+    )

@@ -1,0 +1,136 @@
+"""Measure thresholds on captured operands: error and sparsity of every head of a site in one engine call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afbs_compile.kernels.op import sparse_attention_with_counts
+from afbs_compile.kernels.reference import block_count, visible_blocks
+from afbs_compile.passes.capture import Operands
+from afbs_compile.tuner.space import Thresholds
+
+WINDOWS = 5
+"""Validation inputs that one sample is split into: the number of inputs the paper validates on."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What thresholds do to every head.
+
+    Attributes:
+        error: ``[inputs, H]`` fp32, relative L1 (Eq. 1): ``sum|O - O_dense| / sum|O_dense|`` per input. An input is
+            one batch element of one sample or, where there is only one, each of its disjoint windows of queries.
+        sparsity: ``[H]`` fp32, ``1 - live / causally valid blocks``, mean over the samples.
+    """
+
+    error: Tensor
+    sparsity: Tensor
+
+    @property
+    def worst(self) -> Tensor:
+        """``[H]``: the largest error of any input; NaN if one is."""
+        return self.error.amax(0)
+
+
+class Meter:
+    """Measures thresholds of one site on its captured samples.
+
+    Args:
+        samples: operands in canonical form; all with the same heads.
+        block_q, block_k: block shape.
+        windows: split each sample's queries into this many disjoint windows, an input each; by default
+            :data:`WINDOWS` where there is a single input, else 1.
+
+    Attributes:
+        evaluations: cost so far in dense equivalents: sparse attention calls on one sample of full length.
+    """
+
+    def __init__(
+        self, samples: Sequence[Operands], *, block_q: int, block_k: int, windows: int | None = None
+    ) -> None:
+        single = sum(sample.q.shape[0] for sample in samples) == 1
+        self.windows = (WINDOWS if single else 1) if windows is None else windows
+        self.samples = samples
+        self.block_q, self.block_k = block_q, block_k
+        self.evaluations = 0.0
+        self._dense = [dense_attention(sample) for sample in samples]
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the site."""
+        return int(self.samples[0].q.shape[1])
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sample."""
+        return max(int(sample.q.shape[2]) for sample in self.samples)
+
+    def prefix(self, length: int, samples: int, windows: int | None = None) -> Meter:
+        """A meter of lower fidelity: the first ``length`` tokens of the first ``samples`` samples.
+
+        For causal attention a prefix is exact: its dense output is the prefix of the dense output.
+        """
+        short = [
+            replace(s, q=s.q[:, :, :length], k=s.k[:, :, :length], v=s.v[:, :, :length])
+            for s in self.samples[:samples]
+        ]
+        return Meter(short, block_q=self.block_q, block_k=self.block_k, windows=windows or self.windows)
+
+    def __call__(self, thresholds: Thresholds) -> Measurement:
+        """Run every sample at these thresholds."""
+        errors, sparsities = [], []
+        for sample, dense in zip(self.samples, self._dense, strict=True):
+            out, counts = sparse_attention_with_counts(
+                sample.q,
+                sample.k,
+                sample.v,
+                thresholds.tau.tolist(),
+                thresholds.theta.tolist(),
+                thresholds.lam.tolist(),
+                causal=sample.causal,
+                scale=sample.scale,
+                block_q=self.block_q,
+                block_k=self.block_k,
+            )
+            errors.append(relative_l1(out, dense, self.windows, self.block_q))
+            sparsities.append(self._sparsity(sample, counts))
+            self.evaluations += (sample.q.shape[2] / self.length) ** 2
+        return Measurement(torch.cat(errors).cpu(), torch.stack(sparsities).mean(0).cpu())
+
+    def _sparsity(self, sample: Operands, counts: Tensor) -> Tensor:
+        count_q, count_k = (block_count(sample.q.shape[2], block) for block in (self.block_q, self.block_k))
+        valid = visible_blocks(count_q, count_k, self.block_q, self.block_k, sample.causal, torch.device("cpu")).sum()
+        # sparsity = 1 - live blocks / causally valid blocks, over the whole batch
+        return 1 - counts.sum(-1).float().mean(0) / valid.item()
+
+
+def dense_attention(sample: Operands) -> Tensor:
+    """The dense output ``[B, H, N, D]`` that errors are measured against, in the operands' dtype."""
+    return F.scaled_dot_product_attention(
+        sample.q, sample.k, sample.v, is_causal=sample.causal, scale=sample.scale, enable_gqa=True
+    )
+
+
+def relative_l1(out: Tensor, dense: Tensor, windows: int = 1, block: int = 1) -> Tensor:
+    """Relative L1 distance per input and head (Eq. 1).
+
+    Args:
+        out, dense: ``[B, H, N, D]``.
+        windows: split the rows into at most this many disjoint windows of whole blocks, an input each.
+        block: rows per block.
+
+    Returns:
+        ``[B * windows, H]`` fp32; 0 where both sums are 0, NaN where an output is NaN.
+    """
+    difference = (out.float() - dense.float()).abs().sum(-1)
+    magnitude = dense.float().abs().sum(-1)
+    blocks = block_count(out.shape[2], block)
+    edges = sorted({blocks * i // windows * block for i in range(1, windows)} - {0})
+    pieces = zip(difference.tensor_split(edges, -1), magnitude.tensor_split(edges, -1), strict=True)
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.cat([d.sum(-1) / m.sum(-1).clamp_min(tiny) for d, m in pieces])

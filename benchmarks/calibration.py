@@ -1,0 +1,103 @@
+"""Sparsity, error and cost of a calibration, and how far its thresholds hold on text of another kind.
+
+    python benchmarks/calibration.py                                     the shipped model, on any machine
+    python benchmarks/calibration.py --model M --calibrate A.txt --test B.txt --length 16384 --windows 3
+
+Every number is per head: mean sparsity, worst error over the calibration's own validation inputs, and the share of
+(head, window) pairs of the test text whose error stays within the tolerance and within 0.07.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, SHIPPED_MODEL, load, save, text_windows
+from torch import Tensor
+
+from afbs_compile import Recipe, calibrate
+from afbs_compile.calibration import record_programs
+from afbs_compile.found import FoundGraph
+from afbs_compile.passes.capture import SampleRun, capture
+from afbs_compile.recipe import SiteRecipe
+from afbs_compile.tuner.measure import Meter
+from afbs_compile.tuner.space import Thresholds
+
+LOOSE = 0.07
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SHIPPED_MODEL, help="folder of a causal language model")
+    parser.add_argument("--calibrate", default="topics", help="text file to calibrate on")
+    parser.add_argument("--test", default="topics", help="text file of another kind")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--windows", type=int, default=5, help="windows of either text")
+    parser.add_argument("--tolerance", type=float, default=0.055)
+    parser.add_argument("--method", default="afbs", choices=("afbs", "paper"))
+    parser.add_argument("--parameterization", default="corrected", choices=("corrected", "paper"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="calibration", help="name of the result file")
+    arguments = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
+    samples = text_windows(tokenizer, arguments.calibrate, arguments.length, arguments.windows, device)
+    recipe = calibrate(
+        model.model,
+        samples,
+        tolerance=arguments.tolerance,
+        method=arguments.method,
+        parameterization=arguments.parameterization,
+    )
+    # The recipe's sparsity is of what runs; sites that were not faster here count all the same in this benchmark.
+    sparsity = [[head.sparsity for head in site.heads] for site in recipe.sites]
+    worst = [[head.error for head in site.heads] for site in recipe.sites]
+    unseen = errors_on(recipe, model.model, text_windows(tokenizer, arguments.test, arguments.length, arguments.windows, device))
+    result = {
+        "settings": {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "name")},
+        "mean_sparsity": float(torch.tensor(sparsity).mean()),
+        "sites_not_faster": [site.name for site in recipe.sites if site.outcome != "sparse"],
+        "worst_validation_error": float(torch.tensor(worst).max()),
+        "heads": sum(len(site.heads) for site in recipe.sites),
+        "dense_heads": sum(head.outcome == "dense" for site in recipe.sites for head in site.heads),
+        "calibration_seconds": sum(graph.seconds for graph in recipe.graphs),
+        "evaluations_per_site": sum(graph.evaluations for graph in recipe.graphs) / len(recipe.sites),
+        "other_text": {
+            "pairs": unseen.numel(),
+            "share_within_tolerance": float((unseen <= arguments.tolerance).float().mean()),
+            "share_within_0.07": float((unseen <= LOOSE).float().mean()),
+            "worst": float(unseen.max()),
+        },
+        "sparsity_per_head": sparsity,
+        "error_per_head": worst,
+    }
+    print({key: value for key, value in result.items() if not key.endswith("per_head")})
+    save(arguments.name, arguments.out, result)
+
+
+def errors_on(recipe: Recipe, model: Any, windows: Sequence[Tensor]) -> Tensor:
+    """Error of every (site, window, head) at the recipe's thresholds: ``[sites, windows, H]``."""
+    by_name = {site.name: site for site in recipe.sites}
+    (program,) = record_programs(model, list(windows))
+    found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
+    runs = [SampleRun(found.gm, found.sites, inputs) for inputs in program.samples]
+    errors = []
+    for name, operands in capture(runs):
+        meter = Meter(operands, block_q=recipe.block_q, block_k=recipe.block_k, windows=1)
+        errors.append(meter(thresholds_of(by_name[name])).error)
+    return torch.stack(errors)
+
+
+def thresholds_of(site: SiteRecipe) -> Thresholds:
+    """The recipe's constants as the tuner holds them."""
+    columns = zip(*((head.tau, head.theta, head.lam) for head in site.heads), strict=True)
+    return Thresholds(*(torch.tensor(column) for column in columns))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What every benchmark needs: models, text windows, and result files that say where they came from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import pydoc_data.topics
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SHIPPED_MODEL = ROOT / "examples" / "model-7m"
+
+
+def load(folder: str | Path, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def text_windows(tokenizer: Any, source: str, length: int, count: int, device: str) -> list[Tensor]:
+    """``count`` disjoint windows ``[1, length]`` spread over a text file, or over Python's help topics (``topics``)."""
+    text = "\n\n".join(pydoc_data.topics.topics.values()) if source == "topics" else Path(source).read_text("utf-8")
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    if len(tokens) < length * count:
+        raise SystemExit(f"{source} has {len(tokens)} tokens, fewer than {count} windows of {length}")
+    starts = torch.linspace(0, len(tokens) - length, count).long().tolist()
+    return [tokens[None, start : start + length].to(device) for start in starts]
+
+
+def environment() -> dict[str, Any]:
+    """Commit, device and versions, for a result file."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "commit": commit.strip() or "unknown",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "triton", "transformers")},
+    }
+
+
+def save(name: str, folder: Path, result: dict[str, Any]) -> None:
+    """Write ``<folder>/<name>.json`` and print where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({**environment(), **result}, indent=1) + "\n")
+    print(f"wrote {path}")

@@ -1,0 +1,262 @@
+"""Attention over given blocks: every engine against SDPA and against the specification in float64."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels import block_sparse, predict, reference
+from tests.kernels.helpers import (
+    ENGINES,
+    FLEX,
+    NO_SKIP,
+    TRITON,
+    TRITON_DEVICE,
+    Engine,
+    Shape,
+    all_blocks,
+    dense,
+    error,
+    exact,
+    inputs,
+    shape_id,
+    some_blocks,
+    tolerance,
+)
+
+LAYOUTS = ["bhnd", "bnhd", "gaps", "strided"]
+
+# FlexAttention compiles once for each (dtype, head_dim, groups, single key head or not): few kinds, many shapes.
+FLEX_KINDS = [
+    (torch.float32, 64, 1, 2),
+    (torch.float32, 64, 4, 1),
+    (torch.float32, 256, 8, 1),
+    (torch.float32, 17, 2, 2),
+    (torch.float16, 60, 1, 2),
+    (torch.bfloat16, 96, 2, 2),
+]
+
+
+def random_shapes(engine: Engine, count: int) -> list[Shape]:
+    """Shapes over the whole contract, the same in every run."""
+    draw = random.Random(3)
+    shapes = []
+    for index in range(count):
+        dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16])
+        head_dim, groups, kv_heads = draw.randint(16, 256), draw.choice([1, 2, 4, 8]), draw.choice([1, 2])
+        if engine is FLEX:
+            dtype, head_dim, groups, kv_heads = FLEX_KINDS[index % len(FLEX_KINDS)]
+        block_q, block_k = draw.choice([(64, 64), (128, 64), (128, 128)])
+        shapes.append(
+            Shape(
+                length=draw.choice([draw.randint(1, 1000), draw.randint(1, 200)]),
+                head_dim=head_dim,
+                heads=kv_heads * groups,
+                kv_heads=kv_heads,
+                batch=draw.randint(1, 4) if groups < 4 else 1,
+                dtype=dtype,
+                causal=draw.random() < 0.5,
+                block_q=block_q,
+                block_k=block_k,
+                layout=draw.choice(LAYOUTS),
+            )
+        )
+    return shapes
+
+
+CASES = [
+    pytest.param(engine, shape, id=f"{engine}-{shape}")
+    for engine in (FLEX, TRITON)
+    for shape in random_shapes(engine, 24)
+]
+
+
+@pytest.mark.parametrize(("engine", "shape"), CASES)
+def test_every_block_kept_is_sdpa(engine: Engine, shape: Shape) -> None:
+    q, k, v = inputs(shape, engine.device)
+    out = engine.attend(q, k, v, all_blocks(shape, engine.device), **shape.call)
+    truth = dense(q.double(), k.double(), v.double(), shape)
+    assert error(out, truth) <= tolerance(q, k, v, shape)
+
+
+@pytest.mark.parametrize(("engine", "shape"), CASES)
+def test_some_blocks_kept_is_the_specification(engine: Engine, shape: Shape) -> None:
+    q, k, v = inputs(shape, engine.device)
+    live = some_blocks(shape, engine.device, seed=shape.length)
+    out = engine.attend(q, k, v, live, **shape.call)
+    assert error(out, exact(q, k, v, live, shape)) <= max(tolerance(q, k, v, shape), 1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_output_is_free_to_be_flattened(engine: Engine) -> None:
+    shape = Shape(length=150, heads=4, batch=2, layout="gaps")
+    q, k, v = inputs(shape, engine.device)
+    out = engine.attend(q, k, v, all_blocks(shape, engine.device), **shape.call)
+    assert out.dtype == q.dtype
+    if engine.name != "reference":
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (128, 128)], ids=["64x64", "128x64", "128x128"])
+@pytest.mark.parametrize("token", [0, 100, 127, 128, 299])
+def test_future_tokens_change_nothing_under_a_given_mask(engine: Engine, blocks: tuple[int, int], token: int) -> None:
+    shape = Shape(length=300, block_q=blocks[0], block_k=blocks[1])
+    q, k, v = inputs(shape, engine.device)
+    live = some_blocks(shape, engine.device, share=0.6)
+    before = engine.attend(q, k, v, live, **shape.call)
+    for x, seed in ((q, 11), (k, 12), (v, 13)):
+        x[:, :, token + 1 :] = 100 * inputs(shape, engine.device, seed)[0][:, :, token + 1 :]
+    after = engine.attend(q, k, v, live, **shape.call)
+    assert torch.equal(before[:, :, : token + 1], after[:, :, : token + 1])
+    assert token == 299 or not torch.equal(before[:, :, token + 1 :], after[:, :, token + 1 :])
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("poisoned", ["q", "k", "v"])
+def test_nan_stays_in_its_head_and_batch(engine: Engine, causal: bool, poisoned: str) -> None:
+    shape = Shape(length=200, heads=4, kv_heads=4, batch=2, causal=causal)
+    q, k, v = inputs(shape, engine.device)
+    live = all_blocks(shape, engine.device)
+    clean = engine.attend(q, k, v, live, **shape.call)
+    {"q": q, "k": k, "v": v}[poisoned][1, 2, 70] = torch.nan
+    out = engine.attend(q, k, v, live, **shape.call)
+    touched = torch.zeros(2, 4, dtype=torch.bool)
+    touched[1, 2] = True
+    assert torch.equal(out[~touched], clean[~touched])
+    assert out[1, 2, 70].isnan().all()
+    if poisoned == "q":
+        assert torch.equal(out[1, 2, 71:], clean[1, 2, 71:])
+    if causal:  # keys of the same block are multiplied by exact zeros, and 0 * NaN is NaN; earlier blocks are clean
+        assert torch.equal(out[1, 2, :64], clean[1, 2, :64])
+
+
+EXTREMES = {
+    "zeros": lambda x: torch.zeros_like(x),
+    "ones": lambda x: torch.ones_like(x),
+    "1e4": lambda x: x * 1e4,
+    "6e4": lambda x: torch.full_like(x, 6e4),
+    "tiny": lambda x: x * 1e-7,
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_values_give_finite_results(engine: Engine, dtype: torch.dtype, extreme: str) -> None:
+    shape = Shape(length=150, dtype=dtype, head_dim=64 if dtype == torch.float32 else 60)
+    q, k, _ = (EXTREMES[extreme](x) for x in inputs(shape, engine.device))
+    v = inputs(shape, engine.device)[2]
+    live = some_blocks(shape, engine.device)
+    out = engine.attend(q, k, v, live, **shape.call)
+    assert out.isfinite().all()
+    if extreme != "1e4":  # there the softmax picks one key, and rounding decides between near ties
+        assert error(out, exact(q, k, v, live, shape)) <= (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_lengths_around_the_block(engine: Engine, length: int, causal: bool) -> None:
+    shape = Shape(length=length, causal=causal)
+    q, k, v = inputs(shape, engine.device)
+    live = some_blocks(shape, engine.device)
+    out = engine.attend(q, k, v, live, **shape.call)
+    assert error(out, exact(q, k, v, live, shape)) <= 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_batch_zero(engine: Engine) -> None:
+    shape = Shape(length=100, batch=0)
+    q, k, v = inputs(shape, engine.device)
+    assert engine.attend(q, k, v, all_blocks(shape, engine.device), **shape.call).shape == q.shape
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 2.0])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_triton_takes_any_scale(scale: float, causal: bool) -> None:
+    shape = Shape(length=150, scale=scale, causal=causal)
+    q, k, v = inputs(shape, TRITON_DEVICE)
+    live = some_blocks(shape, TRITON_DEVICE)
+    out = TRITON.attend(q, k, v, live, **shape.call)
+    assert error(out, exact(q, k, v, live, shape)) <= 1e-5
+
+
+def skip(q: Tensor, k: Tensor, v: Tensor, live: Tensor, lam: list[float], shape: Shape) -> tuple[Tensor, Tensor]:
+    """Triton's and the specification's result with products skipped."""
+    lists = predict.mask_to_lists(live)
+    return (
+        block_sparse.attend(q, k, v, lists, lam, **shape.call),
+        reference.masked_attention(q, k, v, live, lam, **shape.call),
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16)], ids=["64x64", "128x64", "32x16"])
+def test_lambda_skips_what_the_reference_skips(causal: bool, blocks: tuple[int, int]) -> None:
+    shape = Shape(length=333, heads=4, kv_heads=2, causal=causal, block_q=blocks[0], block_k=blocks[1])
+    q, k, v = inputs(shape, TRITON_DEVICE)
+    q *= 2
+    live = some_blocks(shape, TRITON_DEVICE, share=0.7)
+    out, expected = skip(q, k, v, live, [-1.0, -4.0, NO_SKIP, 0.0], shape)
+    assert error(out, expected) <= 1e-5
+    whole = exact(q, k, v, live, shape)
+    assert error(expected[:, 0], whole[:, 0]) > 1e-3, "nothing was skipped: the case is too easy"
+    assert error(out[:, 2], whole[:, 2]) <= 1e-5
+
+
+def test_lambda_ignores_rows_past_the_end() -> None:
+    # 65 rows: the second query block holds one row and 63 rows of nothing, which must not keep a tile alive.
+    shape = Shape(length=65, heads=1, kv_heads=1, causal=False)
+    q, k, v = inputs(shape, TRITON_DEVICE)
+    k[:, :, 64:] = 0.0
+    k[:, :, :64] = q[:, :, 64:]
+    out, expected = skip(q, k, v, all_blocks(shape, TRITON_DEVICE), [-1.0], shape)
+    assert error(out, expected) <= 1e-5
+
+
+def test_blocks_that_do_not_fit_are_cut_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_sparse, "_shared_memory", lambda device: 100_000)
+    for causal in (True, False):
+        shape = Shape(length=300, head_dim=256, block_q=128, block_k=128, causal=causal)
+        q, k, v = inputs(shape, TRITON_DEVICE)
+        live = some_blocks(shape, TRITON_DEVICE)
+        # A cut block ignores lambda: it skips nothing.
+        out = block_sparse.attend(q, k, v, predict.mask_to_lists(live), [-1.0, -1.0], **shape.call)
+        assert error(out, exact(q, k, v, live, shape)) <= 1e-5
+
+
+@pytest.mark.parametrize("shared_memory", [64 << 10, 99 << 10, 163 << 10, 227 << 10], ids=lambda b: f"{b >> 10}K")
+@pytest.mark.parametrize("dim_pad", [16, 64, 128, 256])
+@pytest.mark.parametrize("itemsize", [2, 4], ids=["half", "fp32"])
+def test_tiles_divide_the_blocks_and_fit(shared_memory: int, dim_pad: int, itemsize: int) -> None:
+    for block_q, block_k in ((64, 64), (128, 64), (128, 128)):
+        shape = block_sparse.launch_shape(block_q, block_k, dim_pad, itemsize, shared_memory)
+        assert block_q % shape.tile_q == 0
+        assert block_k % shape.tile_k == 0
+        assert min(shape.tile_q, shape.tile_k) >= 16
+        assert (shape.tile_q + 2 * shape.stages * shape.tile_k) * dim_pad * itemsize <= shared_memory
+
+
+def test_a_row_stride_too_wide_for_32_bits_is_copied() -> None:
+    storage = torch.empty(1, dtype=torch.float16, device="meta")
+    wide = torch.as_strided(storage, (1, 1, 10, 64), (64, 64, block_sparse.LARGEST_ROW_STRIDE, 1))
+    near = torch.as_strided(storage, (1, 1, 10, 64), (64, 64, block_sparse.LARGEST_ROW_STRIDE - 1, 1))
+    assert block_sparse._addressable(wide).is_contiguous()
+    assert block_sparse._addressable(near) is near
+
+
+@pytest.mark.parametrize("engine", [FLEX, TRITON], ids=str)
+def test_only_live_blocks_are_read(engine: Engine) -> None:
+    shape = Shape(length=512, causal=False)
+    q, k, v = inputs(shape, engine.device)
+    live = some_blocks(replace(shape, heads=1), engine.device).expand(1, 2, -1, -1).clone()
+    live[..., 5] = False  # nobody reads block 5
+    expected = engine.attend(q, k, v, live, **shape.call)
+    k[:, :, 320:384] = v[:, :, 320:384] = torch.nan
+    assert torch.equal(engine.attend(q, k, v, live, **shape.call), expected)

@@ -1,0 +1,172 @@
+"""Every kind of refusal, by the first words of its sentence."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from afbs_compile.passes.find import find
+
+sdpa = F.scaled_dot_product_attention
+
+
+def x(*shape, dtype=torch.float32):
+    return torch.randn(shape or (2, 4, 24, 16)).to(dtype)
+
+
+def autocast(q):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return sdpa(q, q, q)
+
+
+REFUSED = {
+    "dropout in effect": (lambda q: sdpa(q, q, q, dropout_p=0.1), [x()]),
+    "additive bias": (lambda q, b: sdpa(q, q, q, attn_mask=b), [x(), x(24, 24)]),
+    "mask not proven": (lambda q, m: sdpa(q, q, q, attn_mask=m), [x(), torch.ones(24, 24, dtype=torch.bool).tril()]),
+    "q_len != k_len": (lambda q, k: sdpa(q, k, k), [x(), x(2, 4, 32, 16)]),
+    "unsupported head_dim": (lambda q: sdpa(q, q, q), [x(1, 2, 24, 8)]),
+    "unsupported dtype": (lambda q: sdpa(q, q, q), [x(dtype=torch.float64)]),
+    "unsupported shape": (lambda q, k: sdpa(q, k, k), [x(), x(1, 4, 24, 16)]),
+    "unsupported layout": (lambda q: torch.vmap(lambda y: sdpa(y, y, y))(q), [x()]),
+    "flex_attention": (lambda q: flex_attention(q, q, q), [x()]),
+    "inside a higher-order operator": (lambda q: checkpoint(lambda y: sdpa(y, y, y), q, use_reentrant=False), [x()]),
+}
+
+
+@pytest.mark.parametrize(("kind", "case"), REFUSED.items(), ids=REFUSED.keys())
+def test_kind(look, kind, case):
+    call, args = case
+    assert look(call, *args).reason.startswith(kind)
+
+
+MORE = {
+    "head_dim over 256": ("unsupported head_dim", lambda q: sdpa(q, q, q), [x(1, 1, 24, 264)]),
+    "head_dim of v": ("unsupported head_dim", lambda q, v: sdpa(q, q, v), [x(), x(2, 4, 24, 32)]),
+    "autocast inside": ("unsupported dtype: autocast", autocast, [x()]),
+    "six dimensions": ("unsupported shape", lambda q: sdpa(q, q, q), [x(1, 1, 1, 2, 24, 16)]),
+    "other ranks": ("unsupported shape", lambda q, k: sdpa(q, k, k), [x(), x(4, 24, 16)]),
+    "other batch, 3-D": ("unsupported shape", lambda q, k: sdpa(q, k, k), [x(4, 24, 16), x(1, 24, 16)]),
+    "broadcast v": ("unsupported shape", lambda q, v: sdpa(q, q, v), [x(), x(2, 1, 24, 16)]),
+    "one query row": ("q_len != k_len", lambda q, k: sdpa(q, k, k), [x(2, 4, 1, 16), x()]),
+    "causal, longer cache": ("q_len != k_len", lambda q, k: sdpa(q, k, k, is_causal=True), [x(), x(2, 4, 32, 16)]),
+}
+
+
+@pytest.mark.parametrize(("kind", "call", "args"), MORE.values(), ids=MORE.keys())
+def test_variant(look, kind, call, args):
+    assert look(call, *args).reason.startswith(kind)
+
+
+def test_gradient(look):
+    found = look(lambda q: sdpa(q, q, q), x().requires_grad_(), grad=True)
+    assert found.reason.startswith("gradient needed: ")
+    assert "torch.no_grad()" in found.reason
+
+
+def test_no_gradient_where_nothing_requires_it(look):
+    assert look(lambda q: sdpa(q, q, q), x(), grad=True).site
+
+
+def test_too_short(look):
+    reason = look(lambda q: sdpa(q, q, q), x(), min_length=25).reason
+    assert reason.startswith("too short: 24 tokens")
+    assert "25" in reason
+    assert look(lambda q: sdpa(q, q, q), x(), min_length=24).site
+
+
+def test_a_short_call_with_an_unproven_mask_says_so_first(look):
+    call, args = REFUSED["mask not proven"]
+    assert look(call, *args, min_length=100).reason.startswith("mask not proven")
+
+
+def test_a_dropout_that_is_decided_in_the_graph_is_in_effect(look):
+    class Dropping(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = 0.5
+
+        def forward(self, q):
+            return sdpa(q, q, q, dropout_p=self.p)
+
+    assert look(Dropping(), x(), dynamic=True).reason.startswith("dropout in effect")
+
+
+def reason_for(call, **values):
+    """The refusal of a call that Dynamo cannot capture: its graph is made by hand, with fake values by input name."""
+    gm = torch.fx.symbolic_trace(call)
+    for node in gm.graph.nodes:
+        node.meta["val"] = values.get(str(node.target), values.get("q"))
+    _, (refusal,) = find(gm, min_length=1)
+    return refusal.reason
+
+
+def test_heads_that_do_not_divide():
+    reason = reason_for(lambda q, k: sdpa(q, k, k, enable_gqa=True), q=x(2, 4, 24, 16), k=x(2, 3, 24, 16))
+    assert reason.startswith("unsupported shape: 4 query heads over 3 key heads")
+
+
+def test_a_causal_flag_from_the_graph():
+    reason = reason_for(lambda q, flag: sdpa(q, q, q, is_causal=flag), q=x(), flag=True)
+    assert reason.startswith("mask not proven: is_causal is computed")
+
+
+def test_causal_flag_and_mask_together():
+    reason = reason_for(lambda q, mask: sdpa(q, q, q, attn_mask=mask, is_causal=True), q=x(), mask=x(24, 24) > 0)
+    assert reason.startswith("mask not proven: is_causal=True together with attn_mask")
+
+
+def test_a_graph_without_recorded_shapes():
+    assert reason_for(lambda q: sdpa(q, q, q)).startswith("unsupported layout: the graph records no shape")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors():
+    nested = torch.nested.nested_tensor([torch.randn(4, 5, 16), torch.randn(4, 7, 16)])
+    assert reason_for(lambda q: sdpa(q, q, q), q=nested).startswith("unsupported layout: nested")
+
+
+def test_operands_on_two_devices():
+    reason = reason_for(lambda q, k: sdpa(q, k, k), q=x(), k=x().to("meta"))
+    assert reason.startswith("unsupported device: q, k, v are on cpu, meta, meta")
+
+
+def test_each_call_inside_an_operator_is_named(look):
+    class Block(torch.nn.Module):
+        def forward(self, q):
+            return sdpa(q, q, q)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, q):
+            return checkpoint(self.block, self.block(q), use_reentrant=False)
+
+    found = look(Model(), x())
+    assert [site.name for site in found.sites[0]] == ["block"]
+    (refusal,) = found.refusals[0]
+    assert refusal.name == "block#2"
+    assert "checkpoint" in refusal.reason
+
+
+def test_exported_lengths_that_may_differ_are_refused():
+    class Cross(torch.nn.Module):
+        def forward(self, q, k):
+            return sdpa(q, k, k)
+
+    lengths = {"q": {2: torch.export.Dim("a", min=2)}, "k": {2: torch.export.Dim("b", min=2)}}
+    exported = torch.export.export(Cross(), (x(), x(2, 4, 32, 16)), dynamic_shapes=lengths)
+    sites, (refusal,) = find(exported.module(), min_length=1)
+    assert sites == []
+    assert refusal.reason.startswith("q_len != k_len")
+
+
+def test_lengths_that_are_equal_by_chance_are_guarded(compile_with):
+    found = compile_with(lambda q, k: sdpa(q, k, k), dynamic=True)
+    with torch.no_grad():
+        for q_len, k_len in ((24, 32), (24, 40), (32, 32), (40, 40)):
+            q, k = x(2, 4, q_len, 16), x(2, 4, k_len, 16)
+            torch.testing.assert_close(found.call(q, k), sdpa(q, k, k))
+    assert [len(sites) for sites in found.sites] == [0, 1]

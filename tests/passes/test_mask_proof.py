@@ -1,0 +1,359 @@
+"""Dense masks: which are proven, and that nothing else is."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._C import _functorch
+
+from afbs_compile.passes import constants
+from afbs_compile.passes.find import find
+from afbs_compile.passes.mask_proof import MaskPattern, classify
+
+N = 24
+sdpa = F.scaled_dot_product_attention
+
+
+def inplace_on_a_view():
+    mask = torch.ones(N, N, dtype=torch.bool)
+    for row in range(N):
+        mask[row][row + 1 :] = False
+    return mask
+
+
+def written_after_a_use():
+    mask = torch.ones(N, N, dtype=torch.bool)
+    mask.logical_and_(torch.ones(N, N).tril() > 0)
+    return mask
+
+
+def by_vmap():
+    rows = torch.arange(N)
+    return torch.vmap(torch.vmap(lambda i, j: i >= j, (None, 0)), (0, None))(rows, rows)
+
+
+def by_setitem():
+    mask = torch.zeros(N, N, dtype=torch.bool)
+    mask[torch.tril_indices(N, N)[0], torch.tril_indices(N, N)[1]] = True
+    return mask
+
+
+CAUSAL = {
+    "tril": lambda: torch.ones(N, N, dtype=torch.bool).tril(),
+    "arange": lambda: torch.arange(N)[:, None] >= torch.arange(N),
+    "2-D and more": lambda: (torch.arange(N)[:, None] >= torch.arange(N))[None, None],
+    "per batch": lambda: torch.ones(2, 1, N, N, dtype=torch.bool).tril(),
+    "per head": lambda: torch.ones(2, 4, N, N, dtype=torch.bool).tril(),
+    "expanded": lambda: torch.ones(N, N, dtype=torch.bool).tril().expand(2, 4, N, N),
+    "triu, negated": lambda: ~torch.ones(N, N).triu(1).bool(),
+    "and of constants": lambda: torch.ones(N, N, dtype=torch.bool) & (torch.arange(N)[:, None] >= torch.arange(N)),
+    "to the device": lambda: torch.full((N, N), True).tril().to("cpu"),
+    "in place": lambda: torch.ones(N, N, dtype=torch.bool).tril_(),
+    "in place on views": inplace_on_a_view,
+    "in place, old name": written_after_a_use,
+    "by setitem": by_setitem,
+    "by vmap": by_vmap,
+    "filled memory": lambda: torch.empty(N, N, dtype=torch.bool).fill_(True).tril(),
+    "added -inf": lambda: torch.full((N, N), float("-inf")).triu(1),
+    "added lowest number": lambda: torch.full((N, N), torch.finfo(torch.float32).min).triu(1),
+    "where with literals": lambda: torch.where(
+        torch.ones(N, N).tril() > 0, torch.tensor(0.0), torch.tensor(float("-inf"))
+    ),
+}
+
+
+@pytest.mark.parametrize("make", CAUSAL.values(), ids=CAUSAL.keys())
+def test_causal(look, qkv, make):
+    assert look(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site.causal
+
+
+ALL_TRUE = {
+    "square": lambda: torch.ones(N, N, dtype=torch.bool),
+    "broadcast rows": lambda: torch.ones(2, 1, 1, N, dtype=torch.bool),
+    "added zeros": lambda: torch.zeros(N, N),
+}
+
+
+@pytest.mark.parametrize("make", ALL_TRUE.values(), ids=ALL_TRUE.keys())
+def test_all_true_is_full_attention(look, qkv, make):
+    assert not look(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site.causal
+
+
+def flipped(row, column):
+    mask = torch.ones(N, N, dtype=torch.bool).tril()
+    mask[row, column] = ~mask[row, column]
+    return mask
+
+
+def cut_off(length):
+    mask = torch.arange(N)[:, None] >= torch.arange(N)
+    mask[:, : N - length] = False
+    return mask
+
+
+OTHER = {
+    "one bit of the past": lambda: flipped(20, 3),
+    "one bit of the future": lambda: flipped(3, 20),
+    "the last bit": lambda: flipped(N - 1, N - 1),
+    "the first bit": lambda: flipped(0, 0),
+    "shifted by one": lambda: torch.ones(N, N, dtype=torch.bool).tril(1),
+    "strict": lambda: torch.ones(N, N, dtype=torch.bool).tril(-1),
+    "sliding window": lambda: torch.ones(N, N, dtype=torch.bool).tril().triu(-8),
+    "anti-causal": lambda: torch.ones(N, N, dtype=torch.bool).triu(),
+    "last keys only": lambda: cut_off(4),
+    "one head of eight": lambda: torch.stack([torch.ones(N, N).tril() > 0] * 7 + [torch.ones(N, N) > 0]).view(2, 4, N, N),
+    "keys hidden everywhere": lambda: (torch.arange(N) < N - 1)[None, None, None],
+    "written after tril": lambda: torch.ones(N, N, dtype=torch.bool).tril().logical_not_(),
+}
+
+
+@pytest.mark.parametrize("make", OTHER.values(), ids=OTHER.keys())
+def test_another_pattern_is_refused(look, qkv, make):
+    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).reason
+    assert reason.startswith("mask not proven: it was evaluated and is neither causal nor true everywhere")
+
+
+@pytest.mark.parametrize("value", [1.0, -1e30, float("nan"), float("inf")])
+def test_another_number_in_a_floating_mask_is_a_bias(look, qkv, value):
+    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.full((N, N), value).triu(1)), *qkv).reason
+    assert reason.startswith("additive bias: a floating mask is added to the scores, and it was evaluated")
+
+
+class Buffered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(N, N, dtype=torch.bool).tril())
+        self.plain = torch.ones(N, N, dtype=torch.bool).tril()
+        self.weight = torch.nn.Parameter(torch.ones(N, N).tril())
+
+
+GLOBAL = torch.ones(N, N, dtype=torch.bool).tril()
+
+
+@torch._dynamo.allow_in_graph
+def opaque(mask):
+    return mask.tril()
+
+
+def random_but_causal(q, k, v):
+    return sdpa(q, k, v, attn_mask=(torch.rand(N, N) >= 0) & (torch.ones(N, N).tril() > 0))
+
+
+UNSAFE = {
+    "a buffer": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=m.mask), "mask_"),
+    "an attribute": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=m.plain), "plain"),
+    "a parameter": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=m.weight > 0), "weight"),
+    "a global": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=GLOBAL), "GLOBAL"),
+    "an input's values": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=(q[0, 0, :, :1] > -99) & (torch.ones(N, N).tril() > 0)), "L_q_"),
+    "random numbers": (lambda m, q, k, v: random_but_causal(q, k, v), "random"),
+    "dropout": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=F.dropout(torch.ones(N, N), 0.5, True) >= 0), "random"),
+    "bits that were random": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=torch.ones(N, N).bernoulli_(1.0).tril() > 0), "random"),
+    "uninitialised memory": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=torch.empty(N, N).tril() == 0), "uninitialised"),
+    "half filled memory": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=half_filled()), "uninitialised"),
+    "a foreign function": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=opaque(torch.ones(N, N) > 0)), "looked into"),
+    "an input written in": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=overwritten(q)), "L_q_"),
+    "an input written into a view": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=overwritten_view(q)), "L_q_"),
+    "an input by out=": (lambda m, q, k, v: sdpa(q, k, v, attn_mask=overwritten_out(q)), "L_q_"),
+}  # fmt: skip
+
+
+def half_filled():
+    mask = torch.empty(N, N, dtype=torch.bool)
+    mask[: N // 2].fill_(True)
+    return mask.tril()
+
+
+def overwritten(q):
+    mask = torch.ones(N, N, dtype=torch.bool).tril()
+    mask[0, 0] = q[0, 0, 0, 0] > -99
+    return mask
+
+
+def overwritten_view(q):
+    mask = torch.ones(N, N, dtype=torch.bool).tril()
+    mask.view(-1).select(0, 0).logical_and_(q[0, 0, 0, 0] > -99)
+    return mask
+
+
+def overwritten_out(q):
+    mask = torch.ones(N, N, dtype=torch.bool).tril()
+    torch.logical_and(mask, q[0, 0, :, :1] > -99, out=mask)
+    return mask
+
+
+@pytest.mark.parametrize(("call", "why"), UNSAFE.values(), ids=UNSAFE.keys())
+def test_what_may_change_between_calls_is_no_constant(look, qkv, call, why):
+    module = Buffered()
+    module.forward = lambda q, k, v: call(module, q, k, v)
+    reason = look(module, *qkv).reason
+    assert reason.startswith("mask not proven: ")
+    assert why in reason
+
+
+def test_random_numbers_are_not_drawn_by_the_attempt(look, qkv):
+    (gm,) = look(random_but_causal, *qkv).graphs
+    state = torch.random.get_rng_state()
+    assert find(gm, min_length=1)[0] == []
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_mask_written_between_two_calls_is_judged_twice(look, qkv):
+    def fn(q, k, v):
+        mask = torch.ones(N, N, dtype=torch.bool).tril()
+        first = sdpa(q, k, v, attn_mask=mask)
+        mask.fill_(True)
+        second = sdpa(first, k, v, attn_mask=mask)
+        mask[0, 0] = False
+        return sdpa(second, k, v, attn_mask=mask)
+
+    found = look(fn, *qkv)
+    assert [site.causal for site in found.sites[0]] == [True, False]
+    assert len(found.refusals[0]) == 1
+
+
+def test_writes_to_other_tensors_do_not_matter(look, qkv):
+    def fn(q, k, v):
+        mask = torch.ones(N, N, dtype=torch.bool).tril()
+        q = q * 2
+        q += 1
+        v[0] = 0
+        return sdpa(q.mul_(2), k, v, attn_mask=mask)
+
+    assert look(fn, *qkv).site.causal
+
+
+def test_only_the_shape_of_an_input_enters(look, qkv):
+    def fn(q, k, v):
+        mask = torch.ones_like(q[0, 0, :, :1]) * q.new_ones(N, N)
+        return sdpa(q, k, v, attn_mask=mask.tril() > 0)
+
+    assert look(fn, *qkv).site.causal
+
+
+def test_layers_share_the_evaluation(look, qkv, monkeypatch):
+    runs = []
+    monkeypatch.setattr("afbs_compile.passes.mask_proof.run", lambda *args: runs.append(1) or constants.run(*args))
+
+    def fn(q, k, v):
+        mask = torch.ones(N, N, dtype=torch.bool).tril()
+        return sdpa(sdpa(q, k, v, attn_mask=mask), k, v, attn_mask=mask)
+
+    assert len(look(fn, *qkv).sites[0]) == 2
+    assert len(runs) == 1
+
+
+def test_a_mask_too_large_to_evaluate_is_refused(look, qkv, monkeypatch):
+    monkeypatch.setattr(constants, "LARGEST_TENSOR", N * N - 1)
+    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=CAUSAL["arange"]()), *qkv).reason
+    assert "GiB to evaluate" in reason
+
+
+def test_vmap_levels_are_left_after_a_failure(look, qkv):
+    def fn(q, k, v):
+        i = torch.arange(N)
+        mask = torch.vmap(lambda row: torch.empty(N, dtype=torch.bool) & (row >= i))(i)
+        return sdpa(q, k, v, attn_mask=mask)
+
+    assert "uninitialised" in look(fn, *qkv).reason
+    assert not _functorch.maybe_current_level()
+
+
+class TestDynamicShapes:
+    def masked(self, q, k, v):
+        rows = torch.arange(q.shape[2])
+        return sdpa(q, k, v, attn_mask=rows[:, None] >= rows)
+
+    def up_to_32(self, q, k, v):
+        """Causal up to 32 tokens; beyond, nobody attends to the first keys."""
+        n = q.shape[2]
+        rows = torch.arange(n)
+        return sdpa(q, k, v, attn_mask=(rows[:, None] >= rows) & (rows[:, None] - rows < 32))
+
+    def inputs(self, length):
+        return [torch.randn(2, 4, length, 16) for _ in range(3)]
+
+    def test_each_length_is_proven_for_itself(self, compile_with):
+        found = compile_with(self.masked, dynamic=True, change=True)
+        with torch.no_grad():
+            for length in (24, 40):
+                inputs = self.inputs(length)
+                torch.testing.assert_close(found.call(*inputs), self.masked(*inputs))
+        assert [len(sites) for sites in found.sites] == [1, 1]
+
+    def test_a_mask_that_is_causal_at_one_length_only(self, compile_with):
+        found = compile_with(self.up_to_32, dynamic=True, change=True)
+        with torch.no_grad():
+            for length in (24, 40, 30, 41):
+                inputs = self.inputs(length)
+                torch.testing.assert_close(found.call(*inputs), self.up_to_32(*inputs))
+        assert [len(sites) for sites in found.sites] == [1, 0, 1, 0]
+
+    def test_a_short_call_is_not_pinned_to_its_length(self, compile_with):
+        found = compile_with(self.masked, dynamic=True, min_length=100)
+        with torch.no_grad():
+            for length in (24, 40, 30):
+                found.call(*self.inputs(length))
+        assert len(found.graphs) == 1
+
+    def test_an_unproven_mask_is_not_pinned_to_its_length(self, compile_with):
+        found = compile_with(lambda q, m: sdpa(q, q, q, attn_mask=m), dynamic=True)
+        with torch.no_grad():
+            for length in (24, 40, 30):
+                found.call(self.inputs(length)[0], torch.ones(length, length, dtype=torch.bool))
+        assert len(found.graphs) == 1
+
+    def test_an_exported_graph_of_any_length_is_refused(self):
+        class Masked(torch.nn.Module):
+            forward = TestDynamicShapes.masked
+
+        length = torch.export.Dim("length", min=2, max=4096)
+        exported = torch.export.export(Masked(), tuple(self.inputs(24)), dynamic_shapes=({2: length},) * 3)
+        sites, (refusal,) = find(exported.module(), min_length=1)
+        assert sites == []
+        assert refusal.reason.startswith("mask not proven: the length is symbolic in an exported graph")
+
+
+@pytest.mark.parametrize("name", ["where with literals", "in place on views", "arange", "by vmap"])
+def test_exported_graph(name):
+    class Masked(torch.nn.Module):
+        def forward(self, q):
+            return sdpa(q, q, q, attn_mask=CAUSAL[name]())
+
+    (site,), _ = find(torch.export.export(Masked(), (torch.randn(2, 4, N, 16),)).module(), min_length=1)
+    assert site.causal
+
+
+def test_exported_buffer_is_no_constant():
+    class Masked(Buffered):
+        def forward(self, q):
+            return sdpa(q, q, q, attn_mask=self.mask & self.plain)
+
+    exported = torch.export.export(Masked(), (torch.randn(2, 4, N, 16),))
+    for gm in (exported.module(), exported.graph_module):
+        _, (refusal,) = find(gm, min_length=1)
+        assert refusal.reason.startswith("mask not proven: it ")
+
+
+class TestClassify:
+    @pytest.mark.parametrize("length", [1, 2, 63, 5000])
+    @pytest.mark.parametrize("chunk", [1, 100, 2**24])
+    def test_patterns(self, length, chunk, monkeypatch):
+        if length * length > chunk * 10**6:
+            pytest.skip("many tiny chunks")
+        monkeypatch.setattr("afbs_compile.passes.mask_proof.CHUNK", chunk)
+        ones = torch.ones(length, length, dtype=torch.bool)
+        assert classify(ones, length) is MaskPattern.FULL
+        assert classify(ones.tril(), length) is (MaskPattern.CAUSAL if length > 1 else MaskPattern.FULL)
+        assert classify(~ones, length) is None
+
+    def test_every_slice_counts(self):
+        mask = torch.ones(3, 2, 8, 8, dtype=torch.bool).tril()
+        assert classify(mask, 8) is MaskPattern.CAUSAL
+        mask[2, 1, 5, 1] = False
+        assert classify(mask, 8) is None
+
+    def test_slices_of_two_patterns_have_none(self):
+        ones = torch.ones(8, 8, dtype=torch.bool)
+        assert classify(torch.stack([ones, ones.tril()]), 8) is None
+
+    def test_an_empty_batch_has_no_pattern(self):
+        assert classify(torch.ones(0, 1, 8, 8, dtype=torch.bool), 8) is None

@@ -1,0 +1,320 @@
+"""``torch.compile(model, backend="afbs")`` from the outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from tests.toy import WIDTH, Toy, always_faster, drifting
+
+import afbs_compile
+from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
+from afbs_compile.tuner import site as tuner_site
+
+LENGTH = 1024
+OPTIONS = {"min_length": 128}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def never_calibrates(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("calibrated again")
+
+    return lambda: monkeypatch.setattr("afbs_compile.backend.calibrate_graph", fail)
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="afbs", fullgraph=True, options={**OPTIONS, **options})
+
+
+def relative_l1(a, b):
+    return float((a - b).abs().sum() / b.abs().sum())
+
+
+def test_the_entry_point_is_registered():
+    assert "afbs" in torch._dynamo.list_backends()
+
+
+@torch.no_grad()
+def test_a_model_is_found_calibrated_rewritten_and_close_to_dense():
+    model, x = Toy().eval(), drifting(LENGTH)
+    sparse = compiled(model)
+    out = sparse(x)
+    explanation = afbs_compile.explain(sparse)
+    assert [row.site for row in explanation.rows] == ["layers.0", "layers.1"]
+    assert [row.outcome for row in explanation.rows] == ["sparse", "sparse"]
+    assert all(row.sparsity > 0.2 and 0 < row.error <= 0.055 for row in explanation.rows)
+    assert explanation.after[0].count("torch.ops.afbs.sparse_attention") == 2
+    assert "_nn.scaled_dot_product_attention" not in explanation.after[0]
+    assert explanation.before[0].count("_nn.scaled_dot_product_attention") == 2
+    difference = relative_l1(out, model(x))
+    assert 0 < difference <= 0.055
+
+
+@torch.no_grad()
+def test_other_samples_and_tolerances_reach_the_tuner():
+    model, x = Toy().eval(), drifting(LENGTH)
+    loose, tight = compiled(model, tolerance=0.05), compiled(Toy(seed=1).eval(), tolerance=0.005)
+    loose(x), tight(x)
+    loose, tight = afbs_compile.explain(loose), afbs_compile.explain(tight)
+    assert max(row.error for row in tight.rows) <= 0.005 < max(row.error for row in loose.rows) <= 0.05
+
+
+@torch.no_grad()
+def test_a_second_process_finds_the_recipe(never_calibrates):
+    x = drifting(LENGTH)
+    first = compiled(Toy().eval())(x)
+    torch._dynamo.reset()
+    never_calibrates()
+    assert torch.equal(compiled(Toy().eval())(x), first)
+
+
+@torch.no_grad()
+def test_other_weights_tolerance_or_samples_calibrate_again(never_calibrates):
+    x = drifting(LENGTH)
+    compiled(Toy().eval())(x)
+    never_calibrates()
+    changed = Toy().eval()
+    changed.layers[0].qkv.weight[5, 7] += 1e-3
+    for model, options in (
+        (changed, {}),
+        (Toy().eval(), {"tolerance": 0.02}),
+        (Toy().eval(), {"samples": [x]}),
+        (Toy().eval(), {"method": "paper"}),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(BackendCompilerFailed, match="calibrated again"):
+            compiled(model, **options)(x)
+
+
+@torch.no_grad()
+def test_a_new_length_reuses_the_recipe(never_calibrates):
+    model = Toy().eval()
+    sparse = compiled(model)
+    sparse(drifting(LENGTH))
+    never_calibrates()
+    for length in (1536, 1100):
+        x = drifting(length, seed=3)
+        assert relative_l1(sparse(x), model(x)) <= 0.1
+    assert len(afbs_compile.explain(sparse).after) >= 2
+
+
+@torch.no_grad()
+def test_below_the_crossover_the_model_is_the_dense_one(never_calibrates, monkeypatch):
+    slow = tuner_site.SiteSpeed(2.0, 1.0, LENGTH)
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(lambda *_, **__: slow))
+    model = Toy().eval()
+    sparse = torch.compile(model, backend="afbs", dynamic=False, options=OPTIONS)
+    sparse(drifting(LENGTH))
+    x = drifting(512)
+    assert torch.allclose(sparse(x), torch.compile(model)(x), atol=1e-5)
+    rows = [row for row in afbs_compile.explain(sparse).rows if row.graph == 1]
+    assert {row.outcome for row in rows} == {"dense"}
+    assert rows[0].reason == "too short: 512 tokens, sparse was measured to pay from 1024"
+
+
+@torch.no_grad()
+def test_a_site_that_is_not_faster_stays_dense(monkeypatch):
+    slow = tuner_site.SiteSpeed(1.0, 1.1, None)
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(lambda *_, **__: slow))
+    sparse = compiled(Toy().eval())
+    with pytest.warns(AfbsWarning, match="not faster"):
+        sparse(drifting(LENGTH))
+    assert {row.reason for row in afbs_compile.explain(sparse).rows} == {"not faster: 1.1 ms sparse, 1 ms dense"}
+
+
+@torch.no_grad()
+def test_no_attention_is_said_once_and_runs_unchanged():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
+    sparse = torch.compile(model, backend="afbs", dynamic=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rows in (2, 3, 5):
+            x = torch.randn(rows, 8)
+            assert torch.allclose(sparse(x), model(x), atol=1e-6)
+    said = [w for w in caught if issubclass(w.category, AfbsWarning)]
+    assert len(said) == 1
+    assert "no scaled_dot_product_attention call" in str(said[0].message)
+
+
+def test_training_is_refused_and_still_learns():
+    model, x = Toy(), drifting(256)
+    sparse = compiled(model)
+    with pytest.warns(AfbsWarning, match="gradient needed"):
+        sparse(x).square().mean().backward()
+    gradient = model.layers[0].qkv.weight.grad.clone()
+    model.zero_grad()
+    model(x).square().mean().backward()
+    assert torch.allclose(gradient, model.layers[0].qkv.weight.grad, atol=1e-5)
+    assert all(row.outcome == "refused" for row in afbs_compile.explain(sparse).rows)
+
+
+@torch.no_grad()
+def test_functions_compile_and_explain():
+    def attend(x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    q = drifting(LENGTH).view(1, LENGTH, 4, 32).transpose(1, 2) * 3
+    sparse = compiled(attend)
+    assert relative_l1(sparse(q), attend(q)) <= 0.055
+    assert [row.outcome for row in afbs_compile.explain(sparse).rows] == ["sparse"]
+
+
+def test_explain_before_the_first_call_says_so():
+    assert "call the model once" in str(afbs_compile.explain(torch.compile(Toy(), backend="afbs")))
+
+
+def test_explain_refuses_what_was_not_compiled():
+    with pytest.raises(TypeError, match="compiled_or_recipe: got Toy"):
+        afbs_compile.explain(Toy())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"tolerence": 0.1}, "unknown option 'tolerence'; known options: tolerance, method"),
+        ({"tolerance": 0}, "tolerance: got 0; accepted: a number between 0 and 1"),
+        ({"tolerance": "low"}, "tolerance: got 'low'"),
+        ({"method": "guess"}, "method: got 'guess'; accepted: 'afbs' or 'paper'"),
+        ({"parameterization": 1}, "parameterization: got 1"),
+        ({"min_length": 0}, "min_length: got 0"),
+        ({"samples": 3}, "samples: got 3; accepted: an iterable of model inputs"),
+        ({"samples": []}, "samples: got none"),
+        ({"recipe": 7}, "recipe: got 7"),
+        ({"recipe": "/absent/recipe.json"}, "cannot be read"),
+        ({"recipe": "r.json", "tolerance": 0.1}, "tolerance: not accepted together with recipe"),
+        ({"dump": 1}, "dump: got 1"),
+    ],
+)
+def test_bad_options_name_the_option_and_what_is_accepted(options, sentence):
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compiled(Toy().eval(), **options)(drifting(256))
+    assert sentence in str(caught.value)
+    assert isinstance(caught.value.inner_exception, OptionError | RecipeError)
+
+
+@torch.no_grad()
+def test_recipe_from_calibrate_is_used_as_it_is(never_calibrates, tmp_path):
+    x = drifting(LENGTH)
+    recipe = afbs_compile.calibrate(Toy().eval(), [x, drifting(LENGTH, seed=1)], min_length=128)
+    recipe.save(tmp_path / "toy.json")
+    never_calibrates()
+    from_object = compiled(Toy().eval(), recipe=recipe)(x)
+    torch._dynamo.reset()
+    sparse = compiled(Toy().eval(), recipe=tmp_path / "toy.json")
+    assert torch.equal(sparse(x), from_object)
+    tau = recipe.sites[0].heads[0].tau
+    assert f"{tau:.6g}" in afbs_compile.explain(sparse).after[0]
+
+
+@torch.no_grad()
+def test_the_recipe_of_another_model_is_refused(tmp_path):
+    recipe = afbs_compile.calibrate(Toy().eval(), [drifting(LENGTH)], min_length=128)
+    recipe.save(tmp_path / "toy.json")
+    with pytest.raises(BackendCompilerFailed, match="toy.json belongs to another model: same architecture"):
+        compiled(Toy(seed=9).eval(), recipe=tmp_path / "toy.json")(drifting(LENGTH))
+    other = nn.Sequential(Toy()).eval()
+    with pytest.raises(BackendCompilerFailed, match="the recipe given belongs to another model: its attention calls"):
+        compiled(other, recipe=recipe)(drifting(LENGTH))
+    with pytest.raises(BackendCompilerFailed, match="belongs to another model"):
+        compiled(Toy().eval().double().bfloat16(), recipe=recipe)(drifting(LENGTH).bfloat16())
+
+
+@torch.no_grad()
+def test_a_damaged_cache_is_reported_and_calibration_runs():
+    x = drifting(LENGTH)
+    first = compiled(Toy().eval())(x)
+    (cached,) = Path(os.environ["AFBS_CACHE_DIR"]).iterdir()
+    for text in ("{", json.dumps({**json.loads(cached.read_text()), "schema_version": 99})):
+        cached.write_text(text)
+        torch._dynamo.reset()
+        with pytest.warns(AfbsWarning, match="Calibrating again"):
+            again = compiled(Toy().eval())(x)
+        assert torch.equal(again, first)
+        json.loads(cached.read_text())
+
+
+@torch.no_grad()
+def test_a_folder_that_cannot_be_written_only_warns(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AFBS_CACHE_DIR", str(tmp_path / "file" / "below"))
+    with pytest.warns(AfbsWarning, match="not cached"):
+        compiled(Toy().eval())(drifting(LENGTH))
+
+
+@torch.no_grad()
+def test_graphs_are_dumped(tmp_path):
+    compiled(Toy().eval(), dump=tmp_path / "graphs")(drifting(LENGTH))
+    names = sorted(path.name.split(".", 1)[1] for path in (tmp_path / "graphs").iterdir())
+    assert names == ["after.py", "before.py"]
+    after = next((tmp_path / "graphs").glob("*.after.py")).read_text()
+    assert "afbs.sparse_attention" in after
+
+
+@torch.no_grad()
+def test_samples_are_used_and_recorded():
+    x = drifting(LENGTH)
+    sparse = compiled(Toy().eval(), samples=(drifting(LENGTH, seed=s) for s in range(3)))
+    sparse(x)
+    sparse(drifting(1500))  # compiled again: the generator is spent, its samples are not forgotten
+    (cached,) = Path(os.environ["AFBS_CACHE_DIR"]).iterdir()
+    recipe = afbs_compile.Recipe.load(cached)
+    samples = recipe.graphs[0].samples
+    assert (samples.source, samples.count, samples.validation_inputs) == ("samples", 3, 3)
+    assert samples.lengths == (LENGTH, LENGTH)
+    assert all(len(head.validation_errors) == 3 for site in recipe.sites for head in site.heads)
+
+
+@torch.no_grad()
+def test_one_long_sample_is_split_into_disjoint_windows():
+    sparse = compiled(Toy().eval(), samples=[drifting(2 * LENGTH + 100)])
+    sparse(drifting(LENGTH))
+    (cached,) = Path(os.environ["AFBS_CACHE_DIR"]).iterdir()
+    assert afbs_compile.Recipe.load(cached).graphs[0].samples.count == 2
+
+
+@torch.no_grad()
+def test_the_first_call_alone_is_validated_on_windows_of_its_queries():
+    compiled(Toy().eval())(drifting(LENGTH))
+    (cached,) = Path(os.environ["AFBS_CACHE_DIR"]).iterdir()
+    samples = afbs_compile.Recipe.load(cached).graphs[0].samples
+    assert (samples.source, samples.count, samples.validation_inputs) == ("first call", 1, 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("samples", "sentence"),
+    [
+        ([torch.zeros(1, LENGTH)], "accepted: torch.float32 [1, 1024, 128]"),
+        ([torch.zeros(1, 100, WIDTH)], "or longer in one dimension"),
+        ([{"y": torch.zeros(1, LENGTH, WIDTH)}], "missing: x"),
+        ([(torch.zeros(1), torch.zeros(1))], "samples[0]: got 2 values; accepted: 1 tensors (x)"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(samples, sentence):
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compiled(Toy().eval(), samples=samples)(drifting(LENGTH))
+    assert sentence in str(caught.value)
+
+
+@torch.no_grad()
+def test_modes_of_inductor_are_passed_on():
+    x = drifting(256)
+    with pytest.warns(AfbsWarning):
+        out = torch.compile(Toy().eval(), backend="afbs", mode="reduce-overhead")(x)
+    assert torch.allclose(out, Toy().eval()(x), atol=1e-5)
