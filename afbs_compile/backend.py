@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from afbs_compile import cache
-from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
+from afbs_compile.errors import AfbsWarning, RecipeError
 from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.reference import PREDICTOR_VERSION

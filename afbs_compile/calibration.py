@@ -87,6 +87,7 @@ class Program:
         self.samples: list[list[Any]] = []
 
     def __call__(self, *inputs: Any) -> Any:
+        """Run the graph, after keeping a copy of what it is given."""
         self.samples.append([concrete(value) for value in inputs])
         return self.gm(*inputs)
 

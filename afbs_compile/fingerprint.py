@@ -17,12 +17,12 @@ STRIDED_SAMPLE = 4096
 def parameters_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[tuple[str, Tensor]]:
     """Named parameters of a graph in graph order, whether they are inputs of the graph or attributes of its module."""
     placeholders = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    lifted = [
+    lifted: list[tuple[str, Tensor]] = [
         (name, value)
         for name, value in zip(placeholders, example_inputs, strict=True)
         if isinstance(value, torch.nn.Parameter)
     ]
-    return lifted + list(gm.named_parameters())
+    return [*lifted, *gm.named_parameters()]
 
 
 def graph_digest(site_names: Iterable[str], parameters: Iterable[tuple[str, Tensor]]) -> str:

@@ -58,9 +58,7 @@ class Options:
     @property
     def tuning(self) -> TuneSettings:
         """The part that the tuner needs."""
-        return TuneSettings(
-            tolerance=float(self.tolerance), method=self.method, parameterization=self.parameterization
-        )
+        return TuneSettings(tolerance=float(self.tolerance), method=self.method, parameterization=self.parameterization)
 
     def _check(self) -> None:
         number = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)

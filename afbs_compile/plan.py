@@ -41,7 +41,9 @@ class Plan:
         by_name = {site.name: site for site in _matching_graph(found, recipe).sites}
         rows = [_applied(site, by_name.get(site.name), recipe) for site in found.sites]
         constants = {
-            site: _constants(row, recipe) for site, row in zip(found.sites, rows, strict=True) if row.outcome == "sparse"
+            site: _constants(row, recipe)
+            for site, row in zip(found.sites, rows, strict=True)
+            if row.outcome == "sparse"
         }
         return cls(constants, (*rows, *refused))
 
@@ -78,7 +80,9 @@ def _applied(site: AttentionSite, recorded: SiteRecipe | None, recipe: Recipe) -
     here = (site.causal, site.heads, site.kv_heads, site.head_dim, str(site.dtype).removeprefix("torch."))
     there = (recorded.causal, len(recorded.heads), recorded.kv_heads, recorded.head_dim, recorded.dtype)
     if here != there:
-        raise RecipeError(f"does not fit {site.name}: (causal, heads, kv heads, head_dim, dtype) is {here}, not {there}.")
+        raise RecipeError(
+            f"does not fit {site.name}: (causal, heads, kv heads, head_dim, dtype) is {here}, not {there}."
+        )
     short = isinstance(site.length, int) and recorded.min_length is not None and site.length < recorded.min_length
     if recorded.outcome == "sparse" and short:
         reason = f"too short: {site.length} tokens, sparse was measured to pay from {recorded.min_length}"

@@ -51,7 +51,7 @@ class SiteRecipe:
         reason: why a call is not sparse; ``None`` for sparse ones.
         causal, head_dim, kv_heads: of the call; dtype: of q, k and v, e.g. ``"bfloat16"``; ``None`` for refused ones.
         heads: one entry per query head; empty for refused calls.
-        dense_ms, sparse_ms: median milliseconds at the calibrated length; ``None`` where not measured.
+        dense_ms, sparse_ms: milliseconds at the calibrated length; ``None`` where not measured.
         min_length: shortest length at which sparse is worthwhile; shorter inputs run dense.
     """
 
@@ -198,28 +198,28 @@ class Recipe:
         try:
             recipe: Recipe = _decode(cls, data, "recipe")
             _check(recipe)
-        except _Damage as error:
+        except _DamagedError as error:
             raise RecipeError(f"recipe {path} is damaged: {error}.") from error
         return recipe
 
 
-class _Damage(Exception):
+class _DamagedError(Exception):
     """What is wrong with a decoded value, without the file's name."""
 
 
 def _check(recipe: Recipe) -> None:
     """Refuse values that no calibration writes."""
     if not 0 < recipe.tolerance < math.inf:
-        raise _Damage(f"tolerance is {recipe.tolerance}")
+        raise _DamagedError(f"tolerance is {recipe.tolerance}")
     for site in recipe.sites:
         if site.outcome != "refused" and not site.heads:
-            raise _Damage(f"{site.name} is {site.outcome} and has no heads")
+            raise _DamagedError(f"{site.name} is {site.outcome} and has no heads")
         for index, head in enumerate(site.heads):
             numbers = [head.tau, head.theta, head.lam, head.sparsity, head.error, *head.validation_errors]
             if not all(math.isfinite(number) for number in numbers):
-                raise _Damage(f"head {index} of {site.name} has a number that is not finite")
+                raise _DamagedError(f"head {index} of {site.name} has a number that is not finite")
             if head.tau < 0 or not 0 <= head.sparsity <= 1 or head.lam > 0:
-                raise _Damage(f"head {index} of {site.name} has tau, sparsity or lam out of range")
+                raise _DamagedError(f"head {index} of {site.name} has tau, sparsity or lam out of range")
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
@@ -232,28 +232,28 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _decode(inner, value, where)
     if origin is Literal:
         if value not in arguments:
-            raise _Damage(f"{where} is {value!r}, not one of {', '.join(map(repr, arguments))}")
+            raise _DamagedError(f"{where} is {value!r}, not one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
         if not isinstance(value, list) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):
-            raise _Damage(f"{where} is not a list of the expected length")
+            raise _DamagedError(f"{where} is not a list of the expected length")
         return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise _Damage(f"{where} is not an object")
+            raise _DamagedError(f"{where} is not an object")
         return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise _Damage(f"{where} is {value!r}, not {kind.__name__}")
+        raise _DamagedError(f"{where} is {value!r}, not {kind.__name__}")
     return value
 
 
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     names = {f.name for f in fields(kind)}
     if not isinstance(value, Mapping):
-        raise _Damage(f"{where} is not an object")
+        raise _DamagedError(f"{where} is not an object")
     if wrong := names ^ set(value):
-        raise _Damage(f"{where} lacks or has too much: {', '.join(sorted(wrong))}")
+        raise _DamagedError(f"{where} lacks or has too much: {', '.join(sorted(wrong))}")
     hints = get_type_hints(kind)
     return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})

@@ -27,10 +27,9 @@ def materialised(samples: Iterable[Any]) -> list[Any]:
 def tensors_of(samples: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors of the samples as they were given, mappings in the order of their keys."""
     for sample in samples:
+        values: Iterable[Any] = sample if isinstance(sample, tuple | list) else [sample]
         if isinstance(sample, Mapping):
             values = [sample[key] for key in sorted(sample)]
-        else:
-            values = sample if isinstance(sample, tuple | list) else [sample]
         yield from (value for value in values if isinstance(value, Tensor))
 
 
@@ -50,7 +49,7 @@ def bind(gm: fx.GraphModule, example_inputs: Sequence[Any], samples: Sequence[An
     bound = []
     for index, sample in enumerate(samples):
         values = _by_argument(sample, [name for name, _ in arguments.values()], index)
-        for window in _windows(values, {name: value for name, value in arguments.values()}, index):
+        for window in _windows(values, dict(arguments.values()), index):
             row = list(example_inputs)
             for position, (name, _) in arguments.items():
                 row[position] = window[name]

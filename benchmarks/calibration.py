@@ -57,7 +57,9 @@ def main() -> None:
     # The recipe's sparsity is of what runs; sites that were not faster here count all the same in this benchmark.
     sparsity = [[head.sparsity for head in site.heads] for site in recipe.sites]
     worst = [[head.error for head in site.heads] for site in recipe.sites]
-    unseen = errors_on(recipe, model.model, text_windows(tokenizer, arguments.test, arguments.length, arguments.windows, device))
+    unseen = errors_on(
+        recipe, model.model, text_windows(tokenizer, arguments.test, arguments.length, arguments.windows, device)
+    )
     result = {
         "settings": {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "name")},
         "mean_sparsity": float(torch.tensor(sparsity).mean()),

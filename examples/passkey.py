@@ -13,7 +13,9 @@ NEEDLE = "\n\nThe pass key is {key}. Remember it.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 
-def prompts(tokenizer: Any, filler: Sequence[int], length: int, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+def prompts(
+    tokenizer: Any, filler: Sequence[int], length: int, count: int, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
     """Prompts of exactly ``length`` tokens that end with the answer.
 
     Args:

@@ -32,10 +32,11 @@ TEST_WINDOWS = 3
 PASSKEY_PROMPTS = 10
 TIMED_RUNS = 5
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=max(100, Console().width))
 
 
 def main() -> None:
+    """Run every step and print what it shows."""
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -58,7 +59,9 @@ def main() -> None:
 
     console.rule("3  the same quality? (text that was not used in calibration)")
     for name, compiled in (("dense", dense), ("sparse", sparse)):
-        console.print(f"perplexity over {len(unseen)} x {LENGTH:,} tokens, {name:>6}: {perplexity(compiled, unseen):.2f}")
+        console.print(
+            f"perplexity over {len(unseen)} x {LENGTH:,} tokens, {name:>6}: {perplexity(compiled, unseen):.2f}"
+        )
     tests = passkeys(device)
     for name, compiled in (("dense", dense), ("sparse", sparse)):
         score = passkey.recall(compiled, tests)
@@ -86,6 +89,7 @@ def windows(tokens: Tensor, length: int, count: int) -> list[Tensor]:
 
 
 def passkeys(device: str) -> list[tuple[Tensor, Tensor]]:
+    """Retrieval prompts in Python's help topics."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     made = passkey.prompts(tokenizer, read_topics(tokenizer).tolist(), PASSKEY_LENGTH, PASSKEY_PROMPTS)
     return [(ids.to(device), answer) for ids, answer in made]
@@ -100,6 +104,7 @@ def sparse_calls(graph: str) -> Iterator[str]:
 
 @torch.no_grad()
 def perplexity(model: Callable[..., Any], texts: list[Tensor]) -> float:
+    """Exponential of the mean next-token loss."""
     losses = [F.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:]).item() for ids in texts]
     return math.exp(statistics.mean(losses))
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
-from tests.toy import WIDTH, Toy, always_faster, drifting
 
 import afbs_compile
 from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
 from afbs_compile.tuner import site as tuner_site
+from tests.toy import WIDTH, Toy, always_faster, drifting
 
 LENGTH = 1024
 OPTIONS = {"min_length": 128}

@@ -64,7 +64,10 @@ def _attend_tile(
     HAS_LAMBDA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fold keys ``start .. start + TILE_K`` into the running softmax. ``scale`` is in log2 units."""
+    """Fold keys ``start .. start + TILE_K`` into the running softmax.
+
+    ``scale`` (c below) is positive and turns scores into log2 units; ``peak`` (m) is in units of the scores.
+    """
     places = tl.arange(0, TILE_K)
     cols = tl.arange(0, DIM_PAD)
     base = start.to(tl.int64)
@@ -84,26 +87,24 @@ def _attend_tile(
         allowed = (start + places < length)[None, :]
         if CAUSAL:
             allowed = allowed & (rows[:, None] >= (start + places)[None, :])
-        scores = tl.where(allowed, scores * scale, float("-inf"))
-        tile_peak = tl.max(scores, 1)
-        new_peak = tl.maximum(peak, tile_peak)
-        # A row that has seen no key yet keeps the exponent finite: -inf - 0 instead of -inf - -inf.
+        scores = tl.where(allowed, scores, float("-inf"))
+    tile_peak = tl.max(scores, 1)
+    new_peak = tl.maximum(peak, tile_peak)
+    base_peak = new_peak
+    if MASKED:
+        # A row that has seen no key yet keeps its exponents at -inf - 0, where -inf - -inf would be NaN.
         base_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.math.exp2(scores - base_peak[:, None])
-    else:
-        # The scale enters after the maximum (it is not negative): one fused multiply-add per score.
-        tile_peak = tl.max(scores, 1) * scale
-        new_peak = tl.maximum(peak, tile_peak)
-        base_peak = new_peak
-        weights = tl.math.exp2(scores * scale - base_peak[:, None])
 
-    # l <- l * 2^(m_old - m_new) + rowsum(2^(s - m_new)),   o <- o * 2^(m_old - m_new) + 2^(s - m_new) V
-    decay = tl.math.exp2(peak - base_peak)
+    # l <- l * 2^(c (m_old - m_new)) + rowsum(2^(c (s - m_new))),   o <- o * 2^(c (m_old - m_new)) + 2^(c (s - m_new)) V
+    # Subtracting first is exact at the maximum. The fused c * s - c * m, one instruction less, overflows where c * m
+    # has an ulp above 128, and fp16 inputs of 6e4 reach that.
+    weights = tl.math.exp2((scores - base_peak[:, None]) * scale)
+    decay = tl.math.exp2((peak - base_peak) * scale)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
     needed = True
     if HAS_LAMBDA:
-        unseen = (tile_peak - base_peak < lam) | (rows >= length)
+        unseen = ((tile_peak - base_peak) * scale < lam) | (rows >= length)
         needed = tl.min(unseen.to(tl.int32), 0) == 0
     if needed:
         if MASKED or HEAD_DIM != DIM_PAD:  # noqa: SIM108 (a ternary would evaluate both in the interpreter)
@@ -283,9 +284,9 @@ def attend(
     if out.numel() == 0:
         return out.transpose(1, 2)
     scale = dim**-0.5 if scale is None else scale
-    if scale < 0:
+    if scale <= 0:
         # The kernel takes the row maximum before it multiplies by the scale.
-        q, scale = -q, -scale
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = (_addressable(x) for x in (q, k, v))
     dim_pad = max(16, triton.next_power_of_2(dim))
     shape = launch_shape(block_q, block_k, dim_pad, q.element_size(), _shared_memory(q.device))

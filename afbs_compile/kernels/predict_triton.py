@@ -28,7 +28,7 @@ SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 SCORE_TILE = 64
 """Query and key blocks per program of the score kernel."""
 
-STATISTICS_ROWS = 16
+STATISTICS_ROWS = 32
 """Rows that the statistics kernel holds in registers at a time."""
 
 

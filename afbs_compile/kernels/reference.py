@@ -232,7 +232,8 @@ def _any_row_of_block(flags: Tensor, block: int) -> Tensor:
     """Spread "some row of my block is true" to each row. ``flags [B, H, N]`` bool."""
     length = flags.shape[-1]
     padded = torch.nn.functional.pad(flags, (0, -length % block)).unflatten(-1, (-1, block))
-    return padded.any(-1, keepdim=True).expand_as(padded).flatten(-2)[..., :length]
+    spread: Tensor = padded.any(-1, keepdim=True).expand_as(padded).flatten(-2)
+    return spread[..., :length]
 
 
 def sparse_attention(

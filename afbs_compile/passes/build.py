@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload
 
-from afbs_compile.passes.effects import has_effect, value_of
+from afbs_compile.passes.effects import has_effect, is_trusted, storage_of, value_of
 
 VALUE_KEYS = ("example_value", "val")
 """Where tracers keep a node's fake value: Dynamo in the first, torch.export in the second."""
+
+STRIDE_READERS = frozenset({"view", "view_as", "_unsafe_view", "as_strided", "as_strided_", "set_", "stride"})
+"""Functions whose result depends on how their argument lies in memory; ``reshape`` adapts by a copy."""
 
 aten = torch.ops.aten
 
@@ -40,15 +44,41 @@ class NodeBuilder:
         return node
 
     def in_layout_of(self, wanted: fx.Node, node: fx.Node) -> fx.Node:
-        """The node with its dimensions in the memory order of ``wanted``.
-
-        Models view an attention output in ways that depend on its strides, e.g. ``out.transpose(1, 2).view(...)``.
-        """
+        """The node with its dimensions in the memory order of ``wanted``, if any user of ``wanted`` depends on it."""
         order = _memory_order(value_of(wanted))
-        if order == _memory_order(value_of(node)):
+        if order == _memory_order(value_of(node)) or not strides_matter(wanted):
             return node
         permuted = self.call(aten.contiguous.default, (self.call(aten.permute.default, (node, order)),))
         return self.call(aten.permute.default, (permuted, [order.index(dim) for dim in range(len(order))]))
+
+
+def strides_matter(node: fx.Node) -> bool:
+    """Whether anything reads the strides of a tensor, e.g. ``out.transpose(1, 2).view(...)``, or may do so unseen.
+
+    The graph's output counts, and so do operators that are not PyTorch's own: a raw kernel has them in its arguments.
+    """
+    storage = storage_of(node)
+    seen = {node}
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if _reads_strides(user):
+                return True
+            view = storage_of(user) == storage or not isinstance(value_of(user), Tensor)  # or a tuple of views
+            if view and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _reads_strides(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return str(node.target) in STRIDE_READERS
+    if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
+        return True
+    if isinstance(node.target, OpOverload):
+        return node.target.namespace != "aten" or node.target.overloadpacket.__name__ in STRIDE_READERS
+    return not is_trusted(node.target) or getattr(node.target, "__name__", "") in STRIDE_READERS
 
 
 def erase_unused(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:

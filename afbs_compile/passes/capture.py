@@ -90,17 +90,17 @@ class _Walker(fx.Interpreter):
     def __init__(self, run: SampleRun) -> None:
         super().__init__(run.gm)
         self.args_iter: Iterator[Any] = iter([concrete(value) for value in run.inputs])
-        self._keep_operands(run.sites)
+        self._keep_operands(run)
 
-    def _keep_operands(self, sites: Sequence[AttentionSite]) -> None:
+    def _keep_operands(self, run: SampleRun) -> None:
         """Unrepeated K and V may have their last use before the call: keep each operand until its last site."""
         last_site = {
             node: site.node
-            for site in sites
+            for site in run.sites
             for node in (site.q, site.k, site.v, site.scale)
             if isinstance(node, fx.Node)
         }
-        order = {node: index for index, node in enumerate(self.module.graph.nodes)}
+        order = {node: index for index, node in enumerate(run.gm.graph.nodes)}
         for user, dying in list(self.user_to_last_uses.items()):
             for node in [n for n in dying if n in last_site and order[last_site[n]] > order[user]]:
                 dying.remove(node)

@@ -29,7 +29,7 @@ class ExplainRow:
         heads: query heads, 0 if refused; dense_heads: those that keep every block.
         sparsity: 1 - live / causally valid blocks of what runs, mean over the heads.
         error: relative L1 of what runs, worst head and validation input.
-        dense_ms, sparse_ms: median milliseconds at the calibrated length, ``None`` where not measured.
+        dense_ms, sparse_ms: milliseconds at the calibrated length, ``None`` where not measured.
     """
 
     graph: int
@@ -65,10 +65,11 @@ class Explanation:
 
     def __rich__(self) -> Table:
         table = Table(caption="\n".join(self.notes), caption_justify="left")
-        for header in ("site", "outcome", "reason"):
-            table.add_column(header, overflow="fold")
+        table.add_column("site", no_wrap=True)
+        table.add_column("outcome", no_wrap=True)
         for header in ("heads", "sparsity", "error", "dense ms", "sparse ms"):
             table.add_column(header, justify="right")
+        table.add_column("reason", overflow="fold")
         for row in self.rows:
             table.add_row(*_cells(row))
         return table
@@ -135,9 +136,9 @@ def _row(graph: int, site: SiteRecipe) -> ExplainRow:
 
 
 def _cells(row: ExplainRow) -> list[str]:
-    heads = "" if not row.heads else str(row.heads) + (f" ({row.dense_heads} dense)" if row.dense_heads else "")
+    heads = "" if not row.heads else str(row.heads) + (f", {row.dense_heads} dense" if row.dense_heads else "")
     times = ["" if ms is None else f"{ms:.3g}" for ms in (row.dense_ms, row.sparse_ms)]
-    return [row.site, row.outcome, row.reason or "", heads, f"{row.sparsity:.1%}", f"{row.error:.3f}", *times]
+    return [row.site, row.outcome, heads, f"{row.sparsity:.1%}", f"{row.error:.3f}", *times, row.reason or ""]
 
 
 def _note(recipe: Recipe) -> str:

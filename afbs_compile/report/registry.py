@@ -59,7 +59,9 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
     key = (found.graph if found.parameters else compile_id().split("_")[0], plan.summary())
     new = key not in _said
     _said.add(key)
-    _graphs[:] = [graph for graph in _graphs if not graph.parameters or any(ref() is not None for ref in graph.parameters)]
+    _graphs[:] = [
+        graph for graph in _graphs if not graph.parameters or any(ref() is not None for ref in graph.parameters)
+    ]
     _graphs.append(
         CompiledGraph(
             compile_id=compile_id(),

@@ -86,9 +86,7 @@ def bracket_tau(
         measured = meter(tried)
         error = measured.worst
         feasible = (error <= tolerance) & ~done  # a NaN error is not feasible
-        best = best.better_of(
-            Operating(tried, torch.where(feasible, measured.sparsity, -1.0), error)
-        )
+        best = best.better_of(Operating(tried, torch.where(feasible, measured.sparsity, -1.0), error))
         y = torch.log(error / tolerance).nan_to_num(nan=math.inf).clamp(-8.0, 8.0)
         infeasible = ~feasible & ~done
         good, good_y = torch.where(feasible, x, good), torch.where(feasible, y, good_y)

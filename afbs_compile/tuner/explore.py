@@ -47,9 +47,7 @@ def explore(meter: Meter, tolerance: float, *, start: Tensor | None = None, acti
     best = Operating.dense(meter.heads)
     for value in THETAS:
         theta = torch.full((meter.heads,), value)
-        best = best.better_of(
-            bracket_tau(meter, theta, tolerance, steps=EXPLORE_STEPS, start=start, active=active)
-        )
+        best = best.better_of(bracket_tau(meter, theta, tolerance, steps=EXPLORE_STEPS, start=start, active=active))
     return best
 
 

@@ -18,7 +18,8 @@ def matern52(a: Tensor, b: Tensor) -> Tensor:
     """Kernel of Eq. 4 between ``a [..., n]`` and ``b [..., m]``: ``[..., n, m]``."""
     r = (a[..., :, None] - b[..., None, :]).abs() / LENGTH_SCALE
     # k = (1 + sqrt5 r + 5/3 r^2) exp(-sqrt5 r)
-    return (1 + math.sqrt(5) * r + 5 / 3 * r.square()) * torch.exp(-math.sqrt(5) * r)
+    kernel: Tensor = (1 + math.sqrt(5) * r + 5 / 3 * r.square()) * torch.exp(-math.sqrt(5) * r)
+    return kernel
 
 
 @dataclass(frozen=True)
@@ -62,4 +63,5 @@ def expected_improvement(posterior: Posterior, best: Tensor) -> Tensor:
     gain = best.double()[:, None] - posterior.mean
     z = gain / sigma
     # EI = (f - mu) Phi(Z) + sigma phi(Z)
-    return gain * torch.special.ndtr(z) + sigma * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    improvement: Tensor = gain * torch.special.ndtr(z) + sigma * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    return improvement

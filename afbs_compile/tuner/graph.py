@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from afbs_compile.found import FoundGraph
 from afbs_compile.fingerprint import tensor_digest
+from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from afbs_compile.passes.capture import SampleRun, capture
@@ -108,9 +108,9 @@ def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
         kv_heads=site.kv_heads,
         dtype=str(site.dtype).removeprefix("torch."),
         heads=_head_recipes(result),
-        dense_ms=speed and round(speed.dense_ms, 4),
-        sparse_ms=speed and round(speed.sparse_ms, 4),
-        min_length=speed and speed.min_length,
+        dense_ms=None if speed is None else round(speed.dense_ms, 4),
+        sparse_ms=None if speed is None else round(speed.sparse_ms, 4),
+        min_length=None if speed is None else speed.min_length,
     )
 
 

@@ -50,9 +50,7 @@ class Meter:
         evaluations: cost so far in dense equivalents: sparse attention calls on one sample of full length.
     """
 
-    def __init__(
-        self, samples: Sequence[Operands], *, block_q: int, block_k: int, windows: int | None = None
-    ) -> None:
+    def __init__(self, samples: Sequence[Operands], *, block_q: int, block_k: int, windows: int | None = None) -> None:
         single = sum(sample.q.shape[0] for sample in samples) == 1
         self.windows = (WINDOWS if single else 1) if windows is None else windows
         self.samples = samples
@@ -76,8 +74,7 @@ class Meter:
         For causal attention a prefix is exact: its dense output is the prefix of the dense output.
         """
         short = [
-            replace(s, q=s.q[:, :, :length], k=s.k[:, :, :length], v=s.v[:, :, :length])
-            for s in self.samples[:samples]
+            replace(s, q=s.q[:, :, :length], k=s.k[:, :, :length], v=s.v[:, :, :length]) for s in self.samples[:samples]
         ]
         return Meter(short, block_q=self.block_q, block_k=self.block_k, windows=windows or self.windows)
 

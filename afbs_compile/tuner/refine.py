@@ -31,4 +31,3 @@ def refine_lambda(meter: Meter, found: Operating, tolerance: float) -> Operating
         error = torch.where(accepted, worst, error)
         open_heads &= ~accepted
     return Operating(thresholds, found.sparsity, error)
-

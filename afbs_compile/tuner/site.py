@@ -17,7 +17,7 @@ from afbs_compile.tuner.measure import Measurement, Meter
 from afbs_compile.tuner.paper import algorithm_1
 from afbs_compile.tuner.refine import refine_lambda, refine_tau
 from afbs_compile.tuner.space import Parameterization, Thresholds
-from afbs_compile.tuner.speed import WORTHWHILE, SiteSpeed, sparse_ms
+from afbs_compile.tuner.speed import WORTHWHILE, SiteSpeed, best_ms, sparse_call
 from afbs_compile.tuner.validate import validate
 
 Method = Literal["afbs", "paper"]
@@ -87,10 +87,10 @@ def tune_site(
         reason = f"no threshold keeps any head's error within {settings.tolerance:g}"
         return SiteResult(thresholds, measured, None, reason, evaluations, posterior)
     speed = SiteSpeed.measure(samples[0], thresholds, block_q=settings.block_q, block_k=settings.block_k)
-    reason = None
+    not_faster = None
     if speed.min_length is None:
-        reason = f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense"
-    return SiteResult(thresholds, measured, speed, reason, evaluations, posterior)
+        not_faster = f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense"
+    return SiteResult(thresholds, measured, speed, not_faster, evaluations, posterior)
 
 
 def _afbs(
@@ -112,7 +112,7 @@ def _faster(plain: Operating, eager: Operating, sample: Operands, settings: Tune
     """The operating points with lambda only if the site runs faster with it: the test for skipping costs time too."""
     if (eager.thresholds.lam == plain.thresholds.lam).all():
         return plain
-    plain_ms, eager_ms = (
-        sparse_ms(sample, points.thresholds, settings.block_q, settings.block_k) for points in (plain, eager)
+    plain_ms, eager_ms = best_ms(
+        [sparse_call(sample, points.thresholds, settings.block_q, settings.block_k) for points in (plain, eager)]
     )
     return eager if eager_ms < WORTHWHILE * plain_ms else plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,12 +17,14 @@ from afbs_compile.tuner.space import Thresholds
 WORTHWHILE = 0.97
 """Sparse must take at most this share of the dense time, so that noise in the timing cannot cost 3 %."""
 
-MIN_RUN_SECONDS = 0.2
+ROUNDS = 3
+ROUND_SECONDS = 0.02
+"""Calls shorter than this are repeated within a round until they fill it."""
 
 
 @dataclass(frozen=True)
 class SiteSpeed:
-    """Median milliseconds of one site at its calibrated length.
+    """Milliseconds of one site at its calibrated length.
 
     Attributes:
         dense_ms: plain scaled_dot_product_attention; sparse_ms: predictor and block-sparse attention together.
@@ -51,18 +53,38 @@ def _first_tokens(sample: Operands, length: int) -> Operands:
 
 
 def _times(sample: Operands, thresholds: Thresholds, block_q: int, block_k: int) -> tuple[float, float]:
-    return median_ms(lambda: dense_attention(sample)), sparse_ms(sample, thresholds, block_q, block_k)
+    dense, sparse = best_ms([lambda: dense_attention(sample), sparse_call(sample, thresholds, block_q, block_k)])
+    return dense, sparse
 
 
-def sparse_ms(sample: Operands, thresholds: Thresholds, block_q: int, block_k: int) -> float:
-    """Median milliseconds of predictor and block-sparse attention together."""
+def sparse_call(sample: Operands, thresholds: Thresholds, block_q: int, block_k: int) -> Callable[[], Tensor]:
+    """Predictor and block-sparse attention on a sample, ready to be timed."""
     constants = thresholds.tau.tolist(), thresholds.theta.tolist(), thresholds.lam.tolist()
-    shape = {"causal": sample.causal, "scale": sample.scale, "block_q": block_q, "block_k": block_k}
-    return median_ms(lambda: sparse_attention_with_counts(sample.q, sample.k, sample.v, *constants, **shape)[0])
+
+    def call() -> Tensor:
+        return sparse_attention_with_counts(
+            sample.q,
+            sample.k,
+            sample.v,
+            *constants,
+            causal=sample.causal,
+            scale=sample.scale,
+            block_q=block_q,
+            block_k=block_k,
+        )[0]
+
+    return call
 
 
-def median_ms(call: Callable[[], Tensor]) -> float:
-    """Median wall-clock milliseconds of a call, synchronised on accelerators, after one call to warm up."""
-    call()
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=MIN_RUN_SECONDS).median * 1e3
+def best_ms(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
+    """Milliseconds of each call, synchronised on accelerators: the best of rounds in which the calls take turns.
+
+    Other work on the machine only ever adds time, and taking turns lets it hit all calls alike.
+    """
+    timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
+    repeats = []
+    for call, timer in zip(calls, timers, strict=True):
+        call()  # compiles, allocates
+        repeats.append(max(1, round(ROUND_SECONDS / timer.timeit(1).mean)))
+    rounds = [[timer.timeit(n).mean for timer, n in zip(timers, repeats, strict=True)] for _ in range(ROUNDS)]
+    return [min(times) * 1e3 for times in zip(*rounds, strict=True)]

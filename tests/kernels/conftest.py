@@ -17,22 +17,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_multiplies_bf16() -> None:
-    """Triton's interpreter keeps bf16 as 16-bit integers and multiplies those: give its dot product the numbers."""
+def interpreter_knows_bf16() -> None:
+    """Triton's interpreter keeps bf16 as 16-bit integers: it multiplies those and truncates on the way there.
+
+    Here it rounds to nearest, as GPUs do, and multiplies the numbers.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
-    import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    plain_dot = InterpreterBuilder.create_dot
+    plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
-    def widen(x: TensorHandle) -> TensorHandle:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    def cast_impl(self, source, target):
+        kinds = (source.dtype.scalar, target.scalar)
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(torch.from_numpy(source.data).view(torch.bfloat16).float().numpy(), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            return TensorHandle(torch.from_numpy(source.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+        return plain_cast(self, source, target)
 
     def create_dot(self, a, b, *rest):
-        return plain_dot(self, widen(a), widen(b), *rest)
+        a, b = (cast_impl(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return plain_dot(self, a, b, *rest)
 
-    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot

@@ -19,15 +19,15 @@ def random_shapes(count: int) -> list[Shape]:
     draw = random.Random(7)
     shapes = []
     for _ in range(count):
-        kv_heads = draw.choice([1, 2])
-        block_k = draw.choice([16, 32, 64])
+        kv_heads, groups = draw.choice([(1, 1), (1, 4), (1, 8), (2, 1), (2, 2)])
+        block_k = draw.choice([32, 64])
         shapes.append(
             Shape(
-                length=draw.randint(1, 700),
+                length=draw.randint(1, 450),
                 head_dim=draw.choice([16, 33, 60, 64, 80, 96, 128, 256]),
-                heads=kv_heads * draw.choice([1, 2, 4, 8]),
+                heads=kv_heads * groups,
                 kv_heads=kv_heads,
-                batch=draw.randint(1, 2),
+                batch=2 if groups == 1 else 1,
                 dtype=draw.choice([torch.float32, torch.float16, torch.bfloat16]),
                 causal=draw.random() < 0.5,
                 block_q=block_k * draw.choice([1, 2]),
@@ -44,7 +44,7 @@ def constants(heads: int, seed: int) -> tuple[list[float], list[float]]:
     draw = random.Random(seed)
     tau = [draw.choice([0.0, draw.uniform(0.05, 0.95), draw.uniform(0.9, 0.999)]) for _ in range(heads)]
     theta = [draw.choice([OFF, draw.uniform(0.0, 0.6)]) for _ in range(heads)]
-    return (tau[:-1] + [reference.KEEP_ALL] if heads > 1 else tau), theta
+    return ([*tau[:-1], reference.KEEP_ALL] if heads > 1 else tau), theta
 
 
 def undecided(q: Tensor, k: Tensor, tau: list[float], theta: list[float], shape: Shape) -> Tensor:
@@ -87,7 +87,7 @@ def test_some_of_the_random_selections_are_sparse() -> None:
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_lists_are_ascending_and_in_range(causal: bool) -> None:
-    shape = Shape(length=900, heads=4, block_q=32, block_k=32, causal=causal)
+    shape = Shape(length=500, heads=4, block_q=32, block_k=32, causal=causal)
     q, k, _ = inputs(shape, TRITON_DEVICE)
     lists, mask = predict_on_triton(q, k, [0.3, 0.6, 0.9, 1.0], [OFF, 0.1, 0.2, OFF], shape)
     assert lists.counts.dtype == lists.indices.dtype == torch.int32
@@ -130,6 +130,7 @@ def test_equally_probable_blocks_stay_or_go_together(value: float) -> None:
     shape = Shape(length=640, heads=2, dtype=torch.float16, causal=False)
     q, _, _ = inputs(shape, TRITON_DEVICE)
     k = torch.full_like(q, value)
+    q[..., 1:] = 0.0  # one product a score: no rounding can tell the blocks apart
     # Each of ten blocks has probability 0.1 and none is more probable than another: nothing precedes any of them.
     _, mask = predict_on_triton(q, k, [0.05, 0.95], [OFF, OFF], shape)
     assert mask.all()
@@ -148,9 +149,9 @@ def test_nan_keeps_blocks_of_its_own_head_only(poisoned: str) -> None:
     assert torch.equal(mask[~touched], clean[~touched])
     expected = reference.predict_mask(q, k, tau, theta, **shape.call)
     assert torch.equal(mask, expected)
-    visible = reference.predict_mask(q, k, [1.0] * 4, theta, **shape.call)
-    rows = slice(3, 4) if poisoned == "q" else slice(3, None)  # token 200 lies in block 3
-    assert torch.equal(mask[touched][:, rows], visible[touched][:, rows])
+    # Token 200 lies in block 3. As a query it keeps all that its block sees; as a key it is seen by all who may.
+    kept = mask[touched][:, 3, :4] if poisoned == "q" else mask[touched][:, 3:, 3]
+    assert kept.all()
 
 
 @pytest.mark.parametrize("triton", [False, True], ids=["reference", "triton"])
@@ -169,7 +170,7 @@ def test_a_later_token_changes_no_selection_of_earlier_query_blocks(triton: bool
 
 
 def test_selection_is_deterministic() -> None:
-    shape = Shape(length=900, heads=2, dtype=torch.bfloat16)
+    shape = Shape(length=400, heads=2, dtype=torch.bfloat16)
     q, k, _ = inputs(shape, TRITON_DEVICE)
     first, second = (predict_on_triton(q, k, [0.5, 0.7], [0.1, OFF], shape)[0] for _ in range(2))
     assert torch.equal(first.counts, second.counts)
@@ -177,7 +178,7 @@ def test_selection_is_deterministic() -> None:
 
 
 def test_hundreds_of_key_blocks() -> None:
-    shape = Shape(length=9600, head_dim=16, heads=1, kv_heads=1, block_q=128, block_k=16)
+    shape = Shape(length=4900, head_dim=16, heads=1, kv_heads=1, block_q=128, block_k=16)
     q, k, _ = inputs(shape, TRITON_DEVICE)
     _, mask = predict_on_triton(q, k, [0.6], [OFF], shape)
     expected = reference.predict_mask(q, k, [0.6], [OFF], **shape.call)

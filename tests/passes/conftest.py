@@ -43,7 +43,9 @@ def keep_everything(site: AttentionSite) -> SiteConstants:
     return SiteConstants((1.0,) * site.heads, (-1.0,) * site.heads, (-1000.0,) * site.heads, 64, 64, 0)
 
 
-def compiled(fn: Callable[..., Any], *, min_length: int = 1, change: bool = False, dynamic: bool | None = False) -> Compiled:
+def compiled(
+    fn: Callable[..., Any], *, min_length: int = 1, change: bool = False, dynamic: bool | None = False
+) -> Compiled:
     """Compile with a backend that finds, rewrites where asked to, and runs the graph eagerly."""
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -70,7 +72,9 @@ def compile_with() -> Callable[..., Compiled]:
 def look() -> Callable[..., Compiled]:
     """Run a function once, without gradients, and return what was found in its graph."""
 
-    def run(fn: Callable[..., Any], *args: Any, grad: bool = False, kwargs: dict[str, Any] | None = None, **options: Any) -> Compiled:
+    def run(
+        fn: Callable[..., Any], *args: Any, grad: bool = False, kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> Compiled:
         result = compiled(fn, **options)
         with torch.set_grad_enabled(grad):
             result.call(*args, **(kwargs or {}))

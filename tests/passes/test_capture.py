@@ -72,7 +72,7 @@ def test_samples_walk_side_by_side():
         row = list(values)
         row[position] = drifting(256, seed=seed)
         inputs.append(row)
-    together = dict((name, list(ops)) for name, ops in capture([SampleRun(gm, sites, row) for row in inputs]))
+    together = {name: list(ops) for name, ops in capture([SampleRun(gm, sites, row) for row in inputs])}
     for index, row in enumerate(inputs):
         for name, (alone,) in capture([SampleRun(gm, sites, row)]):
             torch.testing.assert_close(together[name][index].q, alone.q)
@@ -87,7 +87,9 @@ def test_inputs_and_random_state_are_untouched():
     gm, values = graph_of(write_and_draw, torch.zeros_like(cache), x)
     values = [cache if value.shape == cache.shape and not value.eq(x).all() else value for value in values]
     state = torch.get_rng_state()
-    ((_, (operands,)),) = [(name, list(ops)) for name, ops in capture([SampleRun(gm, find(gm, min_length=1)[0], values)])]
+    ((_, (operands,)),) = [
+        (name, list(ops)) for name, ops in capture([SampleRun(gm, find(gm, min_length=1)[0], values)])
+    ]
     assert torch.equal(operands.k, x)
     assert not cache.any()
     assert torch.equal(torch.get_rng_state(), state)

@@ -35,7 +35,9 @@ def test_full_attention_is_found_as_not_causal(look, qkv):
     assert not look(lambda q, k, v: sdpa(q, k, v), *qkv).site.causal
 
 
-@pytest.mark.parametrize(("shape", "batch", "heads"), [((24, 16), 1, 1), ((3, 24, 16), 3, 1), ((2, 3, 4, 24, 16), 6, 4)])
+@pytest.mark.parametrize(
+    ("shape", "batch", "heads"), [((24, 16), 1, 1), ((3, 24, 16), 3, 1), ((2, 3, 4, 24, 16), 6, 4)]
+)
 def test_other_ranks_have_a_canonical_form(look, shape, batch, heads):
     x = torch.randn(shape)
     site = look(lambda x: sdpa(x, x, x), x).site

@@ -95,7 +95,9 @@ KEPT = {
     "right shape, transposed first": through_a_transpose,
     "interleaved lengths": lambda x, n: x.repeat_interleave(n, dim=2).view(2, 2 * n, 24, 16),
     "repeated numbers differ": lambda x, n: x.repeat_interleave(torch.tensor([1, 3]), dim=1, output_size=4),
-    "other values": lambda x, n: (x[:, :, None].expand(-1, -1, n, -1, -1) * torch.ones(n, 1, 1)).reshape(2, 2 * n, 24, 16),
+    "other values": lambda x, n: (x[:, :, None].expand(-1, -1, n, -1, -1) * torch.ones(n, 1, 1)).reshape(
+        2, 2 * n, 24, 16
+    ),
     "batch and heads mixed": lambda x, n: x.reshape(1, 4, 1, 24, 16).expand(-1, -1, n, -1, -1).reshape(2, 4, 24, 16),
     "through float64": lambda x, n: x.double()[:, :, None].expand(-1, -1, n, -1, -1).reshape(2, 4, 24, 16).float(),
 }
@@ -110,3 +112,34 @@ def test_another_order_is_kept(compile_with, repeat):
     found = compile_with(fn, change=True)
     torch.testing.assert_close(found.call(*inputs), fn(*inputs))
     assert found.site.k.target not in ("L_k_", "L_v_")
+
+
+def test_key_and_value_must_be_repeated_alike(compile_with):
+    def fn(q, k, v):
+        return sdpa(q, expand_reshape(k, 2), v)
+
+    q, k, _ = kv()
+    found = compile_with(fn, change=True)
+    torch.testing.assert_close(found.call(q, k, q), fn(q, k, q))
+    assert found.site.kv_heads == 4
+
+
+def test_a_source_that_is_overwritten_afterwards_is_not_used(compile_with):
+    def fn(q, k, v):
+        k, v = k * 1, v * 1
+        wide_k, wide_v = expand_reshape(k, 2), expand_reshape(v, 2)
+        k[:, 0].mul_(2)
+        return sdpa(q, wide_k, wide_v)
+
+    inputs = kv()
+    found = compile_with(fn, change=True)
+    torch.testing.assert_close(found.call(*inputs), fn(*inputs))
+    assert found.site.kv_heads == 4
+
+
+def test_a_source_that_is_written_before_is_used(look):
+    def fn(q, k, v):
+        k[:, :, 3:5] = 1
+        return sdpa(q, expand_reshape(k, 2), expand_reshape(v, 2))
+
+    assert look(fn, *kv()).site.kv_heads == 2

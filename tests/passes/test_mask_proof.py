@@ -100,7 +100,9 @@ OTHER = {
     "sliding window": lambda: torch.ones(N, N, dtype=torch.bool).tril().triu(-8),
     "anti-causal": lambda: torch.ones(N, N, dtype=torch.bool).triu(),
     "last keys only": lambda: cut_off(4),
-    "one head of eight": lambda: torch.stack([torch.ones(N, N).tril() > 0] * 7 + [torch.ones(N, N) > 0]).view(2, 4, N, N),
+    "one head of eight": lambda: torch.stack([torch.ones(N, N).tril() > 0] * 7 + [torch.ones(N, N) > 0]).view(
+        2, 4, N, N
+    ),
     "keys hidden everywhere": lambda: (torch.arange(N) < N - 1)[None, None, None],
     "written after tril": lambda: torch.ones(N, N, dtype=torch.bool).tril().logical_not_(),
 }

@@ -1,0 +1,224 @@
+"""The Triton kernels on a real GPU: sizes, precisions and machinery that the interpreter cannot show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels import block_sparse, op, predict, predict_triton, reference
+from tests.kernels.helpers import (
+    NO_SKIP,
+    Shape,
+    all_blocks,
+    dense,
+    error,
+    exact,
+    inputs,
+    shape_id,
+    some_blocks,
+    tolerance,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+OFF = reference.THETA_OFF
+BLOCKS = [(64, 64), (128, 64), (128, 128)]
+HALF = {"dtype": torch.bfloat16, "layout": "bnhd"}
+LONG = [
+    Shape(length=4096, head_dim=128, heads=8, kv_heads=2, **HALF),
+    Shape(length=4000, head_dim=64, heads=4, kv_heads=4, batch=2, dtype=torch.float16, layout="gaps"),
+    Shape(length=4096, head_dim=96, heads=4, kv_heads=1, causal=False, **HALF),
+    Shape(length=3001, head_dim=256, heads=2, kv_heads=2, causal=False, **HALF),
+    Shape(length=3001, head_dim=128, heads=2, kv_heads=1),
+    Shape(length=2000, head_dim=256, heads=2, kv_heads=2, causal=False),
+    Shape(length=1, head_dim=16, heads=8, kv_heads=1, batch=3, **HALF),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that no kernel wrote reads as NaN (or the largest integer)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, live: Tensor, lam: list[float], shape: Shape) -> Tensor:
+    """The Triton kernel over a mask."""
+    return block_sparse.attend(q, k, v, predict.mask_to_lists(live), lam, **shape.call)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda b: f"{b[0]}x{b[1]}")
+@pytest.mark.parametrize("shape", LONG, ids=shape_id)
+def test_every_block_kept_is_sdpa(shape: Shape, blocks: tuple[int, int]) -> None:
+    shape = replace(shape, block_q=blocks[0], block_k=blocks[1])
+    q, k, v = inputs(shape, "cuda")
+    out = attend(q, k, v, all_blocks(shape, "cuda"), [NO_SKIP] * shape.heads, shape)
+    truth = dense(q.double(), k.double(), v.double(), shape)
+    assert error(out, truth) <= tolerance(q, k, v, shape)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda b: f"{b[0]}x{b[1]}")
+@pytest.mark.parametrize("shape", LONG, ids=shape_id)
+def test_some_blocks_kept_is_the_specification(shape: Shape, blocks: tuple[int, int]) -> None:
+    shape = replace(shape, block_q=blocks[0], block_k=blocks[1])
+    q, k, v = inputs(shape, "cuda")
+    live = some_blocks(shape, "cuda")
+    out = attend(q, k, v, live, [NO_SKIP] * shape.heads, shape)
+    assert error(out, exact(q, k, v, live, shape)) <= max(tolerance(q, k, v, shape), 1e-5)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda b: f"{b[0]}x{b[1]}")
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lambda_skips_what_the_reference_skips(blocks: tuple[int, int], causal: bool, head_dim: int) -> None:
+    shape = Shape(1500, head_dim, heads=4, kv_heads=2, causal=causal, block_q=blocks[0], block_k=blocks[1])
+    q, k, v = inputs(shape, "cuda")
+    k[:, :, 200:] *= 0.2
+    live, lam = some_blocks(shape, "cuda", share=0.7), [-0.1, -2.0, NO_SKIP, 0.0]
+    out = attend(q, k, v, live, lam, shape)
+    expected = reference.masked_attention(q, k, v, live, lam, **shape.call)
+    assert error(out, expected) <= 1e-5
+    assert error(out[:, 0], exact(q, k, v, live, shape)[:, 0]) > 1e-3
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), live, lam, shape)
+    assert error(half, expected) <= 0.1
+
+
+@pytest.mark.parametrize("length", [16384, 32768])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_long_sequences_against_sdpa(length: int, causal: bool) -> None:
+    shape = Shape(length, 128, heads=8, kv_heads=2, causal=causal, block_q=128, **HALF)
+    q, k, v = inputs(shape, "cuda")
+    constants = {"tau": [1.0] * 8, "theta": [OFF] * 8, "lam": [NO_SKIP] * 8}
+    out, counts = op.sparse_attention_with_counts(q, k, v, **constants, **shape.call)
+    assert torch.equal(counts, all_blocks(shape, "cuda").sum(-1, dtype=torch.int32))
+    expected = dense(q, k, v, shape).float()
+    # Both round to bf16 twice; the difference per head is an order below any tolerance of a recipe.
+    differences = (out.float() - expected).abs().sum((0, 2, 3)) / expected.abs().sum((0, 2, 3))
+    assert (differences < 0.005).all()
+
+
+@pytest.mark.parametrize("length", [8192, 131072, 262144])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_predictor_at_length(length: int, causal: bool) -> None:
+    shape = Shape(length, 64, heads=2, kv_heads=1, causal=causal, **HALF)
+    q, k, _ = inputs(shape, "cuda")
+    tau, theta = [0.6, 0.9], [OFF, 0.1]
+    lists = predict_triton.predict_blocks(q, k, tau, theta, **shape.call)
+    assert ((lists.indices >= 0) & (lists.indices < shape.counts[1])).all()
+    mask = predict.lists_to_mask(lists, shape.counts[1])
+    expected = reference.predict_mask(q, k, tau, theta, **shape.call)
+    # fp32 sums of thousands of probabilities in another order: the last block of a row may differ.
+    assert float((mask != expected).sum() / expected.sum()) < 1e-4
+    assert ((mask != expected).sum(-1) <= 4).all()
+    again = predict_triton.predict_blocks(q, k, tau, theta, **shape.call)
+    assert torch.equal(lists.counts, again.counts)
+    assert torch.equal(lists.indices, again.indices)
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0, 1e4, 6e4, -6e4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
+def test_constant_inputs_give_finite_results(fill: float, dtype: torch.dtype) -> None:
+    shape = Shape(1000, 128, heads=2, kv_heads=1, dtype=dtype)
+    q, k, v = inputs(shape, "cuda")
+    out, _ = op.sparse_attention_with_counts(
+        q.fill_(fill), k.fill_(abs(fill)), v, [0.5, 0.9], [OFF, 0.0], [NO_SKIP, -8.0], **shape.call
+    )
+    assert out.isfinite().all()
+
+
+def test_future_tokens_change_nothing_under_a_given_mask() -> None:
+    for blocks in BLOCKS:
+        shape = Shape(2000, 128, heads=2, kv_heads=1, block_q=blocks[0], block_k=blocks[1], **HALF)
+        q, k, v = inputs(shape, "cuda")
+        live, lam = some_blocks(shape, "cuda"), [NO_SKIP] * 2
+        before = attend(q, k, v, live, lam, shape)
+        for x, seed in ((q, 1), (k, 2), (v, 3)):
+            x[:, :, 1001:] = 20 * inputs(shape, "cuda", seed)[0][:, : x.shape[1], 1001:]
+        assert torch.equal(before[:, :, :1001], attend(q, k, v, live, lam, shape)[:, :, :1001])
+
+
+def test_offsets_past_32_bits() -> None:
+    # Row 40,000 of the last batch element lies more than 2^31 elements after the start of the tensor.
+    shape = Shape(70_000, 128, heads=2, kv_heads=2, causal=False, dtype=torch.bfloat16)
+    wide = torch.empty(2, shape.length, 66, 128, dtype=torch.bfloat16, device="cuda")
+    assert wide.stride(0) + 40_000 * wide.stride(1) < 2**31 < wide.numel()
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (wide[:, :, i : i + 2].transpose(1, 2) for i in (0, 2, 64))
+    for x in (q, k, v):
+        x.copy_(torch.randn(x.shape, generator=generator, device="cuda"))
+    live = some_blocks(replace(shape, batch=2), "cuda", share=0.05)
+    out = attend(q, k, v, live, [NO_SKIP] * 2, shape)
+    near = attend(q.contiguous(), k.contiguous(), v.contiguous(), live, [NO_SKIP] * 2, shape)
+    assert torch.equal(out, near)
+    assert out.isfinite().all()
+    lists = predict_triton.predict_blocks(q, k, [0.3] * 2, [OFF] * 2, **shape.call)
+    lists_near = predict_triton.predict_blocks(q.contiguous(), k.contiguous(), [0.3] * 2, [OFF] * 2, **shape.call)
+    assert torch.equal(lists.indices, lists_near.indices)
+
+
+CONSTANTS: dict[str, Any] = {"tau": [0.5, 1.0], "theta": [OFF, OFF], "lam": [NO_SKIP, -9.0]}
+CALL = Shape(2000, 128, heads=2, kv_heads=1, **HALF)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The operator between other operations."""
+    out = torch.ops.afbs.sparse_attention(q * 2, k, v, CONSTANTS["tau"], CONSTANTS["theta"], CONSTANTS["lam"], True)
+    return out.transpose(1, 2).flatten(2) + 1
+
+
+def test_cuda_graph_capture() -> None:
+    q, k, v = inputs(CALL, "cuda")
+    run(q, k, v)  # compiles the kernels and uploads the constants
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(q, k, v)
+    for x, seed in ((q, 1), (k, 2), (v, 3)):
+        x.copy_(inputs(CALL, "cuda", seed)[0][:, : x.shape[1]])
+    graph.replay()
+    torch.testing.assert_close(out, run(q, k, v), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_with_inductor(mode: str, dynamic: bool) -> None:
+    block_sparse.device_constants.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, mode=mode, dynamic=dynamic)
+    with torch.no_grad():
+        for _ in range(4):
+            q, k, v = inputs(CALL, "cuda")
+            torch.testing.assert_close(compiled(q, k, v), run(q, k, v), rtol=1e-2, atol=1e-2)
+
+
+def test_the_operator_does_not_synchronise() -> None:
+    q, k, v = inputs(CALL, "cuda")
+    run(q, k, v)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(q, k, v)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_opcheck() -> None:
+    q, k, v = inputs(replace(CALL, length=300), "cuda")
+    torch.library.opcheck(torch.ops.afbs.sparse_attention.default, (q, k, v, *CONSTANTS.values(), True))
+
+
+def test_dense_calls_are_sdpa_in_the_same_layout() -> None:
+    q, k, v = inputs(CALL, "cuda")
+    out = torch.ops.afbs.sparse_attention(q, k, v, [1.0] * 2, [OFF] * 2, [NO_SKIP] * 2, True)
+    assert error(out, dense(q, k, v, CALL)) == 0.0
+    assert out.transpose(1, 2).is_contiguous()

@@ -1,0 +1,134 @@
+"""What real models produce: tiny, random transformers and torch.nn modules."""
+
+import logging
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+logging.getLogger("torch").setLevel(logging.ERROR)
+
+IDS = torch.randint(1, 64, (2, 24))  # 0 is the padding token
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LAYERS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+@pytest.fixture
+def llama():
+    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=2, **SMALL)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def names(calls):
+    return [call.name for call in calls]
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}], ids=["default", "use_cache=False"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_llama(look, llama, kwargs, dynamic):
+    found = look(llama, IDS, kwargs=kwargs, dynamic=dynamic, change=True)
+    (sites,) = found.sites
+    assert names(sites) == LAYERS
+    assert found.refusals == [[]]
+    assert {(site.causal, site.heads, site.kv_heads, site.head_dim) for site in sites} == {(True, 4, 2, 16)}
+    assert "afbs.sparse_attention" in found.rewrites[0].after
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}], ids=["default", "use_cache=False"])
+def test_rewritten_llama_computes_the_same(compile_with, llama, kwargs):
+    found = compile_with(llama, change=True)
+    with torch.no_grad():
+        torch.testing.assert_close(found.call(IDS, **kwargs).logits, llama(IDS, **kwargs).logits)
+    assert found.rewrites[0].changed == 2
+
+
+def test_llama_with_an_attention_mask_is_not_proven(look, llama):
+    found = look(llama, IDS, kwargs={"attention_mask": torch.ones_like(IDS)})
+    assert names(found.refusals[0]) == LAYERS
+    assert all("attention_mask" in refusal.reason for refusal in found.refusals[0])
+    assert all(refusal.reason.startswith("mask not proven") for refusal in found.refusals[0])
+
+
+def test_llama_with_positions_is_not_proven(look, llama):
+    """Packed sequences: the positions of the user decide what attends what."""
+    positions = torch.arange(12).repeat(2)[None].expand(2, -1)
+    found = look(llama, IDS, kwargs={"position_ids": positions, "use_cache": False})
+    assert all(refusal.reason.startswith("mask not proven") for refusal in found.refusals[0])
+    assert found.sites == [[]]
+
+
+def test_llama_in_training_needs_a_gradient(look, llama):
+    found = look(llama.train(), IDS, grad=True)
+    assert all(refusal.reason.startswith("gradient needed") for refusal in found.refusals[0])
+
+
+def test_generate_with_a_static_cache(compile_with, llama):
+    """Prefill is found; decoding attends a longer cache with one row."""
+    found = compile_with(llama.forward)
+    expected = llama.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    llama.forward = found.call
+    tokens = llama.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0, cache_implementation="static")
+    assert torch.equal(tokens, expected)
+    assert names(found.sites[0]) == LAYERS
+    for refusals in found.refusals[1:]:
+        assert names(refusals) == LAYERS
+        assert all(refusal.reason.startswith("q_len != k_len: 1 query rows") for refusal in refusals)
+
+
+def test_a_chunk_against_a_longer_cache(look, llama):
+    cache = transformers.DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(IDS, past_key_values=cache)
+    found = look(llama, IDS, kwargs={"past_key_values": cache})
+    assert all(refusal.reason.startswith("q_len != k_len: 24 query rows against 48") for refusal in found.refusals[0])
+
+
+def test_sliding_window_is_refused_where_it_hides_something(look):
+    def model(window):
+        config = transformers.MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=window, **SMALL)
+        return transformers.MistralForCausalLM(config).eval()
+
+    found = look(model(8), IDS)
+    assert all(refusal.reason.startswith("mask not proven: it was evaluated") for refusal in found.refusals[0])
+    assert len(found.refusals[0]) == 2
+    assert names(look(model(100), IDS).sites[0]) == LAYERS
+
+
+def test_bert(look):
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=64, **SMALL)).eval()
+    (sites,) = look(model, IDS).sites
+    assert names(sites) == ["encoder.layer.0.attention.self", "encoder.layer.1.attention.self"]
+    assert not any(site.causal for site in sites)
+
+
+def test_vit(look):
+    model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL)).eval()
+    (sites,) = look(model, torch.randn(2, 3, 32, 32)).sites
+    assert [(site.length, site.causal) for site in sites] == [(17, False)] * 2
+
+
+def test_t5_has_a_bias_or_two_lengths(look):
+    config = transformers.T5Config(vocab_size=64, d_model=64, d_ff=64, d_kv=16, num_layers=1, num_heads=4)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    found = look(model, IDS, kwargs={"decoder_input_ids": IDS[:, :12]})
+    kinds = [refusal.reason.split(":")[0] for refusal in found.refusals[0]]
+    assert kinds == ["additive bias", "additive bias", "q_len != k_len"]
+    assert "relative_attention_bias" in found.refusals[0][0].reason
+
+
+def test_whisper(look):
+    config = transformers.WhisperConfig(
+        vocab_size=64, num_mel_bins=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, d_model=64, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=32,
+        max_target_positions=32, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.WhisperModel(config).eval()
+    found = look(model, torch.randn(2, 16, 64), kwargs={"decoder_input_ids": IDS[:, :8]})
+    assert [(site.name, site.causal) for site in found.sites[0]] == [
+        ("encoder.layers.0.self_attn", False),
+        ("decoder.layers.0.self_attn", True),
+    ]
+    (cross,) = found.refusals[0]
+    assert cross.name == "decoder.layers.0.encoder_attn"
+    assert cross.reason.startswith("q_len != k_len: 8 query rows against 32 keys")

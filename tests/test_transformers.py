@@ -1,0 +1,118 @@
+"""Real transformers models: caches that are written, generation, and the Hugging Face package named ``kernels``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import afbs_compile
+from afbs_compile.tuner import site as tuner_site
+from tests.toy import always_faster
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def llama():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+    )
+    yield transformers.LlamaForCausalLM(config).eval()
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [{}, {"use_cache": False}], ids=["cache", "no cache"])
+def test_llama_is_rewritten_with_its_kv_heads_unrepeated(llama, arguments, monkeypatch):
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
+    ids = torch.randint(64, (1, 512))
+    sparse = torch.compile(llama, backend="afbs", fullgraph=True, options={"min_length": 128, "tolerance": 0.3})
+    logits = sparse(ids, **arguments).logits
+    explanation = afbs_compile.explain(sparse)
+    assert [row.site for row in explanation.rows] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert [row.outcome for row in explanation.rows] == ["sparse", "sparse"]
+    assert all(row.heads == 4 for row in explanation.rows)
+    call = next(line for line in explanation.after[0].splitlines() if "afbs.sparse_attention" in line)
+    assert call.count("tau = [") == 1
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_generate_with_a_static_cache_gives_the_dense_tokens(llama):
+    ids = torch.randint(64, (1, 300))
+    settings = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = llama.generate(ids, **settings)
+    llama.forward = torch.compile(llama.forward, backend="afbs", options={"min_length": 64})
+    with pytest.warns(afbs_compile.errors.AfbsWarning, match="q_len != k_len"):
+        assert torch.equal(llama.generate(ids, **settings), expected)
+
+
+def fake_kernels_distribution(folder: Path) -> Path:
+    """A package and a distribution named ``kernels``, as Hugging Face's is."""
+    (folder / "kernels").mkdir(parents=True)
+    (folder / "kernels" / "__init__.py").write_text("__version__ = '9.9.9'\nREAL = True\n")
+    info = folder / "kernels-9.9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 9.9.9\n")
+    return folder
+
+
+PROBE = """
+import kernels
+assert kernels.REAL, kernels.__path__
+import torch, transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+tiny = LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+LlamaForCausalLM(tiny)(torch.zeros(1, 4, dtype=torch.long))
+import afbs_compile
+print("the real one won")
+"""
+
+
+@pytest.mark.parametrize("way", ["python -c", "python -m pytest"])
+def test_the_doorway_named_kernels_shadows_nothing_from_the_root(tmp_path, way):
+    site = fake_kernels_distribution(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    if way == "python -c":
+        command = [sys.executable, "-c", PROBE]
+    else:
+        test = tmp_path / "test_probe.py"
+        test.write_text("def test_probe():\n" + "".join(f"    {line}\n" for line in PROBE.strip().splitlines()))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(ROOT),
+            str(test),
+        ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the real one won" in done.stdout
+
+
+def test_the_doorways_lead_into_the_package():
+    for name in ("passes", "kernels", "tuner"):
+        assert (ROOT / name).is_symlink()
+        assert (ROOT / name).resolve() == ROOT / "afbs_compile" / name
+    assert not (ROOT / "afbs_compile" / "kernels" / "__init__.py").exists()

@@ -1,0 +1,178 @@
+"""Tuning one site on operands whose heads are really sparse: what is promised must hold when computed another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels import reference
+from afbs_compile.passes.capture import Operands
+from afbs_compile.tuner import paper, site
+from afbs_compile.tuner.explore import low_fidelity
+from afbs_compile.tuner.measure import WINDOWS, Measurement, Meter, relative_l1
+from afbs_compile.tuner.site import SiteResult, TuneSettings, tune_site
+from afbs_compile.tuner.space import Thresholds, latent_to_thresholds
+from afbs_compile.tuner.validate import validate
+from tests.toy import HEAD_DIM, HEADS, always_faster, drifting
+
+LENGTH = 1024
+
+
+@pytest.fixture(autouse=True)
+def no_stop_watch(monkeypatch):
+    monkeypatch.setattr(site.SiteSpeed, "measure", staticmethod(always_faster))
+
+
+def operands(seed: int = 0, length: int = LENGTH, batch: int = 1, causal: bool = True) -> Operands:
+    """Four heads of growing sharpness over a drifting sequence."""
+    x = drifting(length, batch, seed).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+    sharpness = torch.tensor([2.0, 4.0, 6.0, 9.0]).view(1, HEADS, 1, 1)
+    values = torch.randn(batch, HEADS, length, HEAD_DIM, generator=torch.Generator().manual_seed(seed + 100))
+    return Operands(x * sharpness, x, x + values, HEAD_DIM**-0.5, causal)
+
+
+def errors_by_reference(sample: Operands, thresholds: Thresholds) -> tuple[Tensor, Tensor]:
+    """Error and sparsity of each head, in float64 and without any of the tuner's code."""
+    shape = {"causal": sample.causal, "scale": sample.scale}
+    live = reference.predict_mask(sample.q, sample.k, thresholds.tau, thresholds.theta, **shape)
+    q, k, v = (t.double() for t in (sample.q, sample.k, sample.v))
+    out = reference.masked_attention(q, k, v, live, thresholds.lam, **shape)
+    everything = reference.visible_blocks(*live.shape[-2:], 64, 64, sample.causal, torch.device("cpu"))
+    dense = reference.masked_attention(q, k, v, everything.expand_as(live), [-1000.0] * HEADS, **shape)
+    error = (out - dense).abs().sum((0, 2, 3)) / dense.abs().sum((0, 2, 3))
+    return error, 1 - live.sum((0, 2, 3)) / (everything.sum() * live.shape[0])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_every_head_holds_the_tolerance_on_every_sample(causal):
+    samples = [operands(seed, causal=causal) for seed in range(3)]
+    result = tune_site(samples, TuneSettings(tolerance=0.05))
+    assert result.measured.error.shape == (3, HEADS)
+    for index, sample in enumerate(samples):
+        error, _ = errors_by_reference(sample, result.thresholds)
+        assert (error <= 0.05 + 1e-4).all()
+        assert result.measured.error[index].tolist() == pytest.approx(error.tolist(), abs=1e-4)
+    sparsity = torch.stack([errors_by_reference(sample, result.thresholds)[1] for sample in samples]).mean(0)
+    assert result.measured.sparsity.tolist() == pytest.approx(sparsity.tolist(), abs=1e-6)
+    assert (result.measured.sparsity > torch.tensor([0.0, 0.2, 0.4, 0.6])).all()
+
+
+def test_heads_use_what_the_tolerance_allows():
+    result = tune_site([operands(), operands(1)], TuneSettings(tolerance=0.05))
+    for step in (0.97, 0.9):
+        bolder = Thresholds(1 - (1 - result.thresholds.tau) / step, result.thresholds.theta, result.thresholds.lam)
+        worst = torch.stack([errors_by_reference(operands(seed), bolder)[0] for seed in (0, 1)]).amax(0)
+    assert (worst > 0.05 * 0.97).all()
+
+
+def test_one_sample_is_validated_on_disjoint_windows():
+    result = tune_site([operands()], TuneSettings(tolerance=0.05))
+    assert result.measured.error.shape == (WINDOWS, HEADS)
+    assert (result.measured.error <= 0.05).all()
+
+
+def test_a_batch_is_as_many_inputs():
+    result = tune_site([operands(batch=3)], TuneSettings(tolerance=0.05))
+    assert result.measured.error.shape == (3, HEADS)
+
+
+def test_what_cannot_be_sparse_is_dense_and_says_why():
+    sample = operands()
+    flat = Operands(torch.zeros_like(sample.q), sample.k, sample.v, sample.scale, True)
+    result = tune_site([flat], TuneSettings())
+    assert result.thresholds.is_dense.all()
+    assert result.dense_reason == "no threshold keeps any head's error within 0.055"
+    assert result.measured.sparsity.tolist() == [0.0] * HEADS
+
+
+def test_a_nan_in_one_head_leaves_the_others_alone():
+    sample = operands()
+    sample.q[0, 1, 100] = torch.nan
+    result = tune_site([sample], TuneSettings(tolerance=0.05))
+    assert result.thresholds.is_dense.tolist() == [False, True, False, False]
+    assert result.measured.error.isfinite().all()
+
+
+def test_relative_l1_over_windows_covers_every_row_once():
+    out, dense = torch.randn(2, 3, 500, 8), torch.randn(2, 3, 500, 8)
+    whole = (out - dense).abs().sum((2, 3)) / dense.abs().sum((2, 3))
+    torch.testing.assert_close(relative_l1(out, dense), whole)
+    split = relative_l1(out, dense, windows=5, block=64)
+    edges = [0, 64, 192, 256, 384, 500]
+    for window, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        expected = (out - dense)[:, :, a:b].abs().sum((2, 3)) / dense[:, :, a:b].abs().sum((2, 3))
+        torch.testing.assert_close(split[2 * window : 2 * window + 2], expected)
+
+
+def test_relative_l1_of_nothing_is_zero():
+    zeros = torch.zeros(1, 2, 10, 4)
+    assert relative_l1(zeros, zeros).tolist() == [[0.0, 0.0]]
+
+
+class Scripted:
+    """A meter whose error is ``(1 - tau) * slope`` per head, and NaN where the slope is."""
+
+    heads = 3
+
+    def __init__(self, slope: list[float]) -> None:
+        self.slope = torch.tensor(slope)
+
+    def __call__(self, thresholds: Thresholds) -> Measurement:
+        error = torch.where(thresholds.is_dense, 0.0, (1 - thresholds.tau) * self.slope)
+        return Measurement(torch.stack([error, 0.5 * error]), 1 - thresholds.tau)
+
+
+def test_validation_steps_back_until_it_passes_and_else_goes_dense():
+    start = Thresholds(torch.full((3,), 0.9), torch.full((3,), -1.0), torch.full((3,), -8.0))
+    thresholds, measured = validate(Scripted([0.5, 0.8, 40.0]), start, 0.055)
+    assert thresholds.tau[0] == pytest.approx(0.9)
+    assert thresholds.lam.tolist() == [-8.0, -1000.0, -1000.0]
+    assert 0.9 < thresholds.tau[1] < 1
+    assert thresholds.is_dense.tolist() == [False, False, True]
+    assert (measured.worst <= 0.055).all()
+    assert measured.sparsity[2] == 0
+
+
+def test_paper_spends_what_algorithm_1_prints_and_less_after_a_warm_start():
+    samples = [operands(seed) for seed in range(5)]
+    counts = []
+    result: SiteResult | None = None
+    for earlier in (None, "first"):
+        meters = Meter(samples, block_q=64, block_k=64), None
+        low = low_fidelity(meters[0], windows=1)
+        outcome = paper.algorithm_1(
+            low, meters[0], 0.055, "corrected", earlier and result.posterior if earlier else None
+        )
+        counts.append((low.evaluations, meters[0].evaluations))
+        result = SiteResult(outcome.thresholds, outcome.measured, None, None, 0.0, outcome.posterior)
+    (cold_low, cold_high), (warm_low, warm_high) = counts
+    assert (cold_low, warm_low) == (15, 8)
+    # At most two regions of 4 (3) binary steps, and 5 validations, repeated once after the fallback.
+    assert cold_high in {5 + 4, 5 + 8, 10 + 4, 10 + 8, 5, 10}
+    assert warm_high in {5 + 3, 5 + 6, 10 + 3, 10 + 6, 5, 10}
+
+
+def test_regions_are_the_two_rightmost_runs_under_the_bound():
+    mean = torch.full((2, len(paper.GRID)), 1.0).double()
+    for low, high in ((20, 40), (80, 90), (120, 160)):
+        mean[0, low : high + 1] = 0.0
+    regions = paper.low_ucb_regions(paper.gp.Posterior(mean, torch.zeros_like(mean)), 0.055)
+    found = [(low[0].item(), high[0].item(), bool(exists[0])) for low, high, exists in regions]
+    assert found == [(pytest.approx(0.6), pytest.approx(0.8), True), (pytest.approx(0.4), pytest.approx(0.45), True)]
+    assert [bool(exists[1]) for _, _, exists in regions] == [False, False]
+
+
+@pytest.mark.parametrize("reading", ["corrected", "paper"])
+def test_paper_ends_on_the_diagonal_of_eq_2(reading):
+    result = tune_site([operands()], TuneSettings(method="paper", parameterization=reading))
+    s = (0.85 - result.thresholds.theta) / 1.0
+    expected = latent_to_thresholds(s, reading)
+    torch.testing.assert_close(result.thresholds.tau, expected.tau, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.thresholds.lam, expected.lam, atol=1e-4, rtol=0)
+
+
+def test_the_default_finds_more_than_the_paper():
+    samples = [operands(0), operands(1)]
+    default, printed = (tune_site(samples, TuneSettings(method=method)) for method in ("afbs", "paper"))
+    assert default.measured.sparsity.mean() > printed.measured.sparsity.mean()
