@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from afbs_compile.fingerprint import graph_digest, parameters_of, tensor_digest
+from afbs_compile.passes.expand import expand
 from afbs_compile.passes.find import find
 from afbs_compile.passes.site import AttentionSite, Refusal
 
@@ -33,7 +34,8 @@ class FoundGraph:
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], min_length: int) -> FoundGraph:
-        """Find the attention calls of a graph and fingerprint it."""
+        """Open fused attention modules, find the attention calls, and fingerprint the graph; changes it in place."""
+        expand(gm)
         sites, refusals = find(gm, min_length=min_length)
         parameters = parameters_of(gm, example_inputs)
         # Sorted, because a call may be a site at one length and refused at another.

@@ -164,6 +164,18 @@ def test_training_is_refused_and_still_learns():
 
 
 @torch.no_grad()
+def test_an_encoder_layer_is_opened_and_its_attention_found():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(WIDTH, 4, 64, batch_first=True).eval()
+    x = drifting(LENGTH)
+    sparse = torch.compile(model, backend="afbs", options={**OPTIONS, "tolerance": 0.2})
+    out = sparse(x)
+    rows = afbs_compile.explain(sparse).rows
+    assert [(row.outcome, row.heads) for row in rows] in ([("sparse", 4)], [("dense", 4)])
+    assert relative_l1(out, model(x)) <= 0.2
+
+
+@torch.no_grad()
 def test_functions_compile_and_explain():
     def attend(x):
         return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)

@@ -146,6 +146,7 @@ def _forward_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     CAUSAL: tl.constexpr,
+    HAS_MASKED: tl.constexpr,
     HAS_LAMBDA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -176,7 +177,7 @@ def _forward_kernel(
     count = tl.load(counts + row)
     blocks = indices + row * count_k
     # Only the last entries can lie on the diagonal, or be the partial block.
-    MASKED_AT_MOST: tl.constexpr = BLOCK_Q // BLOCK_K if CAUSAL else 1
+    MASKED_AT_MOST: tl.constexpr = HAS_MASKED * (BLOCK_Q // BLOCK_K if CAUSAL else 1)
     first_masked = block * MASKED_AT_MOST if CAUSAL else length // BLOCK_K
     plain = count
     for place in tl.static_range(1, MASKED_AT_MOST + 1):
@@ -195,12 +196,13 @@ def _forward_kernel(
             acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale,
             length, lam_head, HEAD_DIM, DIM_PAD, TILE_K, CAUSAL, False, HAS_LAMBDA, PRECISION,
         )  # fmt: skip
-    for entry in range(plain * SPLIT_K, count * SPLIT_K):
-        start = tl.load(blocks + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
-        acc, total, peak = _attend_tile(
-            acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale,
-            length, lam_head, HEAD_DIM, DIM_PAD, TILE_K, CAUSAL, True, HAS_LAMBDA, PRECISION,
-        )  # fmt: skip
+    if HAS_MASKED:
+        for entry in range(plain * SPLIT_K, count * SPLIT_K):
+            start = tl.load(blocks + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
+            acc, total, peak = _attend_tile(
+                acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale,
+                length, lam_head, HEAD_DIM, DIM_PAD, TILE_K, CAUSAL, True, HAS_LAMBDA, PRECISION,
+            )  # fmt: skip
 
     # The output is [B, N, H, HEAD_DIM] in memory.
     place = (batch * length + rows) * heads + head
@@ -219,6 +221,9 @@ def launch_shape(block_q: int, block_k: int, dim_pad: int, itemsize: int, shared
         shared_memory: bytes that one program may use.
     """
     tile_q, tile_k = block_q, block_k
+    if itemsize == 4:
+        # Three products for one, on operands twice as wide: larger tiles spill.
+        tile_q, tile_k = min(tile_q, 64), min(tile_k, 64 if dim_pad <= 128 else 32)
     row = dim_pad * itemsize
 
     def needed(stages: int) -> int:
@@ -236,12 +241,22 @@ def launch_shape(block_q: int, block_k: int, dim_pad: int, itemsize: int, shared
     return LaunchShape(tile_q, tile_k, warps, stages)
 
 
+@functools.cache  # the driver takes a millisecond to answer
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use; unlimited where Triton only interprets."""
     if device.type != "cuda":
         return 1 << 30
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
     return int(properties["max_shared_mem"])
+
+
+def _precision(device: torch.device) -> str:
+    """How fp32 operands are multiplied.
+
+    Three tf32 products carry 22 to 24 bits of each operand, as much as fp32 rounding leaves of a sum, on the tensor
+    cores. Plain IEEE products run on the scalar units and need tiles too small for them.
+    """
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -263,8 +278,8 @@ def attend(
 ) -> Tensor:
     """Attention over the live blocks of ``lists``; nothing else of k and v is read.
 
-    Half precisions multiply in their own precision and accumulate in fp32; fp32 is IEEE throughout. Where the
-    blocks do not fit the machine they are cut into smaller tiles, and ``lam`` is then ignored, which skips nothing.
+    Half precisions multiply in their own precision and accumulate in fp32; fp32 operands keep fp32's accuracy. Where
+    the blocks do not fit the machine they are cut into smaller tiles, and ``lam`` is then ignored: nothing is skipped.
 
     Args:
         q: ``[B, H, N, D]`` fp16, bf16 or fp32; k, v: ``[B, H_kv, N, D]`` of the same dtype; any strides.
@@ -293,33 +308,35 @@ def attend(
     whole = (shape.tile_q, shape.tile_k) == (block_q, block_k)
     has_lambda = whole and any(value > LAMBDA_OFF for value in lam)
     count_q = block_count(length, block_q)
-    _forward_kernel[(batch * heads * count_q * (block_q // shape.tile_q),)](
-        q,
-        k,
-        v,
-        out,
-        lists.counts,
-        lists.indices,
-        device_constants(tuple(lam), q.device) if has_lambda else lists.counts,
-        scale * LOG2_E,
-        length,
-        heads,
-        heads // k.shape[1],
-        count_q,
-        lists.indices.shape[-1],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        HEAD_DIM=dim,
-        DIM_PAD=dim_pad,
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
-        TILE_Q=shape.tile_q,
-        TILE_K=shape.tile_k,
-        CAUSAL=causal,
-        HAS_LAMBDA=has_lambda,
-        PRECISION="ieee",
-        num_warps=shape.warps,
-        num_stages=shape.stages,
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device.
+        _forward_kernel[(batch * heads * count_q * (block_q // shape.tile_q),)](
+            q,
+            k,
+            v,
+            out,
+            lists.counts,
+            lists.indices,
+            device_constants(tuple(lam), q.device) if has_lambda else lists.counts,
+            scale * LOG2_E,
+            length,
+            heads,
+            heads // k.shape[1],
+            count_q,
+            lists.indices.shape[-1],
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            HEAD_DIM=dim,
+            DIM_PAD=dim_pad,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            TILE_Q=shape.tile_q,
+            TILE_K=shape.tile_k,
+            CAUSAL=causal,
+            HAS_MASKED=causal or length % block_k != 0,
+            HAS_LAMBDA=has_lambda,
+            PRECISION=_precision(q.device),
+            num_warps=shape.warps,
+            num_stages=shape.stages,
+        )
     return out.transpose(1, 2)

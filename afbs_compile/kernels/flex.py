@@ -186,6 +186,7 @@ def attend(
         q_rows = q.transpose(1, 2).contiguous().transpose(1, 2)
         try:
             with (
+                torch.no_grad(),  # Dynamo compiles again when the caller's grad mode differs.
                 # Every kind of call is worth its compilation, whatever the process has compiled before. Duck shapes
                 # would tie sizes that happen to be equal on the first call (N == H * D) and compile again later.
                 torch._dynamo.config.patch(

@@ -87,9 +87,16 @@ def _empty_output(q: Tensor) -> Tensor:
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
     """``F.scaled_dot_product_attention``, its result in the layout of :func:`_empty_output`."""
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    with _own_precision(q):
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
     result = _empty_output(q)
     return out if out.stride() == result.stride() else result.copy_(out)
+
+
+def _own_precision(q: Tensor) -> torch.autocast:
+    """Context in which the operands' dtype decides: autocast would predict, and return, in another one."""
+    return torch.autocast(q.device.type, enabled=False)
 
 
 def _sparse_attention(
@@ -102,13 +109,14 @@ def _sparse_attention(
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_attention_with_counts` on checked arguments that hold at least one element."""
-    if engine_name(q.device) == "triton":
-        from afbs_compile.kernels import block_sparse  # Triton is not installed everywhere.
+    with _own_precision(q):
+        if engine_name(q.device) == "triton":
+            from afbs_compile.kernels import block_sparse  # Triton is not installed everywhere.
 
-        lists = predict_blocks(q, k, tau, theta, **call)
-        return block_sparse.attend(q, k, v, lists, lam, **call), lists.counts
-    live = reference.predict_mask(q, k, tau, theta, **call)
-    return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
+            lists = predict_blocks(q, k, tau, theta, **call)
+            return block_sparse.attend(q, k, v, lists, lam, **call), lists.counts
+        live = reference.predict_mask(q, k, tau, theta, **call)
+        return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
 
 
 def sparse_attention_with_counts(

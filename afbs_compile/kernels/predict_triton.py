@@ -28,8 +28,8 @@ SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 SCORE_TILE = 64
 """Query and key blocks per program of the score kernel."""
 
-STATISTICS_ROWS = 32
-"""Rows that the statistics kernel holds in registers at a time."""
+STATISTICS_ELEMENTS = 8192
+"""Elements that a program of the statistics kernel holds in registers at a time: 64 for each of its threads."""
 
 
 @functools.cache
@@ -219,7 +219,7 @@ def _block_statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
         HEAD_DIM=dim,
         DIM_PAD=padded,
         BLOCK=block,
-        ROWS=min(block, STATISTICS_ROWS),
+        ROWS=min(block, STATISTICS_ELEMENTS // padded),
         num_warps=4,
     )
     return mean, similarity
@@ -248,37 +248,39 @@ def predict_blocks(
     if counts.numel() == 0:
         return BlockLists(counts, indices)
 
-    thresholds = device_constants((*tau, *theta), q.device)
-    mean_q, similarity_q = _block_statistics(q, block_q)
-    mean_k, similarity_k = _block_statistics(k, block_k)
-    sizes = (heads, heads // k.shape[1], count_q, count_k)
-    shape = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "CAUSAL": causal}
-    tiles = block_count(count_q, SCORE_TILE) * block_count(count_k, SCORE_TILE)
-    padded = mean_q.shape[-1]
-    _score_kernel[(batch * heads * tiles,)](
-        mean_q,
-        mean_k,
-        indices,
-        scale,
-        *sizes,
-        DIM_PAD=padded,
-        TILE=SCORE_TILE,
-        DEPTH=min(padded, 32),
-        num_warps=4,
-        **shape,
-    )
-    count_pad = max(16, triton.next_power_of_2(count_k))
-    _select_kernel[(batch * heads * count_q,)](
-        indices,
-        counts,
-        similarity_q,
-        similarity_k,
-        thresholds,
-        thresholds[heads:],
-        *sizes,
-        COUNT_PAD=count_pad,
-        # 16 probabilities a thread keep the row in registers; one warp needs no barrier for its sums.
-        num_warps=min(max(count_pad // 512, 1), 16),
-        **shape,
-    )
+    # Triton launches on the current device.
+    with torch.cuda.device_of(q):
+        thresholds = device_constants((*tau, *theta), q.device)
+        mean_q, similarity_q = _block_statistics(q, block_q)
+        mean_k, similarity_k = _block_statistics(k, block_k)
+        sizes = (heads, heads // k.shape[1], count_q, count_k)
+        shape = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "CAUSAL": causal}
+        tiles = block_count(count_q, SCORE_TILE) * block_count(count_k, SCORE_TILE)
+        padded = mean_q.shape[-1]
+        _score_kernel[(batch * heads * tiles,)](
+            mean_q,
+            mean_k,
+            indices,
+            scale,
+            *sizes,
+            DIM_PAD=padded,
+            TILE=SCORE_TILE,
+            DEPTH=min(padded, 32),
+            num_warps=4,
+            **shape,
+        )
+        count_pad = max(16, triton.next_power_of_2(count_k))
+        _select_kernel[(batch * heads * count_q,)](
+            indices,
+            counts,
+            similarity_q,
+            similarity_k,
+            thresholds,
+            thresholds[heads:],
+            *sizes,
+            COUNT_PAD=count_pad,
+            # 16 probabilities a thread keep the row in registers; one warp needs no barrier for its sums.
+            num_warps=min(max(count_pad // 512, 1), 16),
+            **shape,
+        )
     return BlockLists(counts, indices)

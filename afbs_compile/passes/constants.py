@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 from torch._C import _functorch
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from afbs_compile.passes.effects import Writes, is_trusted, storage_of, unwrapped, value_of
@@ -28,8 +27,8 @@ PURE_NAMESPACES = ("aten", "prims")
 VALUE_FREE = frozenset({"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"})
 """Functions that take only shape, dtype and device from their first argument."""
 
-LITERAL_READERS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
-"""torch.export keeps a literal such as ``torch.tensor(0.0)`` as an attribute and reads it through one of these."""
+READ_LITERAL = torch.ops.aten.lift_fresh_copy.default
+"""torch.export keeps a literal such as ``torch.tensor(0.0)`` as an attribute and reads it by this."""
 
 VMAP_FRAME = ("_vmap_increment_nesting", "_vmap_decrement_nesting")
 VMAP_MOVES = ("_add_batch_dim", "_remove_batch_dim")
@@ -79,7 +78,7 @@ def run(program: tuple[fx.Node, ...], result: fx.Node) -> Any:
     """
     last_use = {used: node for node in program for used in node.all_input_nodes}
     values: dict[fx.Node, Any] = {}
-    with unset_fake_temporarily(), torch.no_grad(), _vmap_levels_kept(), _OnlyConstants():
+    with torch.no_grad(), _vmap_levels_kept(), _OnlyConstants():
         for node in program:
             try:
                 values[node] = _run_node(node, values)
@@ -115,7 +114,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_literal(node: fx.Node) -> bool:
-    return node.op == "get_attr" and bool(node.users) and all(user.target in LITERAL_READERS for user in node.users)
+    return node.op == "get_attr" and bool(node.users) and all(user.target is READ_LITERAL for user in node.users)
 
 
 def _is_pure_function(target: Any) -> bool:
@@ -128,7 +127,7 @@ def _run_node(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if _is_size(recorded := value_of(node)):
         return _pinned(recorded)
     if node.op == "get_attr":
-        return _attribute(node).clone()
+        return _attribute(node)
     _check_memory(node)
     inputs = {used: values[used] if used in values else _stand_in(used) for used in node.all_input_nodes}
     args, kwargs = fx.node.map_aggregate(
@@ -146,7 +145,7 @@ def _pinned(value: Any) -> Any:
         return torch.Size(_pinned(item) for item in value)
     if isinstance(value, torch.SymInt):
         if (number := fixed(value)) is None:
-            raise NotConstantError(f"the size {value} is symbolic in an exported graph or depends on data")
+            raise NotConstantError(f"the size {value} is free: marked dynamic, exported so, or dependent on data")
         return number
     return value
 
@@ -214,11 +213,9 @@ class _OnlyConstants(TorchDispatchMode):
         return result
 
     def _check_initialised(self, name: str, args: Any) -> None:
-        """A tensor from ``torch.empty`` may be filled as a whole, nothing else."""
+        """A tensor from ``torch.empty`` may be filled as a whole; not even a view of it before."""
         if name in ("fill_", "zero_", "copy_"):
-            storage = args[0].untyped_storage()
-            if args[0].numel() * args[0].element_size() == storage.nbytes():
-                self._uninitialised.discard(storage._cdata)
+            self._uninitialised.discard(args[0].untyped_storage()._cdata)
         for tensor in torch.utils._pytree.tree_leaves(args):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._uninitialised:
                 raise NotConstantError("it reads uninitialised memory")

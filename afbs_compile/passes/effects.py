@@ -81,6 +81,9 @@ def written_nodes(node: fx.Node) -> list[fx.Node]:
     target: Any = node.target
     if isinstance(target, OpOverload):
         return _written_by_schema(node, target)
+    if isinstance(target, OpOverloadPacket):
+        overloads = (getattr(target, name) for name in target.overloads())
+        return list(dict.fromkeys(written for overload in overloads for written in _written_by_schema(node, overload)))
     if isinstance(target, HigherOrderOperator):
         return _written_by_bodies(node)
     if not is_trusted(target):
@@ -108,7 +111,7 @@ def _written_by_schema(node: fx.Node, target: OpOverload[..., Any]) -> list[fx.N
 
 
 def _written_by_name(node: fx.Node, target: Any) -> list[fx.Node]:
-    name = target.__name__ if isinstance(target, OpOverloadPacket) else getattr(target, "__name__", "")
+    name = getattr(target, "__name__", "")
     inplace = _is_inplace_name(name) or name in INPLACE_OPERATORS or name == "setitem"
     return _nodes([*(node.args[:1] if inplace else ()), node.kwargs.get("out")])
 

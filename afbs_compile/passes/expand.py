@@ -44,13 +44,9 @@ def _expand_node(node: fx.Node) -> bool:
     if output is None or not isinstance(value_of(output), FakeTensor) or value_of(output).requires_grad:
         return False
     traced = _trace(node)
-    if traced is None:
+    if traced is None or not _computes(traced[0], output):
         return False
-    body, inputs = traced
-    result = _inline(body, inputs, node)
-    if result is None:
-        return False
-    output.replace_all_uses_with(result)
+    output.replace_all_uses_with(_inline(*traced, node, output))
     erase_unused(node.graph, [user for user in node.users if not user.users])
     node.graph.erase_node(node)
     return True
@@ -88,15 +84,20 @@ def _trace(node: fx.Node) -> tuple[fx.GraphModule, list[fx.Node]] | None:
     return traced, [leaves[place] for place in places]
 
 
-def _inline(body: fx.GraphModule, inputs: list[fx.Node], node: fx.Node) -> fx.Node | None:
-    """Copy a traced body before ``node``; None where its result is not what the call computed."""
-    inner_result = body.graph.output_node().args[0]
-    expected = value_of(_used_output(node) or node)
-    if not isinstance(inner_result, fx.Node) or value_of(inner_result).dtype != expected.dtype:
-        return None  # under autocast, which the trace did not see
+def _computes(body: fx.GraphModule, output: fx.Node) -> bool:
+    """Whether a traced body is self-contained and its result has the output's dtype.
+
+    Under autocast it has not: the trace does not see an autocast region of the graph.
+    """
+    result = body.graph.output_node().args[0]
     if any(inner.op not in ("placeholder", "call_function", "output") for inner in body.graph.nodes):
-        return None
-    key = next(key for key in VALUE_KEYS if key in node.meta)
+        return False
+    return isinstance(result, fx.Node) and bool(value_of(result).dtype == value_of(output).dtype)
+
+
+def _inline(body: fx.GraphModule, inputs: list[fx.Node], node: fx.Node, output: fx.Node) -> fx.Node:
+    """Copy a traced body before ``node`` and return the copy of its result, which stands for ``output``."""
+    key = next(key for key in VALUE_KEYS if key in output.meta)
     copies: dict[fx.Node, fx.Node] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with node.graph.inserting_before(node):
         for inner in body.graph.nodes:
@@ -104,7 +105,9 @@ def _inline(body: fx.GraphModule, inputs: list[fx.Node], node: fx.Node) -> fx.No
                 copy = copies[inner] = node.graph.node_copy(inner, copies.__getitem__)
                 copy.meta = {name: item for name, item in node.meta.items() if name not in VALUE_KEYS}
                 copy.meta[key] = value_of(inner)
-    return copies[inner_result]
+    result = body.graph.output_node().args[0]
+    assert isinstance(result, fx.Node)
+    return copies[result]
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:

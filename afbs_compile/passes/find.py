@@ -23,8 +23,9 @@ def find(gm: fx.GraphModule, *, min_length: int) -> tuple[list[AttentionSite], l
 
     Inside a Dynamo backend the answer may rest on symbolic sizes; each such condition becomes a guard, so the graph is
     compiled again where it does not hold: ``length >= min_length`` for a dynamic length, the number of heads, and for
-    a dense mask the exact length that it was proven at. Outside (torch.export) a condition that does not hold for
-    every size refuses the call, except ``min_length``, which the operator checks again when it runs.
+    a dense mask the exact length that it was proven at. Outside (torch.export), and for sizes marked dynamic, a
+    condition that does not hold for every size refuses the call, except ``min_length``: the operator checks it again
+    when it runs.
 
     Args:
         gm: a graph from Dynamo, before AOTAutograd, or from torch.export, before decompositions.
@@ -89,7 +90,7 @@ class _Finder:
     def _mask_pattern(self, mask: fx.Node, program: tuple[fx.Node, ...], length: int | None) -> MaskPattern:
         try:
             if length is None:
-                raise NotConstantError("the length is symbolic in an exported graph")
+                raise NotConstantError("the length is free: marked dynamic or exported so")
             return self._prover.pattern(mask, program, length=length)
         except NotConstantError as error:
             raise _RefusedError(mask_refusal(mask, str(error))) from error

@@ -45,7 +45,7 @@ def head_repeat(node: fx.Node, writes: Writes, *, before: fx.Node) -> HeadRepeat
 
     Args:
         node: a key or value ``[..., heads, length, head_dim]``, at least 4-D.
-        writes: the writes of the graph: the source must still hold its values at ``before``.
+        writes: the writes of the graph: neither the source nor its repetition may change on the way to ``before``.
         before: the attention call.
 
     Returns:
@@ -55,10 +55,19 @@ def head_repeat(node: fx.Node, writes: Writes, *, before: fx.Node) -> HeadRepeat
     found = _from_repeat_interleave(last) or _from_expand(last)
     if found is None or found.repeats < 2:
         return None
-    storage = storage_of(found.source)
-    if storage is None or writes.into({storage}, before=before, after=found.reader):
+    storages = _storages(node, found)
+    if storages is None or writes.into(storages, before=before, after=found.reader):
         return None
     return found
+
+
+def _storages(node: fx.Node, repeat: HeadRepeat) -> set[int] | None:
+    """The memory of every tensor from a repeated node back to its source; None where some is not known."""
+    chain = [node]
+    while chain[-1] is not repeat.source:
+        chain.append(_input(chain[-1]))
+    storages = [storage_of(link) for link in chain]
+    return None if None in storages else {storage for storage in storages if storage is not None}
 
 
 def _from_repeat_interleave(node: fx.Node) -> HeadRepeat | None:
@@ -75,17 +84,17 @@ def _from_expand(node: fx.Node) -> HeadRepeat | None:
     """Reshapes, one ``expand`` of one dimension, reshapes.
 
     In row-major order ``expand`` makes ``A x 1 x C`` into ``A x g x C``. Read as ``[..., heads, length, head_dim]``, it
-    repeats each head g times next to itself if and only if ``A = [..., heads / g]`` and ``C = [length, head_dim]``.
+    repeats each head g times next to itself if ``A = [..., heads / g]``; C is then as large as ``[length, head_dim]``.
     """
     expand = _skip(node, RESHAPES | COPIES)
     final, wide, narrow = _shape(node), _shape(expand), _shape(_input(expand))
     if _name(expand) not in EXPANDS or final is None or wide is None or narrow is None or len(wide) != len(narrow):
         return None
     widened = [dim for dim in range(len(wide)) if not same_sizes(wide[dim : dim + 1], narrow[dim : dim + 1])]
-    if len(widened) != 1 or not same_sizes(wide[widened[0] + 1 :], final[-2:]):
+    if len(widened) != 1:
         return None
     repeats, outer = wide[widened[0]], tuple(wide[: widened[0]])
-    if not isinstance(repeats, int) or not isinstance(final[-3], int) or final[-3] % repeats:
+    if not isinstance(repeats, int) or repeats < 2 or not isinstance(final[-3], int) or final[-3] % repeats:
         return None
     heads = final[-3] // repeats
     unrepeated = (*final[:-3], heads, *final[-2:])

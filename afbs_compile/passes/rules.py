@@ -6,14 +6,13 @@ A rule gets a call that passed the rules before it and returns None or a sentenc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.operands import FUSED, Call, fused_name, is_flex_attention
-from afbs_compile.passes.sizes import fixed, holds
+from afbs_compile.passes.sizes import Size, fixed, holds, shown
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257)
@@ -53,8 +52,8 @@ def lengths(call: Call) -> str | None:
     if holds(q.shape[-2] == k.shape[-2]):
         return None
     return (
-        f"q_len != k_len: {q.shape[-2]} query rows against {k.shape[-2]} keys; only self-attention over one whole "
-        "sequence (prefill) is accepted, so decoding, a longer cache and cross-attention stay dense"
+        f"q_len != k_len: {shown(q.shape[-2])} query rows against {shown(k.shape[-2])} keys; only self-attention over "
+        "one whole sequence (prefill) is accepted, so decoding, a longer cache and cross-attention stay dense"
     )
 
 
@@ -91,7 +90,7 @@ def head_dim(call: Call) -> str | None:
     sizes = [fixed(value.shape[-1]) for value in call.tensors]
     if len(set(sizes)) == 1 and sizes[0] in HEAD_DIMS:
         return None
-    found = ", ".join(str(value.shape[-1]) for value in call.tensors)
+    found = ", ".join(str(shown(value.shape[-1])) for value in call.tensors)
     return f"unsupported head_dim: q, k, v have {found}; one size from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} is accepted"
 
 
@@ -115,8 +114,7 @@ def heads(call: Call) -> str | None:
     count, kv_count = fixed(q.shape[-3]), fixed(k.shape[-3])
     if count is None or kv_count is None:
         return f"unsupported shape: {_shapes(call)}; numbers of heads that are the same in every call are accepted"
-    shared = kv_count == 1 or (call.enable_gqa is True and kv_count and count % kv_count == 0)
-    if count == kv_count or shared:
+    if kv_count == 1 or kv_count == count != 0 or (kv_count and call.enable_gqa is True and count % kv_count == 0):
         return None
     return (
         f"unsupported shape: {count} query heads over {kv_count} key heads; with enable_gqa=True a multiple is accepted"
@@ -168,13 +166,13 @@ def mask_refusal(mask: fx.Node, why: str) -> str:
     )
 
 
-def too_short(length: Any, min_length: int) -> str:
+def too_short(length: Size, min_length: int) -> str:
     """The sentence for a sequence on which sparse attention would not pay."""
-    return f"too short: {length} tokens; sparse attention is worth it here from {min_length} on"
+    return f"too short: {shown(length)} tokens; sparse attention is worth it here from {min_length} on"
 
 
 def _shapes(call: Call) -> str:
-    q, k, v = (list(value.shape) for value in call.tensors)
+    q, k, v = ([shown(size) for size in value.shape] for value in call.tensors)
     return f"q {q}, k {k}, v {v}"
 
 

@@ -218,6 +218,21 @@ def test_half_precision_is_as_exact_as_sdpa() -> None:
         assert error(out, dense(q.double(), k.double(), v.double(), shape)) <= tolerance(q, k, v, shape)
 
 
+@pytest.mark.parametrize("constants", [MIXED, DENSE], ids=["mixed", "dense"])
+def test_autocast_changes_nothing(constants: dict[str, list[float]]) -> None:
+    q, k, v = inputs(SHAPE)
+    expected = run(q, k, v, **constants)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(q, k, v, **constants)
+    assert torch.equal(out, expected)
+
+
+def test_inference_mode_gives_the_same() -> None:
+    expected = run(*inputs(SHAPE))
+    with torch.inference_mode():
+        assert torch.equal(run(*inputs(SHAPE)), expected)
+
+
 def test_engine_names() -> None:
     assert op.engine_name(torch.device("cpu")) == "flex"
     assert op.engine_name(torch.device("xpu")) == "flex"

@@ -154,6 +154,17 @@ def test_nan_keeps_blocks_of_its_own_head_only(poisoned: str) -> None:
     assert kept.all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_scores_that_overflow_keep_the_row(dtype: torch.dtype) -> None:
+    shape = Shape(length=320, dtype=dtype, causal=False)
+    q, k, _ = inputs(shape, TRITON_DEVICE)
+    q[:, :, 64:128] = k[:, :, 128:192] = 1e25
+    _, mask = predict_on_triton(q, k, [0.3, 0.3], [OFF, OFF], shape)
+    assert torch.equal(mask, reference.predict_mask(q, k, [0.3, 0.3], [OFF, OFF], **shape.call))
+    assert mask[:, :, 1].all()
+    assert not mask.all()
+
+
 @pytest.mark.parametrize("triton", [False, True], ids=["reference", "triton"])
 def test_a_later_token_changes_no_selection_of_earlier_query_blocks(triton: bool) -> None:
     shape = Shape(length=700, heads=2, block_q=64, block_k=32)

@@ -6,6 +6,8 @@ from afbs_compile.passes.effects import has_effect, written_nodes
 
 aten = torch.ops.aten
 
+torch.library.define("afbs_test::fill_quietly", "(Tensor a, Tensor(b!) b) -> ()")
+
 WRITERS = {
     "method": lambda x, y: x.add_(y),
     "method, no argument": lambda x, y: x.zero_(),
@@ -52,6 +54,14 @@ def test_operators_that_write(name):
     graph = torch.fx.Graph()
     x, y = graph.placeholder("x"), graph.placeholder("y")
     assert written_nodes(graph.call_function(getattr(operator, name), (x, y))) == [x]
+
+
+@pytest.mark.parametrize("target", ["packet", "overload"])
+def test_operators_of_others_say_what_they_write(target):
+    packet = torch.ops.afbs_test.fill_quietly
+    graph = torch.fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    assert written_nodes(graph.call_function(packet if target == "packet" else packet.default, (x,), {"b": y})) == [y]
 
 
 def test_an_unknown_function_may_write_into_anything():

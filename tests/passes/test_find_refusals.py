@@ -106,6 +106,10 @@ def test_heads_that_do_not_divide():
     assert reason.startswith("unsupported shape: 4 query heads over 3 key heads")
 
 
+def test_no_heads():
+    assert reason_for(lambda q: sdpa(q, q, q), q=x(2, 0, 24, 16)).startswith("unsupported shape: 0 query heads")
+
+
 def test_a_causal_flag_from_the_graph():
     reason = reason_for(lambda q, flag: sdpa(q, q, q, is_causal=flag), q=x(), flag=True)
     assert reason.startswith("mask not proven: is_causal is computed")
@@ -151,13 +155,14 @@ def test_each_call_inside_an_operator_is_named(look):
     assert "checkpoint" in refusal.reason
 
 
-def test_exported_lengths_that_may_differ_are_refused():
+@pytest.mark.parametrize("k_len", [32, 24])
+def test_exported_lengths_that_may_differ_are_refused(k_len):
     class Cross(torch.nn.Module):
         def forward(self, q, k):
             return sdpa(q, k, k)
 
     lengths = {"q": {2: torch.export.Dim("a", min=2)}, "k": {2: torch.export.Dim("b", min=2)}}
-    exported = torch.export.export(Cross(), (x(), x(2, 4, 32, 16)), dynamic_shapes=lengths)
+    exported = torch.export.export(Cross(), (x(), x(2, 4, k_len, 16)), dynamic_shapes=lengths)
     sites, (refusal,) = find(exported.module(), min_length=1)
     assert sites == []
     assert refusal.reason.startswith("q_len != k_len")

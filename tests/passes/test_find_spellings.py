@@ -140,6 +140,17 @@ class TestDynamicShapes:
             for length in (24, 25, 40, 50):
                 found.call(torch.randn(2, 4, length, 16))
         assert [len(sites) for sites in found.sites] == [0, 1]
+        assert found.refusals[0][0].reason.startswith("too short: 24 tokens")
+
+    @pytest.mark.parametrize("bounds", [{}, {"min": 2, "max": 4096}], ids=["free", "bounded"])
+    @pytest.mark.parametrize("min_length", [1, 30, 1000])
+    def test_a_length_that_the_user_keeps_free(self, compile_with, bounds, min_length):
+        """A guard on a bounded size would fail the compilation; the operator checks the length when it runs."""
+        found = compile_with(lambda x: sdpa(x, x, x), dynamic=None, min_length=min_length)
+        x = torch.randn(2, 4, 40, 16)
+        torch._dynamo.mark_dynamic(x, 2, **bounds)
+        found.call(x)
+        assert len(found.sites[0]) == (1 if bounds or min_length <= 40 else 0)
 
     def test_exported_dynamic_length_is_left_to_the_operator(self):
         length = torch.export.Dim("length", min=2, max=4096)

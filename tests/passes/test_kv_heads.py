@@ -99,7 +99,7 @@ KEPT = {
         2, 2 * n, 24, 16
     ),
     "batch and heads mixed": lambda x, n: x.reshape(1, 4, 1, 24, 16).expand(-1, -1, n, -1, -1).reshape(2, 4, 24, 16),
-    "through float64": lambda x, n: x.double()[:, :, None].expand(-1, -1, n, -1, -1).reshape(2, 4, 24, 16).float(),
+    "through bfloat16": lambda x, n: expand_reshape(x.to(torch.bfloat16), n).to(torch.float32),
 }
 
 
@@ -124,11 +124,43 @@ def test_key_and_value_must_be_repeated_alike(compile_with):
     assert found.site.kv_heads == 4
 
 
+def test_key_and_value_must_come_from_the_same_number_of_heads(compile_with):
+    def fn(q, k, v):
+        return sdpa(q, expand_reshape(k, 2), expand_reshape(v[:, :1], 4))
+
+    inputs = kv()
+    found = compile_with(fn, change=True)
+    torch.testing.assert_close(found.call(*inputs), fn(*inputs))
+    assert found.site.kv_heads == 4
+
+
+@pytest.mark.parametrize(("dim", "shape"), [(2, (2, 2, 48, 16)), (0, (4, 2, 24, 16))])
+def test_repeats_of_another_dimension_are_kept(look, dim, shape):
+    def fn(q, k):
+        wide = k.repeat_interleave(2, dim)
+        return sdpa(q, wide, wide)
+
+    site = look(fn, torch.randn(shape), torch.randn(2, 2, 24, 16)).site
+    assert (site.kv_heads, site.k.op) == (2, "call_method")
+
+
 def test_a_source_that_is_overwritten_afterwards_is_not_used(compile_with):
     def fn(q, k, v):
         k, v = k * 1, v * 1
         wide_k, wide_v = expand_reshape(k, 2), expand_reshape(v, 2)
         k[:, 0].mul_(2)
+        return sdpa(q, wide_k, wide_v)
+
+    inputs = kv()
+    found = compile_with(fn, change=True)
+    torch.testing.assert_close(found.call(*inputs), fn(*inputs))
+    assert found.site.kv_heads == 4
+
+
+def test_repeated_heads_that_are_overwritten_are_kept(compile_with):
+    def fn(q, k, v):
+        wide_k, wide_v = expand_reshape(k, 2), expand_reshape(v, 2)
+        wide_k[:, 0].mul_(2)
         return sdpa(q, wide_k, wide_v)
 
     inputs = kv()

@@ -16,7 +16,11 @@ def causal_mask(q):
     return rows[:, None] >= rows
 
 
-def rope_like(q, k, v):
+def doubled(k):
+    return k[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
+
+
+def in_memory_order(q, k, v):
     return sdpa(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2).reshape(2, 24, -1)
 
 
@@ -31,8 +35,8 @@ SAME = {
     "GQA 5-D": (lambda q, k: sdpa(q, k, k, enable_gqa=True), [(2, 3, 4, 24, 16), (2, 3, 2, 24, 16)]),
     "one key head": (lambda q, k: sdpa(q, k, k), [(2, 4, 24, 16), (2, 1, 24, 16)]),
     "proven mask": (lambda q, k, v: sdpa(q, k, v, attn_mask=causal_mask(q)), [(2, 4, 24, 16)] * 3),
-    "repeated heads": (lambda q, k: sdpa(q, *(k[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2),) * 2), [(2, 4, 24, 16), (2, 2, 24, 16)]),
-    "transposed": (rope_like, [(2, 24, 4, 16)] * 3),
+    "repeated heads": (lambda q, k: sdpa(q, doubled(k), doubled(k)), [(2, 4, 24, 16), (2, 2, 24, 16)]),
+    "transposed": (in_memory_order, [(2, 24, 4, 16)] * 3),
     "view of the output": (lambda x: sdpa(x, x, x).view(8, -1), [(2, 4, 24, 16)]),
     "view of a view of the output": (lambda x: sdpa(x, x, x)[1:].unsqueeze(0).view(4, -1), [(2, 4, 24, 16)]),
     "view of the output, 3-D": (lambda x: sdpa(x, x, x).view(-1, 16), [(3, 24, 16)]),

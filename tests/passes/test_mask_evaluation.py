@@ -1,0 +1,179 @@
+"""When masks are evaluated: once, in bounded memory, for one length at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._C import _functorch
+
+from afbs_compile.passes import constants
+from afbs_compile.passes.find import find
+from afbs_compile.passes.mask_proof import MaskPattern, classify
+
+N = 24
+sdpa = F.scaled_dot_product_attention
+
+
+def causal():
+    return torch.arange(N)[:, None] >= torch.arange(N)
+
+
+def causal_with_literals():
+    return torch.where(causal(), torch.tensor(0.0), torch.tensor(float("-inf")))
+
+
+def causal_in_place():
+    mask = torch.ones(N, N, dtype=torch.bool)
+    for row in range(N):
+        mask[row][row + 1 :] = False
+    return mask
+
+
+def causal_by_vmap():
+    rows = torch.arange(N)
+    return torch.vmap(torch.vmap(lambda i, j: i >= j, (None, 0)), (0, None))(rows, rows)
+
+
+def test_layers_share_the_evaluation(look, qkv, monkeypatch):
+    runs = []
+    monkeypatch.setattr("afbs_compile.passes.mask_proof.run", lambda *args: runs.append(1) or constants.run(*args))
+
+    def fn(q, k, v):
+        mask = torch.ones(N, N, dtype=torch.bool).tril()
+        return sdpa(sdpa(q, k, v, attn_mask=mask), k, v, attn_mask=mask)
+
+    assert len(look(fn, *qkv).sites[0]) == 2
+    assert len(runs) == 1
+
+
+def test_a_mask_too_large_to_evaluate_is_refused(look, qkv, monkeypatch):
+    monkeypatch.setattr(constants, "LARGEST_TENSOR", N * N - 1)
+    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=causal()), *qkv).reason
+    assert "GiB to evaluate" in reason
+
+
+def test_vmap_levels_are_left_after_a_failure(look, qkv):
+    def fn(q, k, v):
+        i = torch.arange(N)
+        mask = torch.vmap(lambda row: torch.empty(N, dtype=torch.bool) & (row >= i))(i)
+        return sdpa(q, k, v, attn_mask=mask)
+
+    assert "uninitialised" in look(fn, *qkv).reason
+    assert not _functorch.maybe_current_level()
+
+
+class TestDynamicShapes:
+    def masked(self, q, k, v):
+        rows = torch.arange(q.shape[2])
+        return sdpa(q, k, v, attn_mask=rows[:, None] >= rows)
+
+    def up_to_32(self, q, k, v):
+        """Causal up to 32 tokens; beyond, nobody attends to the first keys."""
+        n = q.shape[2]
+        rows = torch.arange(n)
+        return sdpa(q, k, v, attn_mask=(rows[:, None] >= rows) & (rows[:, None] - rows < 32))
+
+    def inputs(self, length):
+        return [torch.randn(2, 4, length, 16) for _ in range(3)]
+
+    def test_each_length_is_proven_for_itself(self, compile_with):
+        found = compile_with(self.masked, dynamic=True, change=True)
+        with torch.no_grad():
+            for length in (24, 40):
+                inputs = self.inputs(length)
+                torch.testing.assert_close(found.call(*inputs), self.masked(*inputs))
+        assert [len(sites) for sites in found.sites] == [1, 1]
+
+    def test_a_mask_that_is_causal_at_one_length_only(self, compile_with):
+        found = compile_with(self.up_to_32, dynamic=True, change=True)
+        with torch.no_grad():
+            for length in (24, 40, 30, 41):
+                inputs = self.inputs(length)
+                torch.testing.assert_close(found.call(*inputs), self.up_to_32(*inputs))
+        assert [len(sites) for sites in found.sites] == [1, 0, 1, 0]
+
+    def test_a_short_call_is_not_pinned_to_its_length(self, compile_with):
+        found = compile_with(self.masked, dynamic=True, min_length=100)
+        with torch.no_grad():
+            for length in (24, 40, 30):
+                found.call(*self.inputs(length))
+        assert len(found.graphs) == 1
+
+    def test_an_unproven_mask_is_not_pinned_to_its_length(self, compile_with):
+        found = compile_with(lambda q, m: sdpa(q, q, q, attn_mask=m), dynamic=True)
+        with torch.no_grad():
+            for length in (24, 40, 30):
+                found.call(self.inputs(length)[0], torch.ones(length, length, dtype=torch.bool))
+        assert len(found.graphs) == 1
+
+    def test_a_length_that_the_user_keeps_free_is_not_pinned(self, compile_with):
+        found = compile_with(self.masked, dynamic=None)
+        for length in (24, 40):
+            inputs = self.inputs(length)
+            for x in inputs:
+                torch._dynamo.mark_dynamic(x, 2)
+            found.call(*inputs)
+        assert len(found.graphs) == 1
+        assert found.reason.startswith("mask not proven: the length is free")
+
+    def test_an_exported_graph_of_any_length_is_refused(self):
+        class Masked(torch.nn.Module):
+            forward = TestDynamicShapes.masked
+
+        length = torch.export.Dim("length", min=2, max=4096)
+        exported = torch.export.export(Masked(), tuple(self.inputs(24)), dynamic_shapes=({2: length},) * 3)
+        sites, (refusal,) = find(exported.module(), min_length=1)
+        assert sites == []
+        assert refusal.reason.startswith("mask not proven: the length is free")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("make", [causal, causal_with_literals, causal_in_place, causal_by_vmap])
+def test_exported_graph(make, strict):
+    class Masked(torch.nn.Module):
+        def forward(self, q):
+            return sdpa(q, q, q, attn_mask=make())
+
+    (site,), _ = find(torch.export.export(Masked(), (torch.randn(2, 4, N, 16),), strict=strict).module(), min_length=1)
+    assert site.causal
+
+
+def test_exported_buffer_is_no_constant():
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", causal())
+            self.plain = causal()
+
+        def forward(self, q):
+            return sdpa(q, q, q, attn_mask=self.mask & self.plain)
+
+    exported = torch.export.export(Masked(), (torch.randn(2, 4, N, 16),))
+    for gm in (exported.module(), exported.graph_module):
+        _, (refusal,) = find(gm, min_length=1)
+        assert refusal.reason.startswith("mask not proven: it ")
+
+
+class TestClassify:
+    @pytest.mark.parametrize("length", [1, 2, 63, 5000])
+    @pytest.mark.parametrize("chunk", [1, 100, 2**24])
+    def test_patterns(self, length, chunk, monkeypatch):
+        if length * length > chunk * 10**6:
+            pytest.skip("many tiny chunks")
+        monkeypatch.setattr("afbs_compile.passes.mask_proof.CHUNK", chunk)
+        ones = torch.ones(length, length, dtype=torch.bool)
+        assert classify(ones, length) is MaskPattern.FULL
+        assert classify(ones.tril(), length) is (MaskPattern.CAUSAL if length > 1 else MaskPattern.FULL)
+        assert classify(~ones, length) is None
+
+    def test_every_slice_counts(self):
+        mask = torch.ones(3, 2, 8, 8, dtype=torch.bool).tril()
+        assert classify(mask, 8) is MaskPattern.CAUSAL
+        mask[2, 1, 5, 1] = False
+        assert classify(mask, 8) is None
+
+    def test_slices_of_two_patterns_have_none(self):
+        ones = torch.ones(8, 8, dtype=torch.bool)
+        assert classify(torch.stack([ones, ones.tril()]), 8) is None
+
+    def test_an_empty_batch_has_no_pattern(self):
+        assert classify(torch.ones(0, 1, 8, 8, dtype=torch.bool), 8) is None
