@@ -220,10 +220,12 @@ def launch_shape(block_q: int, block_k: int, dim_pad: int, itemsize: int, shared
         itemsize: bytes per element.
         shared_memory: bytes that one program may use.
     """
-    tile_q, tile_k = block_q, block_k
+    # Measured on an H200. An accumulator of more than 128 registers a thread spills, and so do fp32 operands, which are
+    # twice as wide and multiplied three times.
+    widest = 128 if dim_pad <= 128 else 64
     if itemsize == 4:
-        # Three products for one, on operands twice as wide: larger tiles spill.
-        tile_q, tile_k = min(tile_q, 64), min(tile_k, 64 if dim_pad <= 128 else 32)
+        widest = 64 if dim_pad <= 64 else 32
+    tile_q, tile_k = min(block_q, widest), min(block_k, widest)
     row = dim_pad * itemsize
 
     def needed(stages: int) -> int:
@@ -235,19 +237,18 @@ def launch_shape(block_q: int, block_k: int, dim_pad: int, itemsize: int, shared
             tile_k //= 2
         else:
             tile_q //= 2
-    stages = next((depth for depth in (3, 2) if needed(depth) <= shared_memory), 1)
-    # An fp32 accumulator of more than 128 registers a thread spills.
-    warps = 8 if tile_q * dim_pad > 128 * 128 or (tile_q >= 128 and tile_k >= 128) else 4
+    stages = 2 if needed(2) <= shared_memory else 1
+    warps = 8 if tile_q >= 128 or (dim_pad > 128 and itemsize == 2) else 4
     return LaunchShape(tile_q, tile_k, warps, stages)
 
 
 @functools.cache  # the driver takes a millisecond to answer
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use; unlimited where Triton only interprets."""
+def _launch_shape_on(device: torch.device, block_q: int, block_k: int, dim_pad: int, itemsize: int) -> LaunchShape:
+    """:func:`launch_shape` for a device; whole blocks where Triton only interprets."""
     if device.type != "cuda":
-        return 1 << 30
+        return LaunchShape(block_q, block_k, 4, 1)
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return int(properties["max_shared_mem"])
+    return launch_shape(block_q, block_k, dim_pad, itemsize, int(properties["max_shared_mem"]))
 
 
 def _precision(device: torch.device) -> str:
@@ -304,7 +305,7 @@ def attend(
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = (_addressable(x) for x in (q, k, v))
     dim_pad = max(16, triton.next_power_of_2(dim))
-    shape = launch_shape(block_q, block_k, dim_pad, q.element_size(), _shared_memory(q.device))
+    shape = _launch_shape_on(q.device, block_q, block_k, dim_pad, q.element_size())
     whole = (shape.tile_q, shape.tile_k) == (block_q, block_k)
     has_lambda = whole and any(value > LAMBDA_OFF for value in lam)
     count_q = block_count(length, block_q)

@@ -71,14 +71,16 @@ def classify(mask: Tensor, length: int) -> MaskPattern | None:
 
     Args:
         mask: bool (true attends) or floating (added to the scores; 0 attends, -inf or the dtype's lowest number hides),
-            broadcastable to ``[..., length, length]``, at least 2-D.
+            broadcastable to ``[..., length, length]``, at least 2-D. A floating mask is only taken for the causal one:
+            nn.MultiheadAttention makes such a one of every boolean mask; any other is a bias.
         length: rows and keys.
 
     Returns:
         The pattern that every slice has, or None. A mask of one row and key is FULL when true.
     """
     slices = list(_distinct_slices(mask.expand(*mask.shape[:-2], length, length)))
-    for pattern in (MaskPattern.FULL, MaskPattern.CAUSAL):
+    boolean = mask.dtype == torch.bool
+    for pattern in (MaskPattern.FULL, MaskPattern.CAUSAL) if boolean else (MaskPattern.CAUSAL,):
         if slices and all(_has_pattern(part, pattern) for part in slices):
             return pattern
     return None

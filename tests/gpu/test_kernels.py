@@ -91,7 +91,7 @@ def test_lambda_skips_what_the_reference_skips(blocks: tuple[int, int], causal: 
     # A tile at the very edge of lambda may be skipped by one and not by the other; rounding is ten times smaller.
     assert float((out - expected).float().abs().mean()) <= 2e-3
     assert float((out - exact(q, k, v, live, shape))[:, 0].abs().mean()) > 2e-2, "nothing was skipped"
-    if blocks == (64, 64):  # larger fp32 blocks are cut, and a cut block ignores lambda
+    if blocks == (64, 64) and head_dim == 64:  # larger fp32 blocks are cut, and a cut block ignores lambda
         single = [x.float() for x in (q, k, v)]
         expected = reference.masked_attention(*single, live, lam, **shape.call)
         assert float((attend(*single, live, lam, shape) - expected).abs().mean()) <= 1e-4
@@ -152,10 +152,10 @@ def test_future_tokens_change_nothing_under_a_given_mask() -> None:
 
 
 def test_offsets_past_32_bits() -> None:
-    # Row 40,000 of the last batch element lies more than 2^31 elements after the start of the tensor.
-    shape = Shape(70_000, 128, heads=2, kv_heads=2, causal=False, dtype=torch.bfloat16)
+    # The last rows of the last batch element lie more than 2^31 elements after the start of the tensor.
+    shape = Shape(130_000, 128, heads=2, kv_heads=2, causal=False, dtype=torch.bfloat16)
     wide = torch.empty(2, shape.length, 66, 128, dtype=torch.bfloat16, device="cuda")
-    assert wide.stride(0) + 40_000 * wide.stride(1) < 2**31 < wide.numel()
+    assert wide.numel() > 2**31
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (wide[:, :, i : i + 2].transpose(1, 2) for i in (0, 2, 64))
     for x in (q, k, v):

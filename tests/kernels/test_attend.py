@@ -199,6 +199,8 @@ def skip(q: Tensor, k: Tensor, v: Tensor, live: Tensor, lam: list[float], shape:
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16)], ids=["64x64", "128x64", "32x16"])
 def test_lambda_skips_what_the_reference_skips(causal: bool, blocks: tuple[int, int]) -> None:
+    if blocks == (128, 64) and TRITON_DEVICE == "cuda":
+        pytest.skip("on a GPU these blocks are cut in fp32; tests/gpu has them in bf16")
     shape = Shape(length=333, heads=4, kv_heads=2, causal=causal, block_q=blocks[0], block_k=blocks[1])
     q, k, v = inputs(shape, TRITON_DEVICE)
     k[:, :, 100:] *= 0.2  # the first keys give most rows their maximum
@@ -221,9 +223,9 @@ def test_lambda_ignores_rows_past_the_end() -> None:
 
 
 def test_blocks_that_do_not_fit_are_cut_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_sparse, "_shared_memory", lambda device: 100_000)
+    monkeypatch.setattr(block_sparse, "_launch_shape_on", lambda *_: block_sparse.LaunchShape(32, 64, 4, 1))
     for causal in (True, False):
-        shape = Shape(length=300, head_dim=256, block_q=128, block_k=128, causal=causal)
+        shape = Shape(length=300, head_dim=64, block_q=128, block_k=128, causal=causal)
         q, k, v = inputs(shape, TRITON_DEVICE)
         live = some_blocks(shape, TRITON_DEVICE)
         # A cut block ignores lambda: it skips nothing.
