@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import pydoc_data.topics
 import subprocess
@@ -37,8 +38,12 @@ def text_windows(tokenizer: Any, source: str, length: int, count: int, device: s
 
 
 def environment() -> dict[str, Any]:
-    """Commit, device and versions, for a result file."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    """Commit (``$GIT_COMMIT`` where there is no checkout), device and versions, for a result file."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = (
+        os.environ.get("GIT_COMMIT")
+        or subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "commit": commit.strip() or "unknown",

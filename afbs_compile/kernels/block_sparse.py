@@ -90,21 +90,17 @@ def _attend_tile(
         scores = tl.where(allowed, scores, float("-inf"))
     tile_peak = tl.max(scores, 1)
     new_peak = tl.maximum(peak, tile_peak)
-    base_peak = new_peak
-    if MASKED:
-        # A row that has seen no key yet keeps its exponents at -inf - 0, where -inf - -inf would be NaN.
-        base_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
 
     # l <- l * 2^(c (m_old - m_new)) + rowsum(2^(c (s - m_new))),   o <- o * 2^(c (m_old - m_new)) + 2^(c (s - m_new)) V
     # Subtracting first is exact at the maximum. The fused c * s - c * m, one instruction less, overflows where c * m
     # has an ulp above 128, and fp16 inputs of 6e4 reach that.
-    weights = tl.math.exp2((scores - base_peak[:, None]) * scale)
-    decay = tl.math.exp2((peak - base_peak) * scale)
+    weights = tl.math.exp2((scores - new_peak[:, None]) * scale)
+    decay = tl.math.exp2((peak - new_peak) * scale)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
     needed = True
     if HAS_LAMBDA:
-        unseen = ((tile_peak - base_peak) * scale < lam) | (rows >= length)
+        unseen = ((tile_peak - new_peak) * scale < lam) | (rows >= length)
         needed = tl.min(unseen.to(tl.int32), 0) == 0
     if needed:
         if MASKED or HEAD_DIM != DIM_PAD:  # noqa: SIM108 (a ternary would evaluate both in the interpreter)
@@ -220,12 +216,12 @@ def launch_shape(block_q: int, block_k: int, dim_pad: int, itemsize: int, shared
         itemsize: bytes per element.
         shared_memory: bytes that one program may use.
     """
-    # Measured on an H200. An accumulator of more than 128 registers a thread spills, and so do fp32 operands, which are
-    # twice as wide and multiplied three times.
-    widest = 128 if dim_pad <= 128 else 64
+    # Measured on an H200: a program is best left one block, cut only where its registers spill. fp32 operands are twice
+    # as wide and multiplied three times.
+    widest_q, widest_k = 128, (128 if dim_pad <= 128 else 64)
     if itemsize == 4:
-        widest = 64 if dim_pad <= 64 else 32
-    tile_q, tile_k = min(block_q, widest), min(block_k, widest)
+        widest_q = widest_k = 64 if dim_pad <= 64 else 32
+    tile_q, tile_k = min(block_q, widest_q), min(block_k, widest_k)
     row = dim_pad * itemsize
 
     def needed(stages: int) -> int:
@@ -238,7 +234,7 @@ def launch_shape(block_q: int, block_k: int, dim_pad: int, itemsize: int, shared
         else:
             tile_q //= 2
     stages = 2 if needed(2) <= shared_memory else 1
-    warps = 8 if tile_q >= 128 or (dim_pad > 128 and itemsize == 2) else 4
+    warps = 8 if tile_q * dim_pad >= 128 * 128 else 4
     return LaunchShape(tile_q, tile_k, warps, stages)
 
 

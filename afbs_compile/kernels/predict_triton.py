@@ -28,8 +28,8 @@ SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 SCORE_TILE = 64
 """Query and key blocks per program of the score kernel."""
 
-STATISTICS_ELEMENTS = 8192
-"""Elements that a program of the statistics kernel holds in registers at a time: 64 for each of its threads."""
+STATISTICS_ELEMENTS = 2048
+"""Elements that a program of the statistics kernel holds in registers at a time: 64 for each thread of its one warp."""
 
 
 @functools.cache
@@ -220,7 +220,7 @@ def _block_statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
         DIM_PAD=padded,
         BLOCK=block,
         ROWS=min(block, STATISTICS_ELEMENTS // padded),
-        num_warps=4,
+        num_warps=1,  # no barriers: 3.5 times as fast as four warps on an H200
     )
     return mean, similarity
 

@@ -71,16 +71,15 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def inputs(shape: Shape, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q, k, v. Keys drift along the sequence, so that block probabilities differ."""
+    """Random q, k, v of variance 1 that drift along the sequence, so that block probabilities differ."""
     generator = torch.Generator().manual_seed(seed)
 
+    def normal(heads: int, length: int) -> Tensor:
+        return torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator)
+
     def draw(heads: int) -> Tensor:
-        x = torch.randn(shape.batch, heads, shape.length, shape.head_dim, generator=generator)
-        x += (
-            torch.randn(shape.batch, heads, -(-shape.length // 50), shape.head_dim, generator=generator)
-            .mul_(1.5)
-            .repeat_interleave(50, 2)[:, :, : shape.length]
-        )
+        drift = normal(heads, -(-shape.length // 50)).repeat_interleave(50, 2)[:, :, : shape.length]
+        x = 0.55 * normal(heads, shape.length) + 0.835 * drift
         return lay_out(x.to(device, shape.dtype), shape.layout)
 
     return draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads)
@@ -118,12 +117,23 @@ def error(out: Tensor, truth: Tensor) -> float:
     return float((out.double() - truth.double()).abs().nan_to_num(torch.inf).max())
 
 
-def tolerance(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> float:
-    """The contract: fp32 1e-5; half precisions twice what SDPA itself is off on these operands."""
+def masked_dense(q: Tensor, k: Tensor, v: Tensor, live: Tensor, shape: Shape) -> Tensor:
+    """SDPA in the dtype of the operands over the tokens that ``live`` and causality leave."""
+    n = shape.length
+    allowed = live.repeat_interleave(shape.block_q, 2).repeat_interleave(shape.block_k, 3)[..., :n, :n]
+    if shape.causal:
+        allowed = allowed.tril()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=shape.scale, enable_gqa=True)
+
+
+def tolerance(q: Tensor, k: Tensor, v: Tensor, shape: Shape, live: Tensor | None = None) -> float:
+    """The contract: fp32 1e-5; half precisions twice what SDPA itself is off on these operands (and blocks)."""
     if shape.dtype == torch.float32:
         return 1e-5
-    truth = dense(q.double(), k.double(), v.double(), shape)
-    return 2 * error(dense(q, k, v, shape), truth)
+    double = [x.double() for x in (q, k, v)]
+    if live is None:
+        return 2 * error(dense(q, k, v, shape), dense(*double, shape))
+    return 2 * error(masked_dense(q, k, v, live, shape), masked_dense(*double, live, shape))
 
 
 @dataclass(frozen=True)

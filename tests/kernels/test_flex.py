@@ -47,13 +47,14 @@ def test_no_call_falls_to_eager_however_many_kinds_there_are(monkeypatch: pytest
             q, k, v = inputs(shape)
             live = some_blocks(shape)
             out = flex.attend(q, k, v, live, **shape.call)
-            assert error(out, exact(q, k, v, live, shape)) <= max(tolerance(q, k, v, shape), 1e-5)
+            assert error(out, exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
     assert len(CALLS) > 20
 
 
 def test_lengths_batches_masks_and_blocks_do_not_compile_again() -> None:
+    # On the first call the length happens to be heads * head_dim; no other test uses this scale.
     first, *others = [
-        replace(FP32, length=length, batch=batch, causal=causal, heads=heads, kv_heads=heads, layout=layout)
+        replace(FP32, scale=0.17, length=length, batch=batch, causal=causal, heads=heads, kv_heads=heads, layout=layout)
         for length, batch, causal, heads, layout in (
             (256, 1, True, 4, "bhnd"),
             (1000, 1, False, 4, "bnhd"),
