@@ -184,7 +184,9 @@ def masked_attention(
     """Attention over the live blocks only, visited in ascending order with a running maximum (online softmax).
 
     The softmax weights of a tile always enter the row sum; the product with V is skipped when, for every row of
-    the tile, the row's maximum lies more than ``-lam`` (log2 units) under its running maximum.
+    the tile, the row's maximum lies more than ``-lam`` (log2 units) under its running maximum. Like the selection of
+    blocks, that is decided for the query block as a whole: a later token of the same block may change whether an
+    earlier row gets the product, never which keys the row may attend.
 
     Args:
         q, k, v: as in :func:`predict_mask`; computed in the dtype given, or fp32 for half precisions.

@@ -212,6 +212,19 @@ def test_lambda_skips_what_the_reference_skips(causal: bool, blocks: tuple[int, 
     assert error(out[:, 2], whole[:, 2]) <= 1e-5
 
 
+def test_lambda_looks_at_no_row_of_a_later_query_block() -> None:
+    shape = Shape(length=300, heads=1, kv_heads=1)
+    q, k, v = inputs(shape, TRITON_DEVICE)
+    k[:, :, 40:] *= 0.2
+    live, lam, token = all_blocks(shape, TRITON_DEVICE), [-0.1], 150
+    before = skip(q, k, v, live, lam, shape)
+    for x, seed in ((q, 11), (k, 12), (v, 13)):
+        x[:, :, token + 1 :] = 10 * inputs(shape, TRITON_DEVICE, seed)[0][:, :, token + 1 :]
+    after = skip(q, k, v, live, lam, shape)
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one[:, :, :128], other[:, :, :128])
+
+
 def test_lambda_ignores_rows_past_the_end() -> None:
     # 65 rows: the second query block holds one row and 63 rows of nothing, which must not keep a tile alive.
     shape = Shape(length=65, heads=1, kv_heads=1, causal=False)
