@@ -49,12 +49,9 @@ def main() -> None:
             for compiled in (dense, sparse):
                 compiled(calibration, logits_to_keep=1)
             dense_s, sparse_s = seconds([dense, sparse], unseen)
-        rows.append(
-            {"tokens": length, "dense_ms": dense_s * 1e3, "sparse_ms": sparse_s * 1e3, "ratio": dense_s / sparse_s}
-        )
-        print(
-            f"{length:>6} tokens: dense {dense_s * 1e3:8.1f} ms, sparse {sparse_s * 1e3:8.1f} ms: {dense_s / sparse_s:.2f}x"
-        )
+        row = {"tokens": length, "dense_ms": dense_s * 1e3, "sparse_ms": sparse_s * 1e3, "ratio": dense_s / sparse_s}
+        print("{tokens:>6} tokens: dense {dense_ms:8.1f} ms, sparse {sparse_ms:8.1f} ms: {ratio:.2f}x".format(**row))
+        rows.append(row)
     explanation = afbs_compile.explain(sparse)
     print(explanation)
     recipe = afbs_compile.Recipe.load(next(Path(os.environ["AFBS_CACHE_DIR"]).iterdir()))
