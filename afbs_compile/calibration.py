@@ -34,7 +34,7 @@ def calibrate(
     """Calibrate every attention call of a model on sample inputs, without compiling it.
 
     Args:
-        model: a module or function as ``torch.compile`` takes it; it runs under ``torch.no_grad()``.
+        model: a module or function as ``torch.compile`` takes it, compiled or not; it runs under ``torch.no_grad()``.
         samples: model inputs; each is a tensor, a tuple of positional arguments, or a mapping of keyword arguments
             (a tokenizer's output, say). Lengths may differ. A single sample of batch 1 has its queries split into
             five disjoint windows that are validated each.
@@ -95,12 +95,13 @@ class Program:
 def record_programs(model: Callable[..., Any], samples: list[Any]) -> list[Program]:
     """Run the samples through Dynamo and keep each graph with the inputs that reached it."""
     programs: list[Program] = []
+    original: Callable[..., Any] = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
     def keep(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
         programs.append(Program(gm))
         return programs[-1]
 
-    recorded = torch.compile(model, backend=keep, dynamic=False)
+    recorded = torch.compile(original, backend=keep, dynamic=False)
     limit = {"recompile_limit": MAX_LENGTHS, "accumulated_recompile_limit": 2 * MAX_LENGTHS}
     with torch.no_grad(), torch._dynamo.config.patch(limit):
         for sample in samples:

@@ -9,6 +9,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from afbs_compile.errors import OptionError
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner.site import METHODS, Method, TuneSettings
@@ -72,8 +74,9 @@ class Options:
         )
         whole = isinstance(self.min_length, int) and not isinstance(self.min_length, bool)
         _accept("min_length", self.min_length, whole and self.min_length >= 1, "a whole number of tokens, at least 1")
-        iterable = isinstance(self.samples, Iterable) and not isinstance(self.samples, str | Mapping)
-        _accept("samples", self.samples, self.samples is None or iterable, "an iterable of model inputs")
+        one_input = isinstance(self.samples, str | Mapping | Tensor)
+        iterable = isinstance(self.samples, Iterable) and not one_input
+        _accept("samples", self.samples, self.samples is None or iterable, "an iterable of model inputs, e.g. a list")
         path = isinstance(self.recipe, str | os.PathLike | Recipe)
         _accept("recipe", self.recipe, self.recipe is None or path, "a Recipe or the path of one")
         folder = self.dump is None or isinstance(self.dump, str | os.PathLike)
@@ -87,7 +90,8 @@ _CALIBRATION_OPTIONS = {"tolerance", "method", "parameterization", "samples"}
 
 def _accept(name: str, value: object, accepted: bool, what: str) -> None:
     if not accepted:
-        raise OptionError(f"{name}: got {value!r}; accepted: {what}")
+        came = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+        raise OptionError(f"{name}: got {came}; accepted: {what}")
 
 
 def _one_of(values: Iterable[str]) -> str:

@@ -330,3 +330,101 @@ def test_modes_of_inductor_are_passed_on():
     with pytest.warns(AfbsWarning):
         out = torch.compile(Toy().eval(), backend="afbs", mode="reduce-overhead")(x)
     assert torch.allclose(out, Toy().eval()(x), atol=1e-5)
+
+
+@torch.no_grad()
+def test_dynamic_shapes_from_the_first_call(never_calibrates):
+    model = Toy().eval()
+    sparse = torch.compile(model, backend="afbs", dynamic=True, fullgraph=True, options=OPTIONS)
+    x = drifting(LENGTH)
+    assert relative_l1(sparse(x), model(x)) <= 0.055
+    never_calibrates()
+    for length in (700, 1301):
+        x = drifting(length, seed=5)
+        assert relative_l1(sparse(x), model(x)) <= 0.1
+    (graph,) = {row.graph for row in afbs_compile.explain(sparse).rows}
+    assert graph == 0
+
+
+def test_inference_mode_and_ambient_autocast():
+    model, x = Toy().eval(), drifting(LENGTH)
+    sparse = compiled(model)
+    with torch.inference_mode():
+        assert relative_l1(sparse(x), model(x)) <= 0.055
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AfbsWarning)
+            assert relative_l1(compiled(model)(x).float(), expected.float()) <= 0.08
+
+
+@torch.no_grad()
+def test_every_graph_of_a_broken_model_is_calibrated_and_explained():
+    class Broken(Toy):
+        def forward(self, x):
+            x = x + 0.1 * self.layers[0](x)
+            torch._dynamo.graph_break()
+            return x + 0.1 * self.layers[1](x)
+
+    model, x = Broken().eval(), drifting(LENGTH)
+    sparse = torch.compile(model, backend="afbs", options=OPTIONS)
+    assert relative_l1(sparse(x), model(x)) <= 0.055
+    rows = afbs_compile.explain(sparse).rows
+    assert [(row.graph, row.site, row.outcome) for row in rows] == [
+        (0, "layers.0", "sparse"),
+        (1, "layers.1", "sparse"),
+    ]
+    assert "graph" in str(afbs_compile.explain(sparse)).splitlines()[1]
+    torch._dynamo.reset()
+    recipe = afbs_compile.calibrate(model, [x], min_length=128)
+    assert [site.name for site in recipe.sites] == ["layers.0", "layers.1"]
+    sparse = torch.compile(model, backend="afbs", options={**OPTIONS, "recipe": recipe})
+    assert relative_l1(sparse(x), model(x)) <= 0.055
+
+
+@torch.no_grad()
+def test_calibrate_takes_samples_of_several_lengths_and_compiled_models():
+    model = Toy().eval()
+    samples = [drifting(LENGTH), {"x": drifting(768, seed=1)}, (drifting(LENGTH, batch=2, seed=2),)]
+    recipe = afbs_compile.calibrate(compiled(model), samples, min_length=128)
+    record = recipe.graphs[0].samples
+    assert (record.count, record.validation_inputs, record.lengths) == (3, 4, (768, LENGTH))
+    assert all(head.error <= 0.055 for site in recipe.sites for head in site.heads)
+
+
+@pytest.mark.parametrize(
+    ("model", "samples", "sentence"),
+    [
+        (nn.Linear(4, 4), [torch.zeros(2, 4)], "samples: no attention call ran on them"),
+        (Toy(), [], "samples: no attention call ran on them"),
+        (Toy(), torch.zeros(1, 256, WIDTH), "samples: got a Tensor; accepted: an iterable"),
+    ],
+)
+def test_calibrate_refuses_what_it_cannot_use(model, samples, sentence):
+    with pytest.raises(OptionError, match=sentence):
+        afbs_compile.calibrate(model.eval(), samples)
+
+
+@torch.no_grad()
+def test_calibrate_records_refusals():
+    class Biased(nn.Module):
+        def forward(self, x, bias):
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=bias)
+
+    recipe = afbs_compile.calibrate(Biased(), [(torch.randn(1, 2, 1024, 16), torch.randn(1024, 1024))])
+    assert [site.outcome for site in recipe.sites] == ["refused"]
+    assert recipe.sites[0].reason.startswith("additive bias")
+    assert "additive bias" in str(afbs_compile.explain(recipe)).replace("\n", " ")
+
+
+@torch.no_grad()
+def test_later_tokens_change_nothing_in_earlier_query_blocks():
+    model, x = Toy().eval(), drifting(LENGTH)
+    sparse = compiled(model)
+    before = sparse(x)
+    for start in (64, 500, 960):
+        changed = x.clone()
+        changed[:, start:] = drifting(LENGTH, seed=9)[:, start:] * 3
+        end = start // 64 * 64
+        assert torch.equal(sparse(changed)[:, :end], before[:, :end])
+        assert not torch.equal(sparse(changed)[:, start:], before[:, start:])

@@ -100,8 +100,10 @@ def _attend_tile(
     acc = acc * decay[:, None]
     needed = True
     if HAS_LAMBDA:
-        unseen = ((tile_peak - new_peak) * scale < lam) | (rows >= length)
-        needed = tl.min(unseen.to(tl.int32), 0) == 0
+        # Each row skips by its own scores: another row of the tile, a later token maybe, has no say.
+        skipped = (tile_peak - new_peak) * scale < lam
+        weights = tl.where(skipped[:, None], 0.0, weights)
+        needed = tl.min((skipped | (rows >= length)).to(tl.int32), 0) == 0
     if needed:
         if MASKED or HEAD_DIM != DIM_PAD:  # noqa: SIM108 (a ternary would evaluate both in the interpreter)
             value_tile = tl.load(values, mask=inside, other=0.0)

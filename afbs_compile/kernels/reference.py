@@ -183,10 +183,9 @@ def masked_attention(
 ) -> Tensor:
     """Attention over the live blocks only, visited in ascending order with a running maximum (online softmax).
 
-    The softmax weights of a tile always enter the row sum; the product with V is skipped when, for every row of
-    the tile, the row's maximum lies more than ``-lam`` (log2 units) under its running maximum. Like the selection of
-    blocks, that is decided for the query block as a whole: a later token of the same block may change whether an
-    earlier row gets the product, never which keys the row may attend.
+    The softmax weights of a block always enter the row sum; a row skips their product with V when its maximum in the
+    block lies more than ``-lam`` (log2 units) under its running maximum. Only the row's own scores decide, so no later
+    token can.
 
     Args:
         q, k, v: as in :func:`predict_mask`; computed in the dtype given, or fp32 for half precisions.
@@ -223,19 +222,11 @@ def masked_attention(
         total = total * decay + weights.sum(-1)
         out = out * decay[..., None]
         gap = torch.where(tile_max == -math.inf, -math.inf, tile_max - base)
-        needed = _any_row_of_block(~(gap < lam), block_q)
+        needed = ~(gap < lam)
         out = out + torch.where(needed[..., None], weights @ v_full[..., start : start + block_k, :], 0.0)
         running = new
     result: Tensor = (out / total[..., None]).to(q.dtype)
     return result
-
-
-def _any_row_of_block(flags: Tensor, block: int) -> Tensor:
-    """Spread "some row of my block is true" to each row. ``flags [B, H, N]`` bool."""
-    length = flags.shape[-1]
-    padded = torch.nn.functional.pad(flags, (0, -length % block)).unflatten(-1, (-1, block))
-    spread: Tensor = padded.any(-1, keepdim=True).expand_as(padded).flatten(-2)
-    return spread[..., :length]
 
 
 def sparse_attention(

@@ -64,14 +64,18 @@ class Explanation:
         return [dict(vars(row)) for row in self.rows]
 
     def __rich__(self) -> Table:
+        several = len({row.graph for row in self.rows}) > 1
         table = Table(caption="\n".join(self.notes), caption_justify="left")
+        if several:
+            table.add_column("graph")
         table.add_column("site", no_wrap=True)
         table.add_column("outcome", no_wrap=True)
         for header in ("heads", "sparsity", "error", "dense ms", "sparse ms"):
             table.add_column(header, justify="right")
         table.add_column("reason", overflow="fold")
-        for row in self.rows:
-            table.add_row(*_cells(row))
+        for index, row in enumerate(self.rows):
+            last = index + 1 == len(self.rows) or self.rows[index + 1].graph != row.graph
+            table.add_row(*([str(row.graph)] if several else []), *_cells(row), end_section=last)
         return table
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.bracket import Operating
 from afbs_compile.tuner.explore import explore, explore_again, low_fidelity
-from afbs_compile.tuner.measure import Measurement, Meter
+from afbs_compile.tuner.measure import WINDOWS, Measurement, Meter
 from afbs_compile.tuner.paper import algorithm_1
 from afbs_compile.tuner.refine import refine_lambda, refine_tau
 from afbs_compile.tuner.space import Parameterization, Thresholds
@@ -72,6 +72,8 @@ def tune_site(
         settings: method, tolerance, block shape.
         earlier: the previous site's landscape (``method="paper"`` only).
     """
+    if settings.method == "paper":
+        samples = samples[:WINDOWS]  # "first 5 validation inputs" (Algorithm 1, line 40)
     meter = Meter(samples, block_q=settings.block_q, block_k=settings.block_k)
     posterior = None
     if settings.method == "paper":

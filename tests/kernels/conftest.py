@@ -1,12 +1,9 @@
-"""Triton runs in its interpreter where there is no GPU; that has to be decided before triton is imported."""
+"""Fixtures of the kernels' tests."""
 
 import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
