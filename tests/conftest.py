@@ -1,8 +1,9 @@
-"""Shared fixtures: a cache of its own for every test, and a clean Dynamo."""
+"""Shared fixtures: a cache of its own for every test, and no global mode left behind by one."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,3 +23,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("AFBS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def no_mode_left_behind() -> Iterator[None]:
+    yield
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")

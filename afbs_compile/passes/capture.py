@@ -57,7 +57,7 @@ def capture(runs: Sequence[SampleRun]) -> Generator[tuple[str, list[Operands]], 
     if not runs or any([site.name for site in run.sites] != names for run in runs):
         raise ValueError(f"runs must all have the same attention sites, at least one run; got {len(runs)} runs")
     devices = sorted({t.device.index or 0 for run in runs for t in run.inputs if _is_cuda(t)})
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices):
         walks = [_walk(run) for run in runs]
         for name in names:
             operands = [next(walk) for walk in walks]
@@ -74,7 +74,7 @@ def _walk(run: SampleRun) -> Iterator[Operands]:
         while waiting:
             node = next(nodes)
             if site := waiting.pop(node, None):
-                with _state_kept(site.device.type):
+                with _autocast_kept(site.device.type):
                     yield interpreter.operands(site)
             if waiting:
                 interpreter.step(node)
@@ -106,6 +106,7 @@ class _Walker(fx.Interpreter):
                 dying.remove(node)
                 self.user_to_last_uses.setdefault(last_site[node], []).append(node)
 
+    @torch.no_grad()  # not around the whole walk: a generator that is dropped half-way would leave it on
     def step(self, node: fx.Node) -> None:
         self.env[node] = self.run_node(node)
         for dead in self.user_to_last_uses.get(node, []):
@@ -129,21 +130,18 @@ def concrete(value: Any) -> Any:
 
 
 @contextmanager
-def _state_kept(device: str) -> Iterator[None]:
-    """Give the graph back its own autocast and grad state after the consumer ran between two nodes.
+def _autocast_kept(device: str) -> Iterator[None]:
+    """Give the graph back its own autocast state after the consumer ran between two nodes.
 
     Graphs carry nodes that enter and leave autocast; samples that walk side by side would otherwise leave it for
     each other, and the consumer must not run under it.
     """
-    grad = torch.is_grad_enabled()
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, False)
-    torch.set_grad_enabled(False)
     try:
         yield
     finally:
-        torch.set_grad_enabled(grad)
         torch.set_autocast_enabled(device, autocast)
         torch.set_autocast_dtype(device, dtype)
 

@@ -86,7 +86,7 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
     results: dict[str, SiteResult] = {}
     lengths: set[int] = set()
     earlier = None
-    # closing: the walk holds no_grad and forked random state, which an error must not leave behind.
+    # closing: the walk holds forked random state and autocast, which an error must not leave behind.
     with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs)) as walk:
         for name, operands in walk:
             result = tune_site(operands, settings, earlier=earlier)
