@@ -15,6 +15,7 @@ from afbs_compile import cache
 from afbs_compile.errors import AfbsWarning, RecipeError
 from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
+from afbs_compile.guards import guard_parameters
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from afbs_compile.options import Options
 from afbs_compile.passes.lower import lower
@@ -40,13 +41,16 @@ def afbs(
         options: see :class:`afbs_compile.options.Options`.
         mode: passed to inductor, e.g. ``"reduce-overhead"``.
 
-    Raises:
+    Raises (torch.compile wraps these in ``BackendCompilerFailed``, with the message):
         OptionError: an option is unknown or out of range, or a sample does not fit the graph.
         RecipeError: the recipe that the user named is damaged, foreign, or belongs to another model.
     """
     settings = Options.parse(options)
     found = FoundGraph.of(gm, example_inputs, settings.min_length)
-    recipe = _recipe(found, example_inputs, settings) if found.sites else None
+    recipe = None
+    if found.sites:
+        recipe = _recipe(found, example_inputs, settings)
+        guard_parameters(gm, example_inputs)
     plan = Plan.of(found, recipe)
     rewritten = rewrite(gm, plan.constants)
     if settings.dump is not None:
@@ -64,12 +68,12 @@ def _recipe(found: FoundGraph, example_inputs: Sequence[Any], settings: Options)
     if settings.recipe is not None:
         return _named_recipe(found, settings.recipe)
     samples = None if settings.samples is None else materialised(settings.samples)
-    path = cache.cache_path(_conditions(found, settings, samples))
+    path = cache.cache_path(_conditions(found, example_inputs, settings, samples))
     cached = cache.read(path)
     if cached is not None:
         try:
-            Plan.of(found, cached)
-            return cached
+            if Plan.of(found, cached).covered:
+                return cached
         except RecipeError as error:
             warnings.warn(f"{path}: {error} Calibrating again.", AfbsWarning, stacklevel=2)
     source: Source = "first call"
@@ -91,20 +95,29 @@ def _named_recipe(found: FoundGraph, named: str | os.PathLike[str] | Recipe) -> 
     return recipe
 
 
-def _conditions(found: FoundGraph, settings: Options, samples: list[Any] | None) -> dict[str, Any]:
+def _conditions(
+    found: FoundGraph, example_inputs: Sequence[Any], settings: Options, samples: list[Any] | None
+) -> dict[str, Any]:
     """Everything that must be equal for a cached recipe to be used."""
     tuning = settings.tuning
     device = found.sites[0].device
+    on_gpu = device.type == "cuda"
+    calibrated_on = None if samples is None else tensor_digest(tensors_of(samples))
+    if samples is None and not found.tensors:  # nothing but its inputs tells such a graph from another one
+        calibrated_on = tensor_digest(value for value in example_inputs if isinstance(value, torch.Tensor))
     return {
         "schema": SCHEMA_VERSION,
         "predictor": PREDICTOR_VERSION,
         "graph": found.graph,
         "weights": found.weights,
+        "source": found.source,
+        "sites": sorted(site.name for site in found.sites),
         "dtypes": sorted({str(site.dtype) for site in found.sites}),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if on_gpu else [device.type, torch.get_num_threads()],
+        "torch": torch.__version__,
         "tolerance": tuning.tolerance,
         "method": tuning.method,
         "parameterization": tuning.parameterization,
         "block": [tuning.block_q, tuning.block_k],
-        "samples": None if samples is None else tensor_digest(tensors_of(samples)),
+        "samples": calibrated_on,
     }

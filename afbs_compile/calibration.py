@@ -60,21 +60,26 @@ def calibrate(
             "samples": samples,
         }
     )
+    samples = list(samples)
+    if not samples:
+        raise OptionError("samples: got none; accepted: an iterable of at least one model input")
     graphs = [
         (FoundGraph.of(program.gm, program.samples[0], min_length), program.samples)
-        for program in record_programs(model, list(samples))
+        for program in record_programs(model, samples)
     ]
-    graphs = [(found, inputs) for found, inputs in graphs if found.sites or found.refusals]
+    with_sites = {found.graph for found, _ in graphs if found.sites}
+    graphs = [
+        (found, inputs) for found, inputs in graphs if found.sites or (found.refusals and found.graph not in with_sites)
+    ]
     if not graphs:
         raise OptionError(
             "samples: no attention call ran on them; accepted: at least one input of a model that calls "
             "torch.nn.functional.scaled_dot_product_attention"
         )
     recipes = []
-    for digest in dict.fromkeys(found.graph for found, _ in graphs):
-        same = [(found, inputs) for found, inputs in graphs if found.graph == digest]
-        with_sites = [(found, inputs) for found, inputs in same if found.sites]
-        recipes.append(calibrate_graph(with_sites or same[:1], options.tuning, "samples"))
+    for key in dict.fromkeys((found.graph, found.source) for found, _ in graphs):
+        same = [(found, inputs) for found, inputs in graphs if (found.graph, found.source) == key]
+        recipes.append(calibrate_graph(same if same[0][0].sites else same[:1], options.tuning, "samples"))
     by_weight = sorted(recipes, key=lambda recipe: not recipe.graphs[0].weights)  # one with sites leads
     return replace(by_weight[0], graphs=tuple(recipe.graphs[0] for recipe in recipes))
 
@@ -103,12 +108,21 @@ def record_programs(model: Callable[..., Any], samples: list[Any]) -> list[Progr
 
     recorded = torch.compile(original, backend=keep, dynamic=False)
     limit = {"recompile_limit": MAX_LENGTHS, "accumulated_recompile_limit": 2 * MAX_LENGTHS}
-    with torch.no_grad(), torch._dynamo.config.patch(limit):
-        for sample in samples:
-            if isinstance(sample, Mapping):
-                recorded(**sample)
-            elif isinstance(sample, tuple | list):
-                recorded(*sample)
-            else:
-                recorded(sample)
+    try:
+        with torch.no_grad(), torch._dynamo.config.patch(limit):
+            for sample in samples:
+                _call(recorded, sample)
+    finally:  # these graphs must not count towards the recompile limit of the model's own compilation
+        code = getattr(getattr(original, "forward", original), "__code__", None)
+        if code is not None:
+            torch._dynamo.eval_frame.remove_from_cache(code)
     return [program for program in programs if program.samples]
+
+
+def _call(model: Callable[..., Any], sample: Any) -> None:
+    if isinstance(sample, Mapping):
+        model(**sample)
+    elif isinstance(sample, tuple | list):
+        model(*sample)
+    else:
+        model(sample)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from afbs_compile.fingerprint import graph_digest, parameters_of, tensor_digest
+from afbs_compile.fingerprint import graph_digest, module_tensors, source_digest, tensor_digest
 from afbs_compile.passes.expand import expand
 from afbs_compile.passes.find import find
 from afbs_compile.passes.site import AttentionSite, Refusal
@@ -20,25 +20,27 @@ class FoundGraph:
 
     Attributes:
         sites, refusals: the attention calls, each in graph order.
-        parameters: names and values.
-        graph: digest of the calls' names and the parameters' shapes; weights: digest of the parameters' values, empty
-            where there is no site to calibrate.
+        tensors: names and values of parameters and buffers.
+        graph: digest of the calls' names and the tensors' shapes; weights: digest of the tensors' values, empty where
+            there is no site to calibrate; source: digest of the code that makes the calls.
     """
 
     gm: fx.GraphModule
     sites: list[AttentionSite]
     refusals: list[Refusal]
-    parameters: list[tuple[str, Tensor]]
+    tensors: list[tuple[str, Tensor]]
     graph: str
     weights: str
+    source: str
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], min_length: int) -> FoundGraph:
         """Open fused attention modules, find the attention calls, and fingerprint the graph; changes it in place."""
         expand(gm)
         sites, refusals = find(gm, min_length=min_length)
-        parameters = parameters_of(gm, example_inputs)
+        tensors = module_tensors(gm, example_inputs)
         # Sorted, because a call may be a site at one length and refused at another.
         names = sorted([site.name for site in sites] + [refusal.name for refusal in refusals])
-        weights = tensor_digest(tensor for _, tensor in parameters) if sites else ""
-        return cls(gm, sites, refusals, parameters, graph_digest(names, parameters), weights)
+        weights = tensor_digest(tensor for _, tensor in tensors) if sites else ""
+        source = source_digest(site.node for site in sites)
+        return cls(gm, sites, refusals, tensors, graph_digest(names, tensors), weights, source)

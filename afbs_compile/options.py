@@ -26,8 +26,8 @@ class Options:
         method: ``"afbs"`` or ``"paper"`` (Algorithm 1 as printed).
         parameterization: reading of the paper's Eq. 2, used by ``method="paper"``: ``"corrected"`` or ``"paper"``.
         min_length: attention over fewer tokens is refused as too short.
-        samples: model inputs to calibrate on; by default the inputs of the first call. Each is a tensor, a tuple of
-            positional arguments, or a mapping of keyword arguments.
+        samples: model inputs to calibrate on; by default the inputs of the first call. Each is a mapping of argument
+            names to tensors or, for a model that is called with one tensor, that tensor.
         recipe: a :class:`Recipe` or its file; nothing is calibrated then.
         dump: folder for the text of every graph before and after the rewrite.
     """

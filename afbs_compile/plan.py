@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from afbs_compile.errors import RecipeError
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.op import engine_name
@@ -22,10 +24,12 @@ class Plan:
     Attributes:
         constants: the calls to rewrite.
         rows: every call, with its outcome in THIS graph, in the recipe's terms.
+        covered: whether the recipe speaks for this graph's length: a call that did not pay at a shorter one may here.
     """
 
     constants: Mapping[AttentionSite, SiteConstants]
     rows: tuple[SiteRecipe, ...]
+    covered: bool = True
 
     @classmethod
     def of(cls, found: FoundGraph, recipe: Recipe | None) -> Plan:
@@ -38,14 +42,18 @@ class Plan:
         refused = tuple(SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals)
         if recipe is None:
             return cls({}, refused)
-        by_name = {site.name: site for site in _matching_graph(found, recipe).sites}
+        graph = _matching_graph(found, recipe)
+        by_name = {site.name: site for site in graph.sites}
         rows = [_applied(site, by_name.get(site.name), recipe) for site in found.sites]
         constants = {
             site: _constants(row, recipe)
             for site, row in zip(found.sites, rows, strict=True)
             if row.outcome == "sparse"
         }
-        return cls(constants, (*rows, *refused))
+        longest = graph.samples.lengths[1]
+        open_question = [row for row in rows if row.outcome == "dense" and row.min_length is None and row.sparse_ms]
+        longer = any(_size(site.length) > longest for site in found.sites)
+        return cls(constants, (*rows, *refused), covered=not (open_question and longer))
 
     def summary(self) -> str:
         """One sentence on why nothing was rewritten."""
@@ -67,10 +75,19 @@ def _matching_graph(found: FoundGraph, recipe: Recipe) -> GraphRecipe:
     same_calls = [graph for graph in recipe.graphs if graph.graph == found.graph]
     if not same_calls:
         raise RecipeError("belongs to another model: its attention calls or parameter shapes are not this graph's.")
-    for graph in same_calls:
-        if graph.weights == found.weights:
-            return graph
-    raise RecipeError("belongs to another model: same architecture, other weights.")
+    same_weights = [graph for graph in same_calls if graph.weights == found.weights]
+    if not same_weights:
+        raise RecipeError("belongs to another model: same architecture, other weights.")
+    # Only graphs that are alike in all else need their source to tell them apart.
+    same_source = [graph for graph in same_weights if graph.source == found.source]
+    if not same_source and len(same_weights) > 1:
+        raise RecipeError("has several graphs like this one, all from other code.")
+    return (same_source or same_weights)[0]
+
+
+def _size(length: int | torch.SymInt) -> int:
+    """A length as a number; of a symbolic one its value in this call, without a guard on it."""
+    return int(length) if isinstance(length, int) else int(length.node.hint)
 
 
 def _applied(site: AttentionSite, recorded: SiteRecipe | None, recipe: Recipe) -> SiteRecipe:

@@ -103,7 +103,8 @@ class GraphRecipe:
     """One graph of the model: a model with graph breaks has several.
 
     Attributes:
-        graph: fingerprint of its attention calls and parameter shapes; weights: fingerprint of parameter values.
+        graph: fingerprint of its attention calls and tensor shapes; weights: fingerprint of parameter and buffer
+            values; source: fingerprint of the code that makes the calls, to tell apart graphs that are alike otherwise.
         samples: what it was calibrated on.
         seconds: wall-clock time of the calibration.
         evaluations: its cost in sparse attention calls at full length on one sample, summed over the sites.
@@ -112,6 +113,7 @@ class GraphRecipe:
 
     graph: str
     weights: str
+    source: str
     samples: SampleRecord
     seconds: float
     evaluations: float
@@ -171,6 +173,7 @@ class Recipe:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
             os.replace(temporary, target)
         except BaseException:
             os.unlink(temporary)
@@ -187,7 +190,7 @@ class Recipe:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecipeError(f"recipe {path} is damaged: it is not JSON ({error}).") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise RecipeError(f"recipe {path} is not an afbs recipe: its 'format' is not {FORMAT!r}.")
@@ -203,6 +206,12 @@ class Recipe:
         return recipe
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 class _DamagedError(Exception):
     """What is wrong with a decoded value, without the file's name."""
 
@@ -211,6 +220,8 @@ def _check(recipe: Recipe) -> None:
     """Refuse values that no calibration writes."""
     if not 0 < recipe.tolerance < math.inf:
         raise _DamagedError(f"tolerance is {recipe.tolerance}")
+    if recipe.block_q < 1 or recipe.block_k < 1 or not recipe.graphs:
+        raise _DamagedError("it has no graph, or a block of no rows")
     for site in recipe.sites:
         if site.outcome != "refused" and not site.heads:
             raise _DamagedError(f"{site.name} is {site.outcome} and has no heads")

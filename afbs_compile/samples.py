@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from afbs_compile.errors import OptionError
+from afbs_compile.fingerprint import belongs_to_module, placeholders
 
-_drained: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+_drained: dict[int, tuple[Iterable[Any], list[Any]]] = {}
+"""By ``id``; the iterator itself is kept, so that the id stays its own."""
 
 
 def materialised(samples: Iterable[Any]) -> list[Any]:
     """All samples; an iterator is drained once and remembered, for Dynamo may compile the model again."""
     if isinstance(samples, Sequence):
         return list(samples)
-    if samples not in _drained:
-        _drained[samples] = list(samples)
-    return _drained[samples]
+    if id(samples) not in _drained:
+        _drained[id(samples)] = (samples, list(samples))
+    return _drained[id(samples)][1]
 
 
 def tensors_of(samples: Iterable[Any]) -> Iterator[Tensor]:
@@ -36,9 +36,9 @@ def tensors_of(samples: Iterable[Any]) -> Iterator[Tensor]:
 def bind(gm: fx.GraphModule, example_inputs: Sequence[Any], samples: Sequence[Any]) -> list[list[Any]]:
     """Placeholder values for each sample.
 
-    A mapping binds by argument name, a tensor or tuple binds in order. Parameters, buffers and sizes keep the values
-    of the first call. A tensor that is longer than the graph's in one dimension is split into disjoint windows of
-    the graph's length, a sample each; what is left over at the end is not used.
+    A mapping binds by argument name; where the first call passed one tensor, any sample with one tensor binds to it.
+    Parameters, buffers and sizes keep the values of the first call. A tensor that is longer than the graph's in one
+    dimension is split into disjoint windows of the graph's length, a sample each; what is left over is not used.
 
     Raises:
         OptionError: a sample lacks an argument, has too many, or does not fit the graph's shapes.
@@ -58,35 +58,30 @@ def bind(gm: fx.GraphModule, example_inputs: Sequence[Any], samples: Sequence[An
 
 
 def _arguments(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, tuple[str, Tensor]]:
-    """Position -> (argument name, example) of the tensors that the caller passed, in graph order.
-
-    Dynamo names a placeholder after where the value came from: ``L_input_ids_``, ``L_args_0_``,
-    ``L_kwargs_input_ids_``; what belongs to the module starts with ``L_self_``.
-    """
+    """Position -> (argument name, example) of the tensors that the caller passed, in graph order."""
     found = {}
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
-        module_owned = isinstance(value, torch.nn.Parameter) or re.search(r"_(buffers|parameters)_", str(node.target))
-        if isinstance(value, Tensor) and not module_owned:
-            name = re.sub(r"^L_+(kwargs_+)?|_+$", "", str(node.target))
-            found[position] = (name, value)
+    for position, (node, value) in enumerate(placeholders(gm, example_inputs)):
+        if isinstance(value, Tensor) and not belongs_to_module(node, value):
+            found[position] = (re.sub(r"^L_+(kwargs_+)?|_+$", "", str(node.target)), value)
     return found
 
 
 def _by_argument(sample: Any, names: Sequence[str], index: int) -> dict[str, Tensor]:
-    if isinstance(sample, Mapping):
-        if missing := [name for name in names if name not in sample]:
-            raise OptionError(
-                f"samples[{index}]: got the arguments {', '.join(sample)}; accepted: a mapping with "
-                f"{', '.join(names)} (missing: {', '.join(missing)})"
-            )
+    """A graph orders its inputs by first use, so only one tensor, or tensors with names, can be told apart."""
+    if isinstance(sample, Mapping) and all(name in sample for name in names):
         return {name: sample[name] for name in names}
-    values = list(sample) if isinstance(sample, tuple | list) else [sample]
-    if len(values) != len(names) or not all(isinstance(value, Tensor) for value in values):
-        raise OptionError(
-            f"samples[{index}]: got {len(values)} values; accepted: {len(names)} tensors ({', '.join(names)})"
-        )
-    return dict(zip(names, values, strict=True))
+    single = [sample]
+    if isinstance(sample, Mapping):
+        single = list(sample.values())
+    elif isinstance(sample, tuple | list):
+        single = list(sample)
+    if len(single) == len(names) == 1 and isinstance(single[0], Tensor):
+        return {names[0]: single[0]}
+    came = f"the arguments {', '.join(sample)}" if isinstance(sample, Mapping) else f"{len(single)} values"
+    raise OptionError(
+        f"samples[{index}]: got {came}; accepted: a mapping with the tensors {', '.join(names)}, as the first call "
+        "passed them, or a single tensor where that has one; afbs_compile.calibrate takes any input of the model"
+    )
 
 
 def _windows(values: Mapping[str, Tensor], examples: Mapping[str, Tensor], index: int) -> list[dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -314,8 +315,11 @@ def test_the_first_call_alone_is_validated_on_windows_of_its_queries():
     [
         ([torch.zeros(1, LENGTH)], "accepted: torch.float32 [1, 1024, 128]"),
         ([torch.zeros(1, 100, WIDTH)], "or longer in one dimension"),
-        ([{"y": torch.zeros(1, LENGTH, WIDTH)}], "missing: x"),
-        ([(torch.zeros(1), torch.zeros(1))], "samples[0]: got 2 values; accepted: 1 tensors (x)"),
+        (
+            [{"y": torch.zeros(1, LENGTH, WIDTH), "z": torch.zeros(1)}],
+            "got the arguments y, z; accepted: a mapping with the tensors x",
+        ),
+        ([(torch.zeros(1), torch.zeros(1))], "samples[0]: got 2 values; accepted: a mapping with the tensors x"),
     ],
 )
 def test_samples_that_do_not_fit_are_refused(samples, sentence):
@@ -396,7 +400,7 @@ def test_calibrate_takes_samples_of_several_lengths_and_compiled_models():
     ("model", "samples", "sentence"),
     [
         (nn.Linear(4, 4), [torch.zeros(2, 4)], "samples: no attention call ran on them"),
-        (Toy(), [], "samples: no attention call ran on them"),
+        (Toy(), [], "samples: got none"),
         (Toy(), torch.zeros(1, 256, WIDTH), "samples: got a Tensor; accepted: an iterable"),
     ],
 )
@@ -428,3 +432,114 @@ def test_later_tokens_change_nothing_in_earlier_query_blocks():
         end = start // 64 * 64
         assert torch.equal(sparse(changed)[:, :end], before[:, :end])
         assert not torch.equal(sparse(changed)[:, start:], before[:, start:])
+
+
+@pytest.fixture
+def calibrations(monkeypatch):
+    """How often the backend calibrated."""
+    made = []
+    from afbs_compile import backend
+
+    original = backend.calibrate_graph
+    monkeypatch.setattr(backend, "calibrate_graph", lambda *args: made.append(1) or original(*args))
+    return made
+
+
+@torch.no_grad()
+def test_a_second_model_of_the_class_is_calibrated_for_itself(calibrations):
+    x = drifting(LENGTH)
+    one, two = Toy().eval(), Toy(seed=1).eval()
+    first, second = compiled(one), compiled(two)
+    first(x), second(x), first(x)
+    assert len(calibrations) == 2
+    assert [row.outcome for row in afbs_compile.explain(second).rows] == ["sparse", "sparse"]
+    taus = [re.findall(r"tau = (\[.*?\])", afbs_compile.explain(model).after[0]) for model in (first, second)]
+    assert taus[0] != taus[1]
+
+
+@torch.no_grad()
+def test_functions_and_buffers_do_not_share_recipes(calibrations):
+    class Scaled(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.register_buffer("factor", torch.tensor(factor))
+
+        def forward(self, q):
+            return torch.nn.functional.scaled_dot_product_attention(q * self.factor, q, q, is_causal=True)
+
+    def plain(q):
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    def negated(q):
+        return torch.nn.functional.scaled_dot_product_attention(q, q, -q, is_causal=True)
+
+    q = drifting(LENGTH).view(1, LENGTH, 4, 32).transpose(1, 2) * 3
+    for model in (plain, negated, Scaled(1.0), Scaled(0.5)):
+        torch._dynamo.reset()
+        compiled(model)(q)
+    assert len(calibrations) == 4
+    recipe = afbs_compile.calibrate(Scaled(1.0), [q], min_length=128)
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed, match="same architecture, other weights"):
+        compiled(Scaled(0.5), recipe=recipe)(q)
+
+
+@torch.no_grad()
+def test_what_did_not_pay_at_a_short_length_is_tried_again_at_a_longer_one(calibrations, monkeypatch):
+    def pays_from_1024(sample, *_, **__):
+        long = sample.q.shape[2] >= LENGTH
+        return tuner_site.SiteSpeed(1.0, 0.5 if long else 2.0, LENGTH if long else None)
+
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(pays_from_1024))
+    sparse = compiled(Toy().eval())
+    with pytest.warns(AfbsWarning, match="not faster"):
+        sparse(drifting(256))
+    sparse(drifting(LENGTH))
+    assert [row.outcome for row in afbs_compile.explain(sparse).rows] == ["dense", "dense", "sparse", "sparse"]
+    assert len(calibrations) == 2
+    sparse(drifting(LENGTH + 128)), sparse(drifting(200))
+    assert len(calibrations) == 2
+
+
+@torch.no_grad()
+def test_calibrating_many_lengths_leaves_room_to_compile():
+    model = Toy().eval()
+    recipe = afbs_compile.calibrate(model, [drifting(128 + 64 * i) for i in range(9)], min_length=128)
+    sparse = compiled(model, recipe=recipe)
+    sparse(drifting(LENGTH))
+    assert [row.outcome for row in afbs_compile.explain(sparse).rows] == ["sparse", "sparse"]
+
+
+@torch.no_grad()
+def test_a_function_around_a_model_is_explained():
+    model = Toy().eval()
+    sparse = compiled(lambda x: model(x) * 2)
+    sparse(drifting(LENGTH))
+    assert [row.site for row in afbs_compile.explain(sparse).rows] == ["layers.0", "layers.1"]
+
+
+@torch.no_grad()
+def test_iterators_of_any_kind_are_samples():
+    for samples in (map(drifting, [LENGTH, LENGTH]), [{"anything": drifting(LENGTH)}]):
+        torch._dynamo.reset()
+        compiled(Toy().eval(), samples=samples)(drifting(LENGTH))
+
+
+@torch.no_grad()
+def test_activations_that_overflow_make_the_paper_s_heads_dense():
+    x = drifting(LENGTH)
+    x[:, 5] = torch.inf
+    sparse = compiled(Toy().eval(), method="paper")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AfbsWarning)
+        sparse(x)
+    assert all(row.error <= 0.055 for row in afbs_compile.explain(sparse).rows if row.outcome == "sparse")
+
+
+@torch.no_grad()
+def test_modules_compiled_in_place_are_explained():
+    model, x = Toy().eval(), drifting(LENGTH)
+    dense = model(x)
+    model.compile(backend="afbs", options=OPTIONS)
+    assert 0 < relative_l1(model(x), dense) <= 0.055
+    assert [row.outcome for row in afbs_compile.explain(model).rows] == ["sparse", "sparse"]

@@ -20,7 +20,7 @@ def recipe() -> Recipe:
     site = SiteRecipe("layers.0.attn", "sparse", None, True, 64, 1, "float32", (sparse, dense), 2.0, 1.0, 2048)
     refused = SiteRecipe("layers.1.attn", "refused", "dropout in effect: 0.1")
     samples = SampleRecord("samples", 2, 2, (4096, 4096), "d1")
-    graph = GraphRecipe("g1", "w1", samples, 1.5, 12.25, (site, refused))
+    graph = GraphRecipe("g1", "w1", "s1", samples, 1.5, 12.25, (site, refused))
     versions = {"torch": "2.13.0"}
     return Recipe(0.055, "afbs", "corrected", 64, 64, "cpu", "flex", 1, versions, (graph,))
 
@@ -66,6 +66,9 @@ def edited(path: Path, **changes: object) -> str:
         (lambda p: edited(p, method="guess"), "recipe.method is 'guess', not one of 'afbs', 'paper'"),
         (lambda p: edited(p, extra=1), "lacks or has too much: extra"),
         (lambda p: edited(p, graphs={}), "recipe.graphs is not a list"),
+        (lambda p: edited(p, graphs=[]), "it has no graph"),
+        (lambda p: edited(p, block_q=0), "a block of no rows"),
+        (lambda p: "[" * 100_000, "damaged: it is not JSON"),
         (lambda p: p.read_text().replace('"tau": 0.9', '"tau": null'), "tau is None"),
         (lambda p: p.read_text().replace('"tau": 0.9', '"tau": NaN'), "not finite"),
         (lambda p: p.read_text().replace('"sparsity": 0.7', '"sparsity": 1.7'), "out of range"),
@@ -91,3 +94,9 @@ def test_a_binary_file_is_refused(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(RecipeError, match="damaged"):
         Recipe.load(tmp_path / "x.json")
+
+
+def test_a_recipe_can_be_read_by_others(recipe, tmp_path):
+    recipe.save(tmp_path / "recipe.json")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "recipe.json").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -90,7 +90,8 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     """Tell what happened to every attention call.
 
     Args:
-        compiled_or_recipe: what ``torch.compile(model, backend="afbs")`` returned, after a first call, or a recipe.
+        compiled_or_recipe: what ``torch.compile(model, backend="afbs")`` returned, or a module compiled in
+            place, after a first call; or a recipe.
 
     Raises:
         TypeError: the argument is neither.
@@ -112,16 +113,22 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
 
 def _compiled_graphs(compiled: Any) -> Sequence[registry.CompiledGraph]:
     original = getattr(compiled, "_orig_mod", None) or getattr(compiled, "_torchdynamo_orig_callable", None)
+    if original is None and getattr(compiled, "_compiled_call_impl", None) is not None:
+        original = compiled  # module.compile() works in place
     if original is None:
         raise TypeError(
             f"compiled_or_recipe: got {type(compiled).__name__}; accepted: a Recipe or what torch.compile returned"
         )
     is_module = isinstance(original, torch.nn.Module)
     tensors = [*original.parameters(), *original.buffers()] if is_module else []
-    function = original.forward if is_module else original
+    return registry.graphs_of(tensors, set() if tensors else _compile_ids(original))
+
+
+def _compile_ids(original: Any) -> set[str]:
+    """Dynamo's ids of what was compiled from a function; a module's code is shared by all of its class."""
+    function = getattr(original, "forward", original)
     entries = _debug_get_cache_entry_list(getattr(function, "__func__", function))
-    ids = {f"{entry.compile_id.frame_id}_{entry.compile_id.frame_compile_id}" for entry in entries}
-    return registry.graphs_of(tensors, ids)
+    return {f"{entry.compile_id.frame_id}_{entry.compile_id.frame_compile_id}" for entry in entries}
 
 
 def _row(graph: int, site: SiteRecipe) -> ExplainRow:

@@ -54,9 +54,9 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
         Whether the user has yet to be told, should nothing have been rewritten: false where the same graph gave the
         same answer before, or where another graph of the model was rewritten.
     """
-    tensors = {id(tensor) for _, tensor in found.parameters}
+    tensors = {id(tensor) for _, tensor in found.tensors}
     answered = any(graph.uses(tensors) and any(r.outcome == "sparse" for r in graph.rows) for graph in _graphs)
-    key = (found.graph if found.parameters else compile_id().split("_")[0], plan.summary())
+    key = (found.graph if found.tensors else compile_id().split("_")[0], plan.summary())
     new = key not in _said
     _said.add(key)
     _graphs[:] = [
@@ -69,16 +69,16 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
             recipe=recipe,
             before=rewritten.before,
             after=rewritten.after,
-            parameters=tuple(weakref.ref(tensor) for _, tensor in found.parameters),
+            parameters=tuple(weakref.ref(tensor) for _, tensor in found.tensors),
         )
     )
     return new and not answered
 
 
 def graphs_of(tensors: Iterable[torch.Tensor], compile_ids: set[str]) -> list[CompiledGraph]:
-    """The remembered graphs that use one of the tensors, or have one of the ids and no parameters."""
+    """The remembered graphs that use one of the tensors, or have one of the ids."""
     ids = {id(tensor) for tensor in tensors}
-    return [graph for graph in _graphs if graph.uses(ids) or (not graph.parameters and graph.compile_id in compile_ids)]
+    return [graph for graph in _graphs if graph.uses(ids) or graph.compile_id in compile_ids]
 
 
 def clear() -> None:

@@ -63,6 +63,7 @@ def calibrate_graph(
             GraphRecipe(
                 graph=found.graph,
                 weights=found.weights,
+                source=found.source,
                 samples=record,
                 seconds=round(time.monotonic() - began, 3),
                 evaluations=round(evaluations, 2),
