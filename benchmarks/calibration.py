@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SHIPPED_MODEL, load, save, text_windows
+from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
 from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
@@ -58,7 +58,7 @@ def main() -> None:
     sparsity = [[head.sparsity for head in site.heads] for site in recipe.sites]
     worst = [[head.error for head in site.heads] for site in recipe.sites]
     result = {
-        "settings": {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "name")},
+        "settings": settings(arguments),
         "mean_sparsity": float(torch.tensor(sparsity).mean()),
         "sites_not_faster": [site.name for site in recipe.sites if site.outcome != "sparse"],
         "worst_validation_error": float(torch.tensor(worst).max()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -51,6 +52,12 @@ def environment() -> dict[str, Any]:
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("torch", "triton", "transformers")},
     }
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """The command's options for a result file; of files and folders their names alone."""
+    given = {key: value for key, value in vars(arguments).items() if key not in ("out", "name")}
+    return {key: Path(str(value)).name for key, value in given.items()}
 
 
 def save(name: str, folder: Path, result: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SHIPPED_MODEL, load, save, text_windows
+from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
 from torch import Tensor
 
 import afbs_compile
@@ -57,7 +57,7 @@ def main() -> None:
     print(explanation)
     recipe = afbs_compile.Recipe.load(next(Path(os.environ["AFBS_CACHE_DIR"]).iterdir()))
     result = {
-        "settings": {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "name")},
+        "settings": settings(arguments),
         "calibration_seconds": sum(graph.seconds for graph in recipe.graphs),
         "mean_sparsity": recipe.sparsity,
         "prefill": rows,
