@@ -101,7 +101,7 @@ def tune_site(
 def _afbs(
     low: Meter, meter: Meter, samples: Sequence[Operands], settings: TuneSettings
 ) -> tuple[Thresholds, Measurement]:
-    """Explore theta, refine tau and lambda, validate: DESIGN's corrected three stages."""
+    """Explore theta, refine tau and lambda, validate: the paper's three stages, corrected."""
     tolerance = settings.tolerance
     refining = meter if len(samples) <= REFINE_SAMPLES else meter.prefix(meter.length, samples=REFINE_SAMPLES)
     one = meter.prefix(meter.length, samples=1)
