@@ -36,6 +36,10 @@ class Measurement:
         """``[H]``: the largest error of any input; NaN if one is."""
         return self.error.amax(0)
 
+    def only(self, heads: Tensor) -> Measurement:
+        """The same for the heads in ``heads`` (``[H]`` bool); the others are DENSE: no error, nothing skipped."""
+        return Measurement(torch.where(heads, self.error, 0.0), torch.where(heads, self.sparsity, 0.0))
+
 
 class Meter:
     """Measures thresholds of one site on its captured samples.

@@ -85,7 +85,7 @@ def tune_site(
         thresholds, measured = _afbs(low, meter, samples, settings)
     finite = measured.error.isfinite().all(0)  # a head whose activations overflow has no error to hold
     thresholds = thresholds.where(finite, Thresholds.dense(meter.heads))
-    measured = Measurement(torch.where(finite, measured.error, 0.0), torch.where(finite, measured.sparsity, 0.0))
+    measured = measured.only(finite)
     evaluations = meter.evaluations + low.evaluations * (low.length / meter.length) ** 2
 
     if thresholds.is_dense.all():

@@ -32,9 +32,7 @@ def validate(meter: Meter, thresholds: Thresholds, tolerance: float) -> tuple[Th
         measured = meter(thresholds)
     passing = ~_failing(thresholds, measured, tolerance) & ~thresholds.is_dense
     thresholds = thresholds.where(passing, Thresholds.dense(meter.heads))
-    return thresholds, Measurement(
-        torch.where(passing, measured.error, 0.0), torch.where(passing, measured.sparsity, 0.0)
-    )
+    return thresholds, measured.only(passing)
 
 
 def _failing(thresholds: Thresholds, measured: Measurement, tolerance: float) -> torch.Tensor:
