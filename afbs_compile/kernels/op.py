@@ -111,10 +111,12 @@ def _sparse_attention(
     """:func:`sparse_attention_with_counts` on checked arguments that hold at least one element."""
     with _own_precision(q):
         if engine_name(q.device) == "triton":
-            from afbs_compile.kernels import block_sparse  # Triton is not installed everywhere.
+            from afbs_compile.kernels import block_sparse, hopper  # Triton is not installed everywhere.
 
             lists = predict_blocks(q, k, tau, theta, **call)
-            return block_sparse.attend(q, k, v, lists, lam, **call), lists.counts
+            portable = hopper.refusal(q, k, v, lam, call["block_q"], call["block_k"]) is not None
+            engine = block_sparse if portable else hopper
+            return engine.attend(q, k, v, lists, lam, **call), lists.counts
         live = reference.predict_mask(q, k, tau, theta, **call)
         return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
 
