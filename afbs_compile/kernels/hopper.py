@@ -16,7 +16,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from afbs_compile.kernels.hopper_kernel import CHUNK, forward_kernel
+from afbs_compile.kernels.hopper_common import CHUNK
+from afbs_compile.kernels.hopper_kernel import forward_kernel
 from afbs_compile.kernels.predict import BlockLists
 from afbs_compile.kernels.reference import LAMBDA_OFF, LOG2_E, block_count
 

@@ -1,0 +1,111 @@
+# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
+# A kernel's arguments have Triton's own types:
+# mypy: disable-error-code="no-untyped-def"
+"""The warp of the Hopper kernel that draws tiles and starts the copies of what they need."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from afbs_compile.kernels.hopper_common import CHUNK, STEP, after, locate, tell
+
+
+@gluon.jit
+def _ends(tile, counts, indices, planes, section, count_q, count_k, CAUSAL: gl.constexpr):
+    """Length of a tile's list and its last two entries (one entry twice where there is but one)."""
+    plane, block = locate(gl.minimum(tile, planes * count_q - 1), planes, section, count_q, CAUSAL)
+    row = plane * count_q + block
+    count = gl.load(counts + row)
+    end = indices + row.to(gl.int64) * count_k + count
+    return count, gl.load(end - 1), gl.load(end - 1 - gl.minimum(count - 1, 1))
+
+
+@gluon.jit
+def _copy(desc, batch, head, left, right, ring, slot, PARTS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Start the copy of a step: ``STEP`` rows from ``left``, or half from ``left`` and half from ``right``."""
+    smem, ready, _ = ring
+    mbarrier.expect(ready.index(slot), STEP * HEAD_DIM * 2)
+    for column in gl.static_range(HEAD_DIM // CHUNK):
+        chunk = (slot * (HEAD_DIM // CHUNK) + column) * PARTS
+        tma.async_copy_global_to_shared(desc, [batch, head, left, CHUNK * column], ready.index(slot), smem.index(chunk))
+        if PARTS == 2:
+            tma.async_copy_global_to_shared(
+                desc, [batch, head, right, CHUNK * column], ready.index(slot), smem.index(chunk + 1)
+            )
+
+
+@gluon.jit
+def producer(
+    descriptors, lists, counter, rings, notes, sizes,
+    HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Draw tiles and copy what they need, as far ahead as the rings allow."""
+    query_desc, key_desc, value_desc = descriptors
+    counts, indices = lists
+    query_ring, key_ring, value_ring = rings
+    query_smem, query_ready, query_free = query_ring
+    _, _, key_free = key_ring
+    _, _, value_free = value_ring
+    numbers, told = notes
+    _, heads, groups, planes, section, count_q, count_k = sizes
+    PARTS: gl.constexpr = STEP // BLOCK_K
+    HALF: gl.constexpr = BLOCK_Q // 2
+
+    slot = 0
+    phase = 1
+    query_phase = 1
+    tile = gl.program_id(0)
+    count, last, before = _ends(tile, counts, indices, planes, section, count_q, count_k, CAUSAL)
+    while tile < planes * count_q:
+        plane, block = locate(tile, planes, section, count_q, CAUSAL)
+        batch = plane // heads
+        head = plane % heads
+        entries = indices + (plane * count_q + block).to(gl.int64) * count_k
+        steps = (count + PARTS - 1) // PARTS
+        entry = count - 1
+        left = last * BLOCK_K
+        right = left
+        if PARTS == 2:
+            # The last block of an odd list is paired with one past the end: zeros, which the mask hides.
+            odd = count % 2
+            entry = count - 2 + odd
+            left = gl.where(odd == 1, last, before) * BLOCK_K
+            right = gl.where(odd == 1, count_k, last) * BLOCK_K
+
+        mbarrier.wait(query_free.index(0), query_phase)
+        query_phase ^= 1
+        tell(numbers, 0, tile)
+        tell(numbers, 1, count)
+        tell(numbers, 2, left)
+        tell(numbers, 3, right)
+        mbarrier.arrive(told.index(0), count=1)
+        mbarrier.expect(query_ready.index(0), BLOCK_Q * HEAD_DIM * 2)
+        for half in gl.static_range(2):
+            first_row = block * BLOCK_Q + half * HALF
+            tma.async_copy_global_to_shared(
+                query_desc, [batch, head, first_row, 0], query_ready.index(0), query_smem.index(half)
+            )
+        for step in range(steps):
+            # The next entry is on its way while this one waits for its place.
+            entry -= PARTS
+            next_left = gl.load(entries + gl.maximum(entry, 0)) * BLOCK_K
+            next_right = next_left
+            if PARTS == 2:
+                next_right = gl.load(entries + gl.maximum(entry + 1, 0)) * BLOCK_K
+            mbarrier.wait(key_free.index(slot), phase)
+            _copy(key_desc, batch, head // groups, left, right, key_ring, slot, PARTS, HEAD_DIM)
+            mbarrier.wait(value_free.index(slot), phase)
+            _copy(value_desc, batch, head // groups, left, right, value_ring, slot, PARTS, HEAD_DIM)
+            left, right = next_left, next_right
+            slot, phase = after(slot, phase, STAGES)
+            if step == 0:
+                # The rings are filling: time to find out what comes after this tile.
+                tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+                count, last, before = _ends(tile, counts, indices, planes, section, count_q, count_k, CAUSAL)
+
+    mbarrier.wait(query_free.index(0), query_phase)
+    tell(numbers, 0, -1)
+    tell(numbers, 1, 0)
+    mbarrier.arrive(told.index(0), count=1)
