@@ -26,12 +26,11 @@ BLOCKS = ((128, 128), (128, 64))
 
 HEAD_DIMS = (64, 128)
 
-CACHED_BYTES = 24 << 20
-"""Keys and values that are read at the same time: half of the 50 MB cache, for each half of it keeps its own copy."""
+STAGES = 2
+"""Steps whose keys and values are kept; three do not fit beside the queries at head_dim 128."""
 
 ALIGNMENT = 16
 """Bytes: the copy engine's tensors start, and step from row to row, at multiples of this."""
-
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 """Registers a thread of the second consumer and of the producer; the first consumer has what they leave of 504."""
@@ -80,11 +79,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, lam: Sequence[float], block_q: int,
     return None
 
 
-def stages(head_dim: int) -> int:
-    """Steps of keys and values that fit the 227 KB of shared memory beside a tile of queries; four are enough."""
-    return 3 if head_dim == 128 else 4
-
-
 @functools.cache
 def _copy_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
     """How a copy of two-byte elements lies in shared memory."""
@@ -96,14 +90,6 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     # A dimension of one element is never stepped along, and its stride may be anything.
     strides = [s if size > 1 else ALIGNMENT for size, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], _copy_layout(rows, columns))
-
-
-def section(length: int, head_dim: int, groups: int) -> int:
-    """Query heads whose keys and values, two bytes an element, fit :data:`CACHED_BYTES` together.
-
-    They are worked on in turns. Heads that share keys and values stay together.
-    """
-    return groups * max(1, CACHED_BYTES // (4 * length * head_dim))
 
 
 def attend(
@@ -151,10 +137,11 @@ def attend(
         # The kernel takes the row maximum before it multiplies by the scale.
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     scale *= LOG2_E
-    groups, planes, count_q = heads // k.shape[1], batch * heads, block_count(length, block_q)
+    count_q = block_count(length, block_q)
+    tiles = batch * heads * count_q
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):  # Triton launches on the current device.
-        forward_kernel[(min(_processors(q.device), planes * count_q),)](
+        forward_kernel[(min(_processors(q.device), tiles),)](
             _descriptor(q, block_q // 2, dim),
             _descriptor(k, block_k, CHUNK.value),
             _descriptor(v, block_k, CHUNK.value),
@@ -166,15 +153,14 @@ def attend(
             2.0 ** math.ceil(math.log2(scale)),
             length,
             heads,
-            groups,
-            planes,
-            section(length, dim, groups),
+            heads // k.shape[1],
             count_q,
             lists.indices.shape[-1],
+            tiles,
             HEAD_DIM=dim,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            STAGES=stages(dim),
+            STAGES=STAGES,
             CAUSAL=causal,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS,
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,

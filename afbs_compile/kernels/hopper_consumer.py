@@ -9,10 +9,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from afbs_compile.kernels.hopper_common import STEP, after, locate, read
+from afbs_compile.kernels.hopper_common import NOTE, QUERY_STAGES, STEP, after, locate, read
 
 STEEP = gl.constexpr(2.0**28)
-"""Where scores (in log2 units) pass this, their rounding is no longer a small exponent; see :func:`_softmax`."""
+"""Scores, in log2 units, from which on the power of two above the scale takes its place; see :func:`_softmax`."""
 
 
 @gluon.jit
@@ -36,9 +36,10 @@ def _softmax(scores, peak, total, scale, steep):
     new_peak = gl.maximum(peak, _row_maxima(scores, rows_of))
     # A row that has seen no key yet has no maximum to subtract.
     base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    # l <- l * 2^(c (m_old - m)) + rowsum(2^(c s - c m)),   with c m rounded and c s - c m fused, in one instruction.
-    # The rounding is a common factor of the row, harmless until it overflows. Beyond 2^28 neighbouring scores lie 16
-    # log2 units and more apart: the largest take all, whatever the scale; the power of two above c rounds nothing.
+    # l <- l * 2^(c (m_old - m)) + rowsum(2^(c s - c m)),   c s - c m fused into one instruction.
+    # Rounding c m is a factor on the row, no larger than rounding s itself, until it is so large that it overflows.
+    # Beyond 2^28 neighbouring scores lie 16 log2 units apart and the largest take all, whatever the scale: there c is
+    # the power of two above it, which rounds nothing.
     c = gl.where(gl.abs(base) * scale < STEEP, scale, steep)
     weights = gl.exp2(scores * c[:, None] - (base * c)[:, None])
     decay = gl.exp2((peak - base) * c)
@@ -57,15 +58,21 @@ def _mask(scores, rows, left, right, length, BLOCK_K: gl.constexpr, CAUSAL: gl.c
 
 
 @gluon.jit
-def _store(out, acc, total, plane, first_row, length, heads):
-    """Write a consumer's rows; the output is [B, N, H, HEAD_DIM] in memory."""
+def _store(
+    out, acc, total, tile, length, heads, count_q,
+    PART: gl.constexpr, BLOCK_Q: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Write a consumer's rows of a tile; the output is [B, N, H, HEAD_DIM] in memory."""
+    ROWS: gl.constexpr = acc.shape[0]
+    HEAD_DIM: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = acc.type.layout
-    result = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))[:, None]
-    rows = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
-    columns = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
-    place = ((plane // heads).to(gl.int64) * length + rows) * heads + plane % heads
-    places = place[:, None] * acc.shape[1] + columns[None, :]
-    gl.store(out + places, result.to(out.dtype.element_ty), mask=(rows < length)[:, None])
+    batch, head, block = locate(tile, heads, count_q, CAUSAL)
+    inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))
+    result = (acc * inverse[:, None]).to(out.dtype.element_ty)
+    rows = block * BLOCK_Q + PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, layout))
+    place = (batch.to(gl.int64) * length + rows) * heads + head
+    gl.store(out + place[:, None] * HEAD_DIM + columns[None, :], result, mask=(rows < length)[:, None])
 
 
 @gluon.jit
@@ -80,44 +87,41 @@ def consumer(
     key_smem, key_ready, key_free = key_ring
     value_smem, value_ready, value_free = value_ring
     numbers, told = notes
-    length, heads, _, planes, section, count_q, count_k = sizes
+    length, heads, _, count_q, count_k, _ = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
     TWO_MASKS: gl.constexpr = CAUSAL and BLOCK_Q > BLOCK_K
     ROWS: gl.constexpr = BLOCK_Q // 2
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    query_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     rows_of: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows_of: gl.constexpr = gl.SliceLayout(1, out_layout)
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STEP, HEAD_DIM], DTYPE)
     half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], DTYPE)
-    queries = query_smem._reinterpret(DTYPE, [2, ROWS, HEAD_DIM], half_layout).index(PART)
     keys = key_smem._reinterpret(DTYPE, [STAGES, STEP, HEAD_DIM], tile_layout)
     values = value_smem._reinterpret(DTYPE, [STAGES, STEP, HEAD_DIM], tile_layout)
+    queries = query_smem._reinterpret(DTYPE, [2 * QUERY_STAGES, ROWS, HEAD_DIM], half_layout)
+    lines = PART * ROWS + gl.arange(0, ROWS, layout=rows_of)
     nothing = gl.zeros([ROWS, STEP], gl.float32, layout=score_layout)
 
     slot = 0
     phase = 0
+    query_slot = 0
     query_phase = 0
-    mbarrier.wait(told.index(0), query_phase)
+    mbarrier.wait(told.index(0), 0)
     tile = read(numbers, 0)
-    count = read(numbers, 1)
-    left = read(numbers, 2)
-    right = read(numbers, 3)
-    mbarrier.wait(query_ready.index(0), query_phase)
-    mbarrier.wait(key_ready.index(slot), phase)
-    scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    mbarrier.wait(query_ready.index(0), 0)
+    mbarrier.wait(key_ready.index(0), 0)
+    scores = warpgroup_mma(queries.index(PART), keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     while tile >= 0:
         # ``scores`` are those of the tile's first step, the one that may need a mask.
         mbarrier.arrive(key_free.index(slot), count=1)
-        # In registers, or wgmma would read the queries from shared memory again for every step.
-        query = queries.load(query_layout)
-        mbarrier.arrive(query_free.index(0), count=1)
-        plane, block = locate(tile, planes, section, count_q, CAUSAL)
-        first_row = block * BLOCK_Q + PART * ROWS
-        rows = first_row + gl.arange(0, ROWS, layout=rows_of)
+        count = read(numbers, NOTE * query_slot + 1)
+        left = read(numbers, NOTE * query_slot + 2)
+        right = read(numbers, NOTE * query_slot + 3)
+        _, _, block = locate(tile, heads, count_q, CAUSAL)
+        rows = block * BLOCK_Q + lines
         steps = (count + PARTS - 1) // PARTS
         scores = _mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
         peak = gl.full([ROWS], float("-inf"), gl.float32, layout=rows_of)
@@ -126,16 +130,19 @@ def consumer(
         weights, peak, total, decay = _softmax(scores, peak, total, scale, steep)
         weight = gl.convert_layout(weights.to(DTYPE), weight_layout)
         odd = False
+        left = 0
+        right = 0
         if TWO_MASKS:
             # The block before the last may lie on the diagonal too; in an odd list it belongs to the second step.
             odd = count % 2 == 1
-            entries = indices + (plane * count_q + block).to(gl.int64) * count_k
+            entries = indices + (tile // count_q * count_q + block).to(gl.int64) * count_k
             left = gl.load(entries + gl.maximum(count - 3, 0)) * BLOCK_K
             right = gl.load(entries + gl.maximum(count - 2, 0)) * BLOCK_K
         near, near_phase = after(slot, phase, STAGES)
         mbarrier.wait(key_ready.index(near), near_phase, pred=steps > 1)
         for step in range(1, steps):
             near, near_phase = after(slot, phase, STAGES)
+            query = queries.index(2 * query_slot + PART)
             scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), nothing, use_acc=False, is_async=True)
             # A wait for nothing: it keeps the compiler from rescaling before the product is issued.
             decay = warpgroup_mma_wait(1, deps=[decay])
@@ -150,7 +157,7 @@ def consumer(
             weights, peak, total, decay = _softmax(scores, peak, total, scale, steep)
             next_weight = gl.convert_layout(weights.to(DTYPE), weight_layout)
             # Waiting here, not at the top: a branch that keeps the compiler from moving the next wait above the
-            # softmax. Keys of this step must be free by now, or the producer could not bring the next ones.
+            # softmax. This step's keys are free already: with two stages the producer waits for them.
             far, far_phase = after(near, near_phase, STAGES)
             mbarrier.wait(key_ready.index(far), far_phase, pred=step + 1 < steps)
             acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
@@ -162,19 +169,19 @@ def consumer(
         acc = acc * gl.convert_layout(decay, out_rows_of)[:, None]
         mbarrier.wait(value_ready.index(slot), phase)
         acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
-        value_slot = slot
+        mbarrier.arrive(query_free.index(query_slot), count=1)
+        last_slot = slot
+        last_tile = tile
+        query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
         slot, phase = after(slot, phase, STAGES)
-        query_phase ^= 1
-        mbarrier.wait(told.index(0), query_phase)
-        tile = read(numbers, 0)
-        count = read(numbers, 1)
-        left = read(numbers, 2)
-        right = read(numbers, 3)
-        mbarrier.wait(query_ready.index(0), query_phase, pred=tile >= 0)
+        mbarrier.wait(told.index(query_slot), query_phase)
+        tile = read(numbers, NOTE * query_slot)
+        mbarrier.wait(query_ready.index(query_slot), query_phase, pred=tile >= 0)
         mbarrier.wait(key_ready.index(slot), phase, pred=tile >= 0)
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
-        scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        query = queries.index(2 * query_slot + PART)
+        scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc, weight = warpgroup_mma_wait(1, deps=[acc, weight])
-        mbarrier.arrive(value_free.index(value_slot), count=1)
-        _store(out, acc, total, plane, first_row, length, heads)
+        mbarrier.arrive(value_free.index(last_slot), count=1)
+        _store(out, acc, total, last_tile, length, heads, count_q, PART, BLOCK_Q, CAUSAL)
         scores = warpgroup_mma_wait(0, deps=[scores])

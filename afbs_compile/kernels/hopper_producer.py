@@ -9,17 +9,24 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from afbs_compile.kernels.hopper_common import CHUNK, STEP, after, locate, tell
+from afbs_compile.kernels.hopper_common import CHUNK, NOTE, QUERY_STAGES, STEP, after, locate, tell
 
 
 @gluon.jit
-def _ends(tile, counts, indices, planes, section, count_q, count_k, CAUSAL: gl.constexpr):
-    """Length of a tile's list and its last two entries (one entry twice where there is but one)."""
-    plane, block = locate(gl.minimum(tile, planes * count_q - 1), planes, section, count_q, CAUSAL)
-    row = plane * count_q + block
+def _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL: gl.constexpr, PARTS: gl.constexpr):
+    """Length of a tile's list and its last two entries (where two make a step; one entry twice where there is one)."""
+    tile = gl.minimum(tile, tiles - 1)
+    block = tile % count_q
+    if CAUSAL:
+        block = count_q - 1 - block
+    row = tile // count_q * count_q + block
     count = gl.load(counts + row)
     end = indices + row.to(gl.int64) * count_k + count
-    return count, gl.load(end - 1), gl.load(end - 1 - gl.minimum(count - 1, 1))
+    last = gl.load(end - 1)
+    before = last
+    if PARTS == 2:
+        before = gl.load(end - 1 - gl.minimum(count - 1, 1))
+    return count, last, before
 
 
 @gluon.jit
@@ -49,44 +56,47 @@ def producer(
     _, _, key_free = key_ring
     _, _, value_free = value_ring
     numbers, told = notes
-    _, heads, groups, planes, section, count_q, count_k = sizes
+    _, heads, groups, count_q, count_k, tiles = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
     HALF: gl.constexpr = BLOCK_Q // 2
 
     slot = 0
     phase = 1
+    query_slot = 0
     query_phase = 1
     tile = gl.program_id(0)
-    count, last, before = _ends(tile, counts, indices, planes, section, count_q, count_k, CAUSAL)
-    while tile < planes * count_q:
-        plane, block = locate(tile, planes, section, count_q, CAUSAL)
-        batch = plane // heads
-        head = plane % heads
-        entries = indices + (plane * count_q + block).to(gl.int64) * count_k
+    count, last, before = _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL, PARTS)
+    while tile < tiles:
+        batch, head, block = locate(tile, heads, count_q, CAUSAL)
+        head_k = head // groups
+        entries = indices + (tile // count_q * count_q + block).to(gl.int64) * count_k
         steps = (count + PARTS - 1) // PARTS
-        entry = count - 1
         left = last * BLOCK_K
         right = left
+        entry = count - 1
         if PARTS == 2:
             # The last block of an odd list is paired with one past the end: zeros, which the mask hides.
             odd = count % 2
-            entry = count - 2 + odd
             left = gl.where(odd == 1, last, before) * BLOCK_K
             right = gl.where(odd == 1, count_k, last) * BLOCK_K
+            entry = count - 2 + odd
 
-        mbarrier.wait(query_free.index(0), query_phase)
-        query_phase ^= 1
-        tell(numbers, 0, tile)
-        tell(numbers, 1, count)
-        tell(numbers, 2, left)
-        tell(numbers, 3, right)
-        mbarrier.arrive(told.index(0), count=1)
-        mbarrier.expect(query_ready.index(0), BLOCK_Q * HEAD_DIM * 2)
+        mbarrier.wait(query_free.index(query_slot), query_phase)
+        tell(numbers, NOTE * query_slot, tile)
+        tell(numbers, NOTE * query_slot + 1, count)
+        tell(numbers, NOTE * query_slot + 2, left)
+        tell(numbers, NOTE * query_slot + 3, right)
+        mbarrier.arrive(told.index(query_slot), count=1)
+        ready = query_ready.index(query_slot)
+        mbarrier.expect(ready, BLOCK_Q * HEAD_DIM * 2)
         for half in gl.static_range(2):
-            first_row = block * BLOCK_Q + half * HALF
             tma.async_copy_global_to_shared(
-                query_desc, [batch, head, first_row, 0], query_ready.index(0), query_smem.index(half)
+                query_desc,
+                [batch, head, block * BLOCK_Q + half * HALF, 0],
+                ready,
+                query_smem.index(2 * query_slot + half),
             )
+        query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
         for step in range(steps):
             # The next entry is on its way while this one waits for its place.
             entry -= PARTS
@@ -95,17 +105,17 @@ def producer(
             if PARTS == 2:
                 next_right = gl.load(entries + gl.maximum(entry + 1, 0)) * BLOCK_K
             mbarrier.wait(key_free.index(slot), phase)
-            _copy(key_desc, batch, head // groups, left, right, key_ring, slot, PARTS, HEAD_DIM)
+            _copy(key_desc, batch, head_k, left, right, key_ring, slot, PARTS, HEAD_DIM)
             mbarrier.wait(value_free.index(slot), phase)
-            _copy(value_desc, batch, head // groups, left, right, value_ring, slot, PARTS, HEAD_DIM)
+            _copy(value_desc, batch, head_k, left, right, value_ring, slot, PARTS, HEAD_DIM)
             left, right = next_left, next_right
             slot, phase = after(slot, phase, STAGES)
             if step == 0:
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-                count, last, before = _ends(tile, counts, indices, planes, section, count_q, count_k, CAUSAL)
+                count, last, before = _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL, PARTS)
 
-    mbarrier.wait(query_free.index(0), query_phase)
-    tell(numbers, 0, -1)
-    tell(numbers, 1, 0)
-    mbarrier.arrive(told.index(0), count=1)
+    mbarrier.wait(query_free.index(query_slot), query_phase)
+    tell(numbers, NOTE * query_slot, -1)
+    tell(numbers, NOTE * query_slot + 1, 0)
+    mbarrier.arrive(told.index(query_slot), count=1)

@@ -68,24 +68,15 @@ def test_what_it_refuses_and_why(reason: str, case: dict[str, Any]) -> None:
     assert re.search(reason, said)
 
 
-def test_heads_that_share_keys_stay_together() -> None:
-    for length in (128, 4096, 16384, 131072):
-        for groups in (1, 4, 8):
-            together = hopper.section(length, 128, groups)
-            assert together % groups == 0
-            assert together == groups or 4 * length * 128 * together // groups <= hopper.CACHED_BYTES
-
-
 COMPILE = """
-import itertools
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from afbs_compile.kernels import hopper
 from afbs_compile.kernels.hopper_kernel import forward_kernel
 
-for dtype, dim, block_k, causal in (("bf16", 128, 128, True), ("fp16", 128, 64, True), ("bf16", 64, 128, False)):
-    constants = dict(HEAD_DIM=dim, BLOCK_Q=128, BLOCK_K=block_k, STAGES=hopper.stages(dim), CAUSAL=causal,
+for dtype, dim, block_k, causal in (("bf16", 128, 128, False), ("fp16", 128, 64, True)):
+    constants = dict(HEAD_DIM=dim, BLOCK_Q=128, BLOCK_K=block_k, STAGES=hopper.STAGES, CAUSAL=causal,
                      CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
     copies = {"query_desc": (64, dim), "key_desc": (block_k, 64), "value_desc": (block_k, 64)}
     types = {"out": "*" + dtype, "scale": "fp32", "steep": "fp32"}
@@ -106,7 +97,7 @@ def test_the_compiled_kernel_keeps_its_promises() -> None:
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     cases = run.stdout.split("=== ")[1:]
-    assert len(cases) == 3
+    assert len(cases) == 2
     for case in cases:
         title, sass = case.split("\n", 1)
         assert int(title.split()[-1]) <= 227 << 10, title
