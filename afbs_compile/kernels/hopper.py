@@ -103,6 +103,7 @@ def attend(
     scale: float | None = None,
     block_q: int = 128,
     block_k: int = 128,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention over the live blocks of ``lists``; nothing else of k and v is read.
 
@@ -119,16 +120,20 @@ def attend(
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, one of :data:`BLOCKS`.
 
+        out: ``[B, H, N, D]`` to write into, its last dimension contiguous; by default a new tensor, in memory
+            ``[B, N, H, D]``.
+
     Returns:
-        ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
+        ``out``, in the dtype of ``q``.
 
     Raises:
         ValueError: the call is one that :func:`refusal` refuses.
     """
     batch, heads, length, dim = q.shape
-    out = q.new_empty(batch, length, heads, dim)
+    if out is None:
+        out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     if out.numel() == 0:
-        return out.transpose(1, 2)
+        return out
     reason = refusal(q, k, v, lam, block_q, block_k)
     if reason is not None:
         raise ValueError(reason)
@@ -157,6 +162,7 @@ def attend(
             count_q,
             lists.indices.shape[-1],
             tiles,
+            *out.stride()[:3],
             HEAD_DIM=dim,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
@@ -166,4 +172,4 @@ def attend(
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4,
         )
-    return out.transpose(1, 2)
+    return out

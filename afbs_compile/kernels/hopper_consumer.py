@@ -58,26 +58,22 @@ def _mask(scores, rows, left, right, length, BLOCK_K: gl.constexpr, CAUSAL: gl.c
 
 
 @gluon.jit
-def _store(
-    out, acc, total, tile, length, heads, count_q,
-    PART: gl.constexpr, BLOCK_Q: gl.constexpr, CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """Write a consumer's rows of a tile; the output is [B, N, H, HEAD_DIM] in memory."""
-    ROWS: gl.constexpr = acc.shape[0]
-    HEAD_DIM: gl.constexpr = acc.shape[1]
+def _store(out, strides, acc, total, batch, head, first_row, length):
+    """Write a consumer's rows of a tile."""
+    stride_batch, stride_head, stride_row = strides
     layout: gl.constexpr = acc.type.layout
-    batch, head, block = locate(tile, heads, count_q, CAUSAL)
     inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))
     result = (acc * inverse[:, None]).to(out.dtype.element_ty)
-    rows = block * BLOCK_Q + PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, layout))
-    place = (batch.to(gl.int64) * length + rows) * heads + head
-    gl.store(out + place[:, None] * HEAD_DIM + columns[None, :], result, mask=(rows < length)[:, None])
+    rows = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
+    out += batch.to(gl.int64) * stride_batch + head.to(gl.int64) * stride_head
+    places = rows.to(gl.int64)[:, None] * stride_row + columns[None, :]
+    gl.store(out + places, result, mask=(rows < length)[:, None])
 
 
 @gluon.jit
 def consumer(
-    out, indices, rings, notes, scale, steep, sizes,
+    out, strides, indices, rings, notes, scale, steep, sizes,
     PART: gl.constexpr, DTYPE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
@@ -183,5 +179,6 @@ def consumer(
         scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc, weight = warpgroup_mma_wait(1, deps=[acc, weight])
         mbarrier.arrive(value_free.index(last_slot), count=1)
-        _store(out, acc, total, last_tile, length, heads, count_q, PART, BLOCK_Q, CAUSAL)
+        batch, head, block = locate(last_tile, heads, count_q, CAUSAL)
+        _store(out, strides, acc, total, batch, head, block * BLOCK_Q + PART * ROWS, length)
         scores = warpgroup_mma_wait(0, deps=[scores])

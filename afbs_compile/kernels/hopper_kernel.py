@@ -27,6 +27,7 @@ from afbs_compile.kernels.hopper_consumer import consumer
 from afbs_compile.kernels.hopper_producer import producer
 
 
+# One compilation for all sizes; strides stay apart, for stores are wide only where they are multiples of 16.
 @gluon.jit(do_not_specialize=["length", "heads", "groups", "count_q", "count_k", "tiles"])
 def forward_kernel(
     query_desc,
@@ -44,6 +45,9 @@ def forward_kernel(
     count_q,
     count_k,
     tiles,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_row,
     HEAD_DIM: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -66,15 +70,22 @@ def forward_kernel(
         (value_smem, ring(STAGES, 1), ring(STAGES, 2)),
     )
     sizes = (length, heads, groups, count_q, count_k, tiles)
+    strides = (stride_out_batch, stride_out_head, stride_out_row)
     gl.warp_specialize(
         [
             (
                 consumer,
-                (out, indices, rings, notes, scale, steep, sizes, 0, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, CAUSAL),
+                (
+                    out, strides, indices, rings, notes, scale, steep, sizes,
+                    0, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, CAUSAL,
+                ),
             ),
             (
                 consumer,
-                (out, indices, rings, notes, scale, steep, sizes, 1, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, CAUSAL),
+                (
+                    out, strides, indices, rings, notes, scale, steep, sizes,
+                    1, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, CAUSAL,
+                ),
             ),
             (
                 producer,

@@ -183,6 +183,17 @@ def test_offsets_past_32_bits() -> None:
     assert error(out, expected) <= 1e-2
 
 
+def test_some_heads_are_written_into_the_output_of_all() -> None:
+    q, k, v = inputs(PLAIN, "cuda")
+    live = some_blocks(PLAIN, "cuda")
+    expected = attend(q, k, v, live, PLAIN)
+    out = torch.full((1, PLAIN.length, 4, 128), torch.nan, dtype=q.dtype, device="cuda").transpose(1, 2)
+    lists, half = predict.mask_to_lists(live[:, 2:]), slice(2, 4)
+    hopper.attend(q[:, half], k[:, 1:], v[:, 1:], lists, [NO_SKIP] * 2, out=out[:, half], **PLAIN.call)
+    assert torch.equal(out[:, half], expected[:, half])
+    assert out[:, :2].isnan().all()
+
+
 def test_same_bits_every_time_and_in_a_graph() -> None:
     shape = replace(PLAIN, length=5000, heads=8, kv_heads=2)
     q, k, v = inputs(shape, "cuda")
