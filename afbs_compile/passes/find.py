@@ -25,7 +25,7 @@ def find(gm: fx.GraphModule, *, min_length: int) -> tuple[list[AttentionSite], l
     compiled again where it does not hold: ``length >= min_length`` for a dynamic length, the number of heads, and for
     a dense mask the exact length that it was proven at. Outside (torch.export), and for sizes marked dynamic, a
     condition that does not hold for every size refuses the call, except ``min_length``: the operator checks it again
-    when it runs.
+    when it runs. A dense mask is then proven for every length at once.
 
     Args:
         gm: a graph from Dynamo, before AOTAutograd, or from torch.export, before decompositions.
@@ -89,8 +89,6 @@ class _Finder:
 
     def _mask_pattern(self, mask: fx.Node, program: tuple[fx.Node, ...], length: int | None) -> MaskPattern:
         try:
-            if length is None:
-                raise NotConstantError("the length is free: marked dynamic or exported so")
             return self._prover.pattern(mask, program, length=length)
         except NotConstantError as error:
             raise _RefusedError(mask_refusal(mask, str(error))) from error
