@@ -52,7 +52,7 @@ class _Finder:
                 self._refuse(node, reason)
             elif body := submodule_of(node):
                 for inner in _attention_nodes(body):
-                    self._refuse(inner, _inside_operator(node))
+                    self._refuse(inner, _inside_operator(node), at=node)
         return self._sites, self._refusals
 
     def _take(self, node: fx.Node) -> None:
@@ -64,8 +64,8 @@ class _Finder:
         else:
             self._sites.append(self._site(call, causal))
 
-    def _refuse(self, node: fx.Node, reason: str) -> None:
-        self._refusals.append(Refusal(self._names.name(node), reason))
+    def _refuse(self, node: fx.Node, reason: str, at: fx.Node | None = None) -> None:
+        self._refusals.append(Refusal(self._names.name(node), reason, at or node))
 
     def _accept(self, call: Call) -> bool:
         """Whether an accepted call is causal. The length is asked before the mask: evaluating one pins the length."""
