@@ -1,0 +1,2 @@
+def to_tensorrt(*a, **k):
+    raise NotImplementedError
