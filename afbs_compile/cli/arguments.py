@@ -49,7 +49,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """Where and in which precision a model is loaded."""
-    parser.add_argument("--device", metavar="D", help="where the model runs (default: cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--device", metavar="D", help="where the model runs (default: cuda where there is one, else cpu)"
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

@@ -85,9 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _samples(
-    arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe
-) -> list[tuple[int | None, Sample]]:
+def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) -> list[tuple[int | None, Sample]]:
     """One input per length, all of them checked before the first is timed."""
     lengths: list[int | None] = list(arguments.seq_len or [])
     has_length = getattr(model.module, "main_input_name", None) == "input_ids"
@@ -104,7 +102,7 @@ def _samples(
 def _row(tokens: int | None, sample: Sample, model: LoadedModel, recipe: Recipe, runs: int) -> Row:
     torch._dynamo.reset()  # each length is compiled for itself, as a fresh process would
     dense = torch.compile(model.module, dynamic=False)
-    given = {"recipe": recipe, "min_length": ANY_LENGTH}  # the recipe alone says from which length sparse pays
+    given: Any = {"recipe": recipe, "min_length": ANY_LENGTH}  # the recipe alone says from which length sparse pays
     sparse: Any = torch.compile(model.module, backend=afbs, options=given, dynamic=False)
     calls = [lambda: dense(**sample), lambda: sparse(**sample)]
     with torch.no_grad():

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with step(f"exporting to {arguments.format}"), options.writing(target):
         written = _export(arguments, model, recipe, example, target)
-    counts = Counter(row.outcome for row in written.rows)
+    counts: Counter[str] = Counter(row.outcome for row in written.rows)
     if arguments.json:
         print(json.dumps(_record(written, counts), indent=1))
         return 0

@@ -32,7 +32,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--before", dest="what", action="store_const", const="before", help="the graph as captured")
     what.add_argument("--after", dest="what", action="store_const", const="after", help="the rewritten graph")
-    what.add_argument("--diff", dest="what", action="store_const", const="diff", help="attention calls before and after")
+    what.add_argument(
+        "--diff", dest="what", action="store_const", const="diff", help="attention calls before and after"
+    )
     options.add_data(parser, default="random")
     options.add_length(parser, "default: as calibrated")
     options.add_json(parser)

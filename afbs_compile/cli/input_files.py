@@ -76,7 +76,8 @@ def _named(batch: Any, path: Path, model: LoadedModel) -> dict[str, Tensor]:
     unknown = [str(name) for name in batch if accepted is not None and name not in accepted]
     if unknown:
         raise OptionError(
-            f"--data: {path} has {', '.join(unknown)}, which {model.spec} does not take; accepted: {', '.join(accepted or ())}"
+            f"--data: {path} has {', '.join(unknown)}, which {model.spec} does not take; "
+            f"accepted: {', '.join(accepted or ())}"
         )
     return dict(batch)
 
@@ -84,7 +85,9 @@ def _named(batch: Any, path: Path, model: LoadedModel) -> dict[str, Tensor]:
 def _rows(batch: dict[str, Tensor], path: Path) -> list[dict[str, Tensor]]:
     sizes = {value.shape[0] for value in batch.values() if value.ndim}
     if len(sizes) > 1:
-        raise OptionError(f"--data: the tensors in {path} have first dimensions {sorted(sizes)}; accepted: one batch size")
+        raise OptionError(
+            f"--data: the tensors in {path} have first dimensions {sorted(sizes)}; accepted: one batch size"
+        )
     number = sizes.pop() if sizes else 1
     return [{name: t[i : i + 1] if t.ndim else t for name, t in batch.items()} for i in range(number)]
 

@@ -30,7 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("recipe", metavar="recipe.json", help="a file of afbs-compile calibrate")
     parser.add_argument("--html", metavar="report.html", help="write the page here instead of printing the table")
-    parser.add_argument("--model", metavar="MODEL", help="draw block masks of this model, the recipe's own; with --data")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="draw block masks of this model, the recipe's own; with --data"
+    )
     options.add_placement(parser)
     options.add_data(parser)
     options.add_length(parser, "default: as calibrated")

@@ -72,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="afbs-compile",
-        description="Make the attention of a model sparse, offline: calibrate once, read what was decided, ship a file.",
+        description="Make a model's attention sparse, offline: calibrate once, read what was decided, ship a file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

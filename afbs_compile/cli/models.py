@@ -195,7 +195,9 @@ def import_extra(module: str, option: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise OptionError(f"{option}: this needs {module}, which is not installed: pip install 'afbs-compile[hf]'") from None
+        raise OptionError(
+            f"{option}: this needs {module}, which is not installed: pip install 'afbs-compile[hf]'"
+        ) from None
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -15,7 +15,9 @@ CHARACTERS_PER_TOKEN = 64
 """A text longer than this for each token wanted is thinned first: tokenising gigabytes for five windows is waste."""
 
 # NAME[:CONFIG]:SPLIT[COLUMN]; a split may be sliced, e.g. train[:10%], so only a plain word in brackets is a column.
-DATASET = re.compile(r"(?P<name>[^:]+)(:(?P<config>[^:]*))?:(?P<split>\w[^:]*?(\[[^\]]*:[^\]]*\])?)(\[(?P<column>\w+)\])?")
+DATASET = re.compile(
+    r"(?P<name>[^:]+)(:(?P<config>[^:]*))?:(?P<split>\w[^:]*?(\[[^\]]*:[^\]]*\])?)(\[(?P<column>\w+)\])?"
+)
 
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
 """What ``save_to_disk`` leaves in a folder."""
@@ -36,7 +38,9 @@ def read_text(source: str, *, pieces: int, length: int) -> str:
     elif match := DATASET.fullmatch(source):
         text = _dataset(source, limit, **match.groupdict())
     elif path.is_dir():
-        raise OptionError(f"--data: {source} is a saved dataset; accepted: {source}:SPLIT[COLUMN], e.g. {source}:train[text]")
+        raise OptionError(
+            f"--data: {source} is a saved dataset; accepted: {source}:SPLIT[COLUMN], e.g. {source}:train[text]"
+        )
     else:
         raise OptionError(f"--data: there is no file or folder {source}, and a dataset is written NAME:SPLIT[COLUMN]")
     if not text.strip():

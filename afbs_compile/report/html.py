@@ -98,7 +98,9 @@ def _masks_note(masks: Masks | None) -> str:
             '<p class="note">None here: a recipe holds thresholds, and which blocks they keep depends on the input. '
             "Give <code>--model MODEL --data SRC</code> to <code>inspect</code> to draw them on a sample.</p>"
         )
-    head = f'<p class="note">On the first sample of {escape(masks.source)}, {masks.tokens:,} tokens. Rows are blocks of '
+    head = (
+        f'<p class="note">On the first sample of {escape(masks.source)}, {masks.tokens:,} tokens. Rows are blocks of '
+    )
     head += 'queries, columns blocks of keys: <span class="swatch live"></span>computed, '
     head += '<span class="swatch skipped"></span>skipped.</p>'
     return head + (_list(masks.notes) if masks.notes else "")

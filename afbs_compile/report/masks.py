@@ -88,9 +88,7 @@ def block_masks(graphs: Sequence[AppliedGraph], recipe: Recipe, source: str) -> 
     return Masks(source, tokens, tuple(heads), tuple(notes))
 
 
-def _numbered(
-    graphs: Sequence[AppliedGraph], recipe: Recipe
-) -> Iterator[tuple[int, SiteRecipe, Sequence[Operands]]]:
+def _numbered(graphs: Sequence[AppliedGraph], recipe: Recipe) -> Iterator[tuple[int, SiteRecipe, Sequence[Operands]]]:
     """Each calibrated site with the number of its graph in the recipe."""
     for graph in graphs:
         found = graph.found
@@ -129,13 +127,15 @@ def _site_masks(graph: int, row: SiteRecipe, wanted: list[int], sample: Operands
         block_q=row.block_q,
         block_k=row.block_k,
     )[0].cpu()
-    visible = visible_blocks(*live.shape[1:], row.block_q, row.block_k, sample.causal, torch.device("cpu")).sum()
+    rows, columns = int(live.shape[1]), int(live.shape[2])
+    visible = visible_blocks(rows, columns, row.block_q, row.block_k, sample.causal, torch.device("cpu")).sum()
     return [
         HeadMask(
             graph,
             row.name,
             index,
-            *mask.shape,
+            rows,
+            columns,
             sample.causal,
             _packed(mask),
             round(1 - int(mask.sum()) / int(visible), 4),

@@ -140,7 +140,11 @@ def _call(node: fx.Node, row: SiteRecipe) -> tuple[str, str]:
 
 
 def _shape(value: Any) -> str:
-    return str([int(size) if isinstance(size, int) else str(size) for size in value.shape]) if isinstance(value, Tensor) else "?"
+    return (
+        str([int(size) if isinstance(size, int) else str(size) for size in value.shape])
+        if isinstance(value, Tensor)
+        else "?"
+    )
 
 
 def _mark(row: SiteRecipe) -> str:
