@@ -162,7 +162,7 @@ def _hugging_face(spec: str, device: torch.device, dtype: str | None) -> LoadedM
         raise OptionError(f"MODEL: {spec} is a file; accepted: a folder, an id, package.module:factory or a .pt2")
     if path.is_dir() and not (path / "config.json").is_file():
         raise OptionError(f"MODEL: folder {spec} has no config.json; accepted: a folder of save_pretrained")
-    if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) is None:
+    if not path.exists() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec) is None:
         raise OptionError(f"MODEL: there is no folder {spec}")
     if not terminal():
         transformers.utils.logging.disable_progress_bar()
@@ -171,9 +171,11 @@ def _hugging_face(spec: str, device: torch.device, dtype: str | None) -> LoadedM
         config = transformers.AutoConfig.from_pretrained(name)
         auto = transformers.AutoModelForCausalLM if _is_causal_lm(config) else transformers.AutoModel
         wanted = getattr(torch, dtype) if dtype else (torch.float32 if device.type == "cpu" else "auto")
-        module = auto.from_pretrained(name, dtype=wanted, config=config)
+        module, loaded = auto.from_pretrained(name, dtype=wanted, config=config, output_loading_info=True)
     except (OSError, ValueError, KeyError, import_extra("safetensors", "MODEL").SafetensorError) as error:
         raise OptionError(f"MODEL: {spec} cannot be loaded ({_first_sentence(error)})") from error
+    if len(loaded["missing_keys"]) >= len(module.state_dict()):  # transformers makes random ones instead
+        raise OptionError(f"MODEL: {spec} has none of the weights of a {type(module).__name__}")
     return LoadedModel(spec, module.eval().to(device), None, name, device)
 
 

@@ -16,7 +16,7 @@ CHARACTERS_PER_TOKEN = 64
 
 # NAME[:CONFIG]:SPLIT[COLUMN]; a split may be sliced, e.g. train[:10%], so only a plain word in brackets is a column.
 DATASET = re.compile(
-    r"(?P<name>[^:]+)(:(?P<config>[^:]*))?:(?P<split>\w[^:]*?(\[[^\]]*:[^\]]*\])?)(\[(?P<column>\w+)\])?"
+    r"(?P<name>[^:\[\]]+)(:(?P<config>[^:\[\]]*))?:(?P<split>\w[^:]*?(\[[^\]]*:[^\]]*\])?)(\[(?P<column>\w+)\])?"
 )
 
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")

@@ -235,4 +235,4 @@ def _print(report: dict[str, Any], checks: Sequence[Check]) -> None:
         console.print(f"  perplexity                    {ours:.2f}, dense {theirs:.2f} ({ours / theirs - 1:+.1%})")
     for check in checks:
         word, style = {True: ("PASS", "green"), False: ("FAIL", "red"), None: ("----", "dim")}[check.passed]
-        console.print(Text(word, style=style), Text(f" {check.name}: {check.detail}"))
+        console.print(Text(word, style=style), Text(f"{check.name}: {check.detail}"))

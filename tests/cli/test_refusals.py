@@ -14,6 +14,9 @@ from afbs_compile.cli.main import FAILED, INTERRUPTED, OK, USAGE
 from tests.cli.conftest import POSITIONS
 
 TOY = "tests.toy:Toy"
+OUT = ["-o", "r.json"]
+EXPORT = ["export", TOY, "--recipe", "r.json", "--format"]
+SOME = ["--data", "random", *OUT]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -47,32 +50,32 @@ def test_the_exit_codes():
         ([], "the following arguments are required: COMMAND"),
         (["sing"], "invalid choice: 'sing'"),
         (["calibrate", "m", "-o", "r.json"], "required: --data"),
-        (["calibrate", "m", "--data", "random", "-o", "r.json", "--seq-len", "0"], "accepted: a whole number, at least 1"),
-        (["calibrate", "m", "--data", "random", "-o", "r.json", "--samples", "few"], "got 'few'; accepted: a whole number"),
-        (["calibrate", "m", "--data", "random", "-o", "r.json", "--method", "guess"], "invalid choice: 'guess'"),
-        (["calibrate", "m", "--data", "random", "-o", "r.yaml"], "-o: got r.yaml; accepted: a file name that ends in .json"),
-        (["calibrate", "m", "--data", "random", "-o", "no/where/r.json"], "a folder that exists, and no/where does not"),
-        (["calibrate", "./nowhere", "--data", "random", "-o", "/tmp/r.json"], "MODEL: there is no folder ./nowhere"),
-        (["calibrate", "a.pt2", "--data", "random", "-o", "/tmp/r.json"], "MODEL: there is no file a.pt2"),
-        (["calibrate", "no.such:thing", "--data", "random", "-o", "/tmp/r.json"], "MODEL: there is no module no"),
-        (["calibrate", "tests.toy:Tox", "--data", "random", "-o", "/tmp/r.json"], "MODEL: tests.toy has no Tox"),
-        (["calibrate", "tests.toy:WIDTH", "--data", "random", "-o", "/tmp/r.json"], "is a int; accepted: a callable"),
-        (["calibrate", "collections:OrderedDict", "--data", "random", "-o", "/tmp/r.json"], "returned a OrderedDict"),
-        (["calibrate", "README.md", "--data", "random", "-o", "/tmp/r.json"], "MODEL: README.md is a file"),
-        (["calibrate", "tests", "--data", "random", "-o", "/tmp/r.json"], "MODEL: folder tests has no config.json"),
-        (["calibrate", TOY, "--data", "random", "-o", "/tmp/r.json"], "what tests.toy:Toy takes is not known here"),
-        (["calibrate", TOY, "--data", "README.md", "-o", "/tmp/r.json"], "text needs a tokenizer"),
-        (["calibrate", TOY, "--data", "x.npz", "-o", "/tmp/r.json"], "--data: there is no file x.npz"),
-        (["calibrate", TOY, "--data", "x.txt", "-o", "/tmp/r.json"], "--data: there is no file or folder x.txt"),
-        (["calibrate", TOY, "--data", "x", "--device", "cpux", "-o", "/tmp/r.json"], "--device: got cpux"),
+        (["calibrate", "m", *SOME, "--seq-len", "0"], "a whole number, at least 1"),
+        (["calibrate", "m", *SOME, "--samples", "few"], "got 'few'; accepted: a whole number"),
+        (["calibrate", "m", *SOME, "--method", "guess"], "invalid choice: 'guess'"),
+        (["calibrate", "m", "--data", "random", "-o", "r.yaml"], "-o: got r.yaml; accepted: a file name that ends in"),
+        (["calibrate", "m", "--data", "random", "-o", "no/where/r.json"], "folder that exists, and no/where does"),
+        (["calibrate", "./nowhere", *SOME], "MODEL: there is no folder ./nowhere"),
+        (["calibrate", "a.pt2", *SOME], "MODEL: there is no file a.pt2"),
+        (["calibrate", "no.such:thing", *SOME], "MODEL: there is no module no"),
+        (["calibrate", "tests.toy:Tox", *SOME], "MODEL: tests.toy has no Tox"),
+        (["calibrate", "tests.toy:WIDTH", *SOME], "is a int; accepted: a callable"),
+        (["calibrate", "collections:OrderedDict", *SOME], "returned a OrderedDict"),
+        (["calibrate", "README.md", *SOME], "MODEL: README.md is a file"),
+        (["calibrate", "tests", *SOME], "MODEL: folder tests has no config.json"),
+        (["calibrate", TOY, *SOME], "what tests.toy:Toy takes is not known here"),
+        (["calibrate", TOY, "--data", "README.md", *OUT], "text needs a tokenizer"),
+        (["calibrate", TOY, "--data", "x.npz", *OUT], "--data: there is no file x.npz"),
+        (["calibrate", TOY, "--data", "x.txt", *OUT], "--data: there is no file or folder x.txt"),
+        (["calibrate", TOY, "--data", "x", "--device", "cpux", *OUT], "--device: got cpux"),
         (["inspect", "r.txt"], "recipe.json: got r.txt; accepted: a file name that ends in .json"),
         (["inspect", "absent.json"], "recipe absent.json cannot be read: No such file or directory"),
         (["graph", TOY, "--diff"], "--diff: accepted only with --recipe"),
         (["graph", TOY, "--after", "--before"], "not allowed with argument"),
-        (["export", TOY, "--recipe", "r.json", "--format", "tflite", "-o", "m.x"], "invalid choice: 'tflite'"),
-        (["export", TOY, "--recipe", "r.json", "--format", "onnx", "-o", "m.pt2"], "a file name that ends in .onnx"),
-        (["export", TOY, "--recipe", "r.json", "--format", "onnx", "--aoti", "-o", "m.onnx"], "--aoti: accepted only with"),
-        (["verify", "m.bin", "--model", TOY, "--data", "random"], "FILE: got m.bin; accepted: a name that ends in .json"),
+        ([*EXPORT, "tflite", "-o", "m.x"], "invalid choice: 'tflite'"),
+        ([*EXPORT, "onnx", "-o", "m.pt2"], "a file name that ends in .onnx"),
+        ([*EXPORT, "onnx", "--aoti", "-o", "m.onnx"], "--aoti: accepted only with"),
+        (["verify", "m.bin", "--model", TOY, "--data", "random"], "FILE: got m.bin; accepted: a name that"),
         (["verify", "m.onnx", "--model", TOY, "--data", "random"], "FILE: there is no file m.onnx"),
         (["verify", "r.json", "--model", TOY, "--data", "random", "--share", "2"], "a number between 0 and 1"),
         (["bench", TOY, "--recipe", "absent.json"], "recipe absent.json cannot be read"),
@@ -136,7 +139,6 @@ def test_a_recipe_of_another_model(recipes, toy_inputs, tmp_path, capsys, nothin
         ["verify", foreign, "--model", TOY, *data],
         ["inspect", foreign, "--model", TOY, *data, "--html", str(tmp_path / "r.html")],
         ["export", TOY, "--recipe", foreign, *data, "--format", "pt2", "-o", str(tmp_path / "m.pt2")],
-        ["export", TOY, "--recipe", foreign, *data, "--format", "onnx", "-o", str(tmp_path / "m.onnx")],
     ):
         assert "belongs to another model" in refused(capsys, *argv)
 
@@ -195,6 +197,8 @@ def test_a_damaged_checkpoint(llama, tmp_path, capsys):
     argv = ["calibrate", str(folder), "--data", "random", "-o", str(tmp_path / "r.json")]
     assert f"MODEL: {folder} cannot be loaded (" in refused(capsys, *argv)
     (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    assert f"MODEL: {folder} has none of the weights of a LlamaForCausalLM" in refused(capsys, *argv)
+    (folder / "model.safetensors").write_bytes(b"nothing of the kind")
     assert f"MODEL: {folder} cannot be loaded (" in refused(capsys, *argv)
     (tmp_path / "m.pt2").write_bytes(b"PK nothing")
     argv[1] = str(tmp_path / "m.pt2")
