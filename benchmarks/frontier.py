@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,8 @@ def point(
     row["kl"] = float(np.mean([c.kl for c in changes]))
     if recipe is not None:
         row["calibration_seconds"] = sum(graph.seconds for graph in recipe.graphs)
-    print(
-        f"{name:>8} {setting:<6g} sparsity {sparsity:6.1%}  perplexity {row['perplexity_rise']:+.2%}  KL {row['kl']:.5f}"
-    )
+    rise = f"perplexity {row['perplexity_rise']:+.2%}  KL {row['kl']:.5f}"
+    print(f"{name:>8} {setting:<6g} sparsity {sparsity:6.1%}  {rise}")
     return row
 
 
@@ -197,18 +196,23 @@ def passkeys(
         tests = passkey.prompts(tokenizer, filler[0].tolist(), length, arguments.passkeys)
         tests = [(ids.to(device), answer) for ids, answer in tests]
         row = {"tokens": length, "prompts": len(tests), "dense": passkey.recall(model, tests)}
-        replays = iter(runs_of(model, [ids for ids, _ in tests]))
-        row["sparse"] = passkey.recall(lambda _: Replayed(next(replays), attention), tests)
+        replay = Replay(runs_of(model, [ids for ids, _ in tests]), attention)
+        row["sparse"] = passkey.recall(replay, tests)
         print("passkeys at {tokens:,} tokens: dense {dense:.0%}, sparse {sparse:.0%} of {prompts}".format(**row))
         rows.append(row)
     return rows
 
 
-class Replayed:
-    """The output of a recorded call with its sites computed by a function."""
+class Replay:
+    """Answers calls with recorded inputs, in the order of the recordings, with the sites computed by a function."""
 
-    def __init__(self, run: SampleRun, attention: Attention) -> None:
-        self.logits = find_logits(run_with(run, attention))
+    def __init__(self, runs: Sequence[SampleRun], attention: Attention) -> None:
+        self._runs: Iterator[SampleRun] = iter(runs)
+        self._attention = attention
+
+    def __call__(self, ids: Tensor) -> argparse.Namespace:
+        """The output of the next recorded call."""
+        return argparse.Namespace(logits=find_logits(run_with(next(self._runs), self._attention)))
 
 
 if __name__ == "__main__":
