@@ -115,6 +115,15 @@ def extra(modules: Sequence[str], name: str) -> list[Any]:
         return [importlib.import_module(module) for module in modules]
     except ImportError as error:
         raise ExportError(
-            f"{error.name or modules[0]} is not installed or cannot be imported; install it with "
-            f"pip install 'afbs-compile[{name}]'"
+            f"{error.name or modules[0]} is not installed; pip install 'afbs-compile[{name}]' brings it."
         ) from error
+    except Exception as error:  # torch-tensorrt raises a plain one where TensorRT's libraries are missing
+        raise ExportError(f"{modules[0]} is installed and cannot be imported: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in one line: that of its first cause, where the rest only wraps it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from afbs_compile.errors import AfbsError, ExportError, OptionError
-from afbs_compile.export.files import SUFFIXES
+from afbs_compile.export.files import SUFFIXES, first_line
 from afbs_compile.export.runner import Runner
 
 
@@ -34,9 +34,8 @@ def load(path: str | os.PathLike[str]) -> Runner:
     except AfbsError:
         raise
     except Exception as error:  # a damaged file makes the readers fail in many ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"{file} cannot be loaded: it is damaged or was not written by this package ({reason})"
+            f"{file} cannot be loaded, it is damaged or was not written by this package: {first_line(error)}"
         ) from error
 
 

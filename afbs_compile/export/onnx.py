@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 import afbs_compile.kernels.op  # noqa: F401  registers the operator
 from afbs_compile.errors import ExportError, OptionError
-from afbs_compile.export.files import NOTE, Exported, Note, extra, target_path, whole_file
+from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path, whole_file
 from afbs_compile.export.inputs import Example
 from afbs_compile.export.onnx_function import DOMAIN, NAME, VERSION, function_protos
 from afbs_compile.export.program import Program, rewritten_program
 from afbs_compile.export.runner import Runner
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from afbs_compile.recipe import Recipe
+
+LARGEST_FILE = 2**31
+"""Bytes of a protocol buffer."""
 
 OPSETS = range(18, 24)
 POLICY = "meansim"
@@ -87,7 +89,7 @@ def to_onnx(
             onnx.save_model(proto, temporary)
             onnx.checker.check_model(str(temporary), full_check=True)
         except (ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ExportError(f"the ONNX file is not valid: {str(error).strip().splitlines()[0]}") from error
+            raise ExportError(f"the ONNX file is not valid: {first_line(error)}") from error
     return Exported(target, program.rows, program.inputs)
 
 
@@ -117,11 +119,18 @@ def schema() -> Any:
 
 def _translated(program: Program, opset: int) -> Any:
     """The model as a ``ModelProto`` whose attention nodes have no body yet."""
+    size = sum(t.numel() * t.element_size() for t in program.exported.state_dict.values())
+    if size >= LARGEST_FILE:
+        raise ExportError(f"the weights take {size / 2**30:.1f} GiB; one ONNX file holds less than 2.")
     translation: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.afbs.sparse_attention.default: _sparse_attention_node()
     }
     try:
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):  # it prints its progress
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
                 program.exported,
@@ -131,11 +140,14 @@ def _translated(program: Program, opset: int) -> Any:
                 output_names=_output_names(program.exported),
                 custom_translation_table=translation,
             )
+            assert exported is not None
+            proto = exported.model_proto
     except Exception as error:  # the exporter raises errors of many kinds for what it cannot translate
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"torch.onnx cannot translate the model: {reason}") from error
-    assert exported is not None
-    return exported.model_proto
+        raise ExportError(f"torch.onnx cannot translate the model: {first_line(error)}") from error
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    if versions[""] != opset:
+        raise ExportError(f"torch.onnx wrote opset {versions['']} where {opset} was asked for; ask for that one.")
+    return proto
 
 
 def _sparse_attention_node() -> Callable[..., Any]:

@@ -252,7 +252,8 @@ SparseAttention <tau, theta, lam, is_causal, scale, block_q, block_k, min_length
     v32 = Cast <to = 1> (v)
 
     live = afbs.PredictMask <tau: floats = @tau, theta: floats = @theta, is_causal: int = @is_causal,
-        scale: float = @scale, block_q: int = @block_q, block_k: int = @block_k, min_length: int = @min_length> (q32, k32)
+        scale: float = @scale, block_q: int = @block_q, block_k: int = @block_k, min_length: int = @min_length>
+        (q32, k32)
     count_q1 = Shape <start = 2, end = 3> (live)
     count_k1 = Shape <start = 3, end = 4> (live)
     count_q = Squeeze (count_q1)
@@ -279,7 +280,8 @@ SparseAttention <tau, theta, lam, is_causal, scale, block_q, block_k, min_length
     always = Constant <value = bool {1}> ()
 
     # one step for each batch element, head and block of query rows: attend to its live key blocks
-    out_blocks = Loop (places, always) <body = attend (int64 place, bool more) => (bool again, float[rows, dim] attended)
+    out_blocks = Loop (places, always)
+    <body = attend (int64 place, bool more) => (bool again, float[rows, dim] attended)
     {
         again = Identity (always)
         block = Mod (place, count_q)

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from afbs_compile.calibration import record_programs
 from afbs_compile.errors import ExportError, OptionError, RecipeError
-from afbs_compile.export.files import Note, without_search
+from afbs_compile.export.files import Note, first_line, without_search
 from afbs_compile.export.inputs import Example, Inputs
 from afbs_compile.found import FoundGraph
 from afbs_compile.passes.find import find
@@ -43,12 +43,14 @@ class Program:
         rows: every attention call in graph order, with its outcome here.
         note: goes into the file.
         inputs: shape of each tensor argument; a string is a free size.
+        module: what was traced.
     """
 
     exported: ExportedProgram
     rows: tuple[SiteRecipe, ...]
     note: Note
     inputs: dict[str, tuple[int | str, ...]]
+    module: nn.Module
 
 
 Refuse = Callable[[SiteConstants], str | None]
@@ -95,7 +97,7 @@ def rewritten_program(
     for old, new in zip(before, _results(gm), strict=True):
         if old != new:
             exported.graph_signature.replace_all_uses(old, new)
-    return Program(exported, rows, Note(inputs.names, len(inputs.args), without_search(recipe)), free)
+    return Program(exported, rows, Note(inputs.names, len(inputs.args), without_search(recipe)), free, module)
 
 
 def _captured(module: nn.Module, example: Example) -> list[FoundGraph]:
@@ -103,7 +105,7 @@ def _captured(module: nn.Module, example: Example) -> list[FoundGraph]:
     try:
         programs = record_programs(module, [example])
     except Exception as error:  # whatever the user's model raises on an input that does not fit it
-        raise OptionError(f"example: the model does not run on it: {_first_line(error)}") from error
+        raise OptionError(f"example: the model does not run on it: {first_line(error)}") from error
     return [FoundGraph.of(program.gm, program.samples[0], 1) for program in programs]
 
 
@@ -120,7 +122,7 @@ def _trace(module: nn.Module, inputs: Inputs, dynamic: bool) -> ExportedProgram:
                 strict=False,
             )
     except Exception as error:  # torch.export raises errors of many kinds for what it cannot trace
-        raise ExportError(f"torch.export cannot trace the model: {_first_line(error)}") from error
+        raise ExportError(f"torch.export cannot trace the model: {first_line(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     # They say once more what the trace has fixed, and keep alive the masks that the rewrite makes superfluous.
@@ -239,7 +241,3 @@ def _named_sizes(
         name: tuple(known.get(str(n), str(n)) if (number := fixed(n)) is None else number for n in value.shape)
         for name, value in zip(names, values, strict=True)
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

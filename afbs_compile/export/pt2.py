@@ -11,19 +11,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 import afbs_compile.kernels.op  # noqa: F401  registers the operator
 from afbs_compile.errors import ExportError
-from afbs_compile.export.files import NOTE, Exported, Note, target_path, whole_file
+from afbs_compile.export.files import NOTE, Exported, Note, first_line, target_path, whole_file
 from afbs_compile.export.inputs import Example
 from afbs_compile.export.program import Program, rewritten_program
-from afbs_compile.export.runner import Runner
+from afbs_compile.export.runner import Runner, call_as_exported
 from afbs_compile.recipe import Recipe
 
 
@@ -76,7 +74,7 @@ def _compile(program: Program, path: Path) -> None:
             inductor_configs={"aot_inductor.metadata": {NOTE: program.note.to_json()}},
         )
     except Exception as error:  # inductor and the C++ compiler raise errors of many kinds
-        raise ExportError(f"AOTInductor cannot compile the model: {str(error).strip().splitlines()[0]}") from error
+        raise ExportError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
 
 
 def load_pt2(path: Path, names: Sequence[str]) -> Runner:
@@ -91,11 +89,7 @@ def load_pt2(path: Path, names: Sequence[str]) -> Runner:
     exported = torch.export.load(path, extra_files=texts)
     note = Note.from_json(texts[NOTE])
     module = exported.module()
-
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return _flat(module, note, tensors)
-
-    return Runner(note, run)
+    return Runner(note, lambda tensors: call_as_exported(module, note, tensors))
 
 
 def _load_package(path: Path) -> Runner:
@@ -103,16 +97,4 @@ def _load_package(path: Path) -> Runner:
 
     package = aoti_load_package(str(path))
     note = Note.from_json(package.get_metadata()[NOTE])
-
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return _flat(package, note, tensors)
-
-    return Runner(note, run)
-
-
-@torch.no_grad()
-def _flat(call: Any, note: Note, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Call with the arguments as they were exported, and flatten the result."""
-    args = tensors[: note.positional]
-    kwargs = dict(zip(note.inputs[note.positional :], tensors[note.positional :], strict=True))
-    return [leaf for leaf in pytree.tree_leaves(call(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    return Runner(note, lambda tensors: call_as_exported(package, note, tensors))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from afbs_compile.errors import OptionError
 from afbs_compile.export.files import Note
@@ -48,3 +50,11 @@ def _ordered(names: Sequence[str], args: Sequence[Tensor], kwargs: Mapping[str, 
         came = ", ".join([f"{len(args)} by position", *kwargs])
         raise OptionError(f"inputs: got {came}; accepted: one tensor for each of {', '.join(names)}")
     return [given[name] for name in names]
+
+
+@torch.no_grad()
+def call_as_exported(call: Any, note: Note, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Call a loaded program with its arguments as they were exported, and flatten what it returns."""
+    args = tensors[: note.positional]
+    kwargs = dict(zip(note.inputs[note.positional :], tensors[note.positional :], strict=True))
+    return [leaf for leaf in pytree.tree_leaves(call(*args, **kwargs)) if isinstance(leaf, Tensor)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from afbs_compile.calibration import record_programs
 from afbs_compile.found import FoundGraph
+from afbs_compile.kernels import reference
 from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import LAMBDA_OFF, PREDICTOR_VERSION, THETA_OFF
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SampleRecord, SiteRecipe
@@ -104,3 +106,31 @@ class Grouped(nn.Module):
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest number."""
     return float((a - b).abs().max() / b.abs().max())
+
+
+@contextmanager
+def reference_by_hand(recipe: Recipe) -> Iterator[None]:
+    """While open, every attention call is the reference operator with the thresholds of the recipe's first call."""
+    site = recipe.sites[0]
+    thresholds = [[getattr(head, name) for head in site.heads] for name in ("tau", "theta", "lam")]
+    original = F.scaled_dot_product_attention
+
+    def sparse(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+        if q.shape[2] < (site.min_length or 0):
+            return original(q, k, v, is_causal=is_causal)
+        return reference.sparse_attention(
+            q, k, v, *thresholds, causal=is_causal, block_q=site.block_q, block_k=site.block_k
+        )
+
+    F.scaled_dot_product_attention = sparse
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def wandering(length: int, batch: int = 1, width: int = 64, seed: int = 0) -> Tensor:
+    """``[batch, length, width]``: a random walk, so that neighbours are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, width, generator=generator).cumsum(1) / 10
