@@ -120,7 +120,9 @@ def main(size: int = 256, runs: int = 5) -> dict[str, float]:
     figures["noisy dB"] = psnr(unseen, clean)
     figures["dense dB"] = psnr(dense(unseen), clean)
     figures["sparse dB"] = psnr(sparse(unseen), clean)
-    print("unseen picture: noisy {noisy dB:.2f} dB, dense {dense dB:.2f} dB, sparse {sparse dB:.2f} dB".format(**figures))
+    print(
+        "unseen picture: noisy {noisy dB:.2f} dB, dense {dense dB:.2f} dB, sparse {sparse dB:.2f} dB".format(**figures)
+    )
     dense_s, sparse_s = seconds([dense, sparse], unseen, runs)
     print(f"one picture: dense {dense_s * 1e3:.0f} ms, sparse {sparse_s * 1e3:.0f} ms: {dense_s / sparse_s:.2f}x")
     return figures
