@@ -23,7 +23,7 @@ from afbs_compile.backend import afbs
 from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import LoadedModel, load_model
 from afbs_compile.cli.progress import each, step
-from afbs_compile.cli.recipes import calibrated_length, load_recipe
+from afbs_compile.cli.recipes import load_recipe, usual_length
 from afbs_compile.cli.sources import Sample, load_samples
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.applied import ANY_LENGTH, apply
@@ -87,11 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) -> list[tuple[int | None, Sample]]:
     """One input per length, all of them checked before the first is timed."""
-    lengths: list[int | None] = list(arguments.seq_len or [])
-    has_length = getattr(model.module, "main_input_name", None) == "input_ids"
-    if not lengths:
-        usual = min(calibrated_length(recipe), model.positions or calibrated_length(recipe))
-        lengths = [usual if has_length else None]
+    lengths: list[int | None] = list(arguments.seq_len or [usual_length(model, recipe, arguments.data)])
     for length in lengths:
         model.check_length(length)
     return [
