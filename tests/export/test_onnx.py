@@ -121,7 +121,9 @@ def test_the_example_runs_a_shipped_language_model_without_us(tmp_path, monkeypa
     transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
     monkeypatch.syspath_prepend(EXAMPLES)
     example = importlib.import_module("export_onnx")
-    model = transformers.AutoModelForCausalLM.from_pretrained(example.MODEL, dtype=torch.float32, num_hidden_layers=2).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        example.MODEL, dtype=torch.float32, num_hidden_layers=2
+    ).eval()
     ids = torch.randint(3, 8192, (2, 512), generator=torch.Generator().manual_seed(0))
     recipe = recipe_for(model, {"input_ids": ids[:1]}, tau=0.9, min_length=256)
     sizes = [(2, 512)]
