@@ -3,8 +3,8 @@
 For a fixed theta, a larger tau keeps every block that a smaller one keeps. A query block that visits its key blocks in
 the order in which tau lets them in therefore holds, after each step, the output of one threshold: its running maximum,
 sum and accumulator are what block-sparse attention over the blocks seen so far computes. Comparing it with the dense
-output whenever a threshold's last block has been folded in gives the error of every threshold, for about the work
-of the boldest one's complement: blocks that even the largest tau leaves out are never visited.
+output whenever a threshold's last block has been folded in gives the error of every threshold for the work of the
+largest alone: blocks that it leaves out are never visited.
 
 Each threshold's result is the one that :func:`afbs_compile.kernels.reference.masked_attention` gives on the mask of
 :func:`afbs_compile.kernels.reference.predict_mask`: those two are the specification.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,10 +92,10 @@ def one_pass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    dense: Tensor,
     tau: Tensor,
     theta: Tensor,
     *,
-    dense: Tensor | None = None,
     rows: Tensor | None = None,
     causal: bool,
     scale: float | None = None,
@@ -106,8 +106,8 @@ def one_pass(
 
     Args:
         q: ``[H, N, D]`` fp16, bf16, fp32 or, on the CPU, fp64; k, v: ``[H_kv, N, D]``, H a multiple of H_kv.
+        dense: ``[H, N, D]``, the dense output in the dtype of ``q``.
         tau: fp32 ``[H, T]``, ascending; theta: fp32 ``[H]``; on any device.
-        dense: ``[H, N, D]``, the dense output; computed for the rows that are measured where it is not given.
         rows: int64 ``[m]``, ascending: the query blocks to measure, all by default. Each is measured exactly.
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
@@ -119,7 +119,9 @@ def one_pass(
     heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     tau, theta = tau.to(q.device), theta.to(q.device)
-    rows = torch.arange(block_count(length, block_q), device=q.device) if rows is None else rows.to(q.device).contiguous()
+    rows = (
+        torch.arange(block_count(length, block_q), device=q.device) if rows is None else rows.to(q.device).contiguous()
+    )
     count_k = block_count(length, block_k)
     shape = (block_count(length, block_q), count_k, block_q, block_k)
     visible = visible_blocks(*shape, causal, q.device)[rows]
@@ -138,10 +140,9 @@ def one_pass(
         visit = visit_order(probability, ~coherent_k | ~coherent_q, diagonal, visible)
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.
         live = torch.searchsorted(visit.level, tau[some, None].expand(-1, len(rows), -1).contiguous(), out_int32=True)
-        some_dense = None if dense is None else dense[some]
         difference, magnitude = measure(
-            q[some], k[kv], v[kv], visit, live, some_dense, rows,
-            visible=visible, causal=causal, scale=scale, block_q=block_q, block_k=block_k,
+            q[some], k[kv], v[kv], visit, live, dense[some], rows,
+            causal=causal, scale=scale, block_q=block_q, block_k=block_k,
         )  # fmt: skip
         parts.append((difference, magnitude, live))
     difference, magnitude, live = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -172,10 +173,10 @@ def _statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return mean[0], similarity[0]
 
 
-def _triton_pass(*operands: Tensor | Visit | None, visible: Tensor, **call: object) -> tuple[Tensor, Tensor]:
+def _triton_pass(*operands: Any, **call: Any) -> tuple[Tensor, Tensor]:
     from afbs_compile.kernels import one_pass_triton  # Triton is not installed everywhere.
 
-    return one_pass_triton.triton_pass(*operands, visible=visible, **call)  # type: ignore[arg-type]
+    return one_pass_triton.triton_pass(*operands, **call)
 
 
 def torch_pass(
@@ -184,82 +185,72 @@ def torch_pass(
     v: Tensor,
     visit: Visit,
     live: Tensor,
-    dense: Tensor | None,
+    dense: Tensor,
     rows: Tensor,
     *,
-    visible: Tensor,
     causal: bool,
     scale: float,
     block_q: int,
     block_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """The pass in PyTorch: a query block of all heads at a time, its key blocks in one batched product.
-
-    Key blocks fall into ``T + 1`` classes, by the first threshold that keeps them; each class is summed on its own, and
-    the sums are then added up in the order of the classes, with a running maximum.
+    """The pass in PyTorch: a query block at a time, the key blocks that the largest tau keeps in one product.
 
     Args:
         q, k, v, dense, rows, causal, scale, block_q, block_k: as in :func:`one_pass`.
-        visit: the order; live: int32 ``[H, m, T]``, how many of the first blocks each threshold keeps; visible: bool
-            ``[m, n_k]``.
+        visit: the order; live: int32 ``[H, m, T]``, how many of the first blocks each threshold keeps.
 
     Returns:
         ``difference [H, m, T]`` and ``magnitude [H, m]``, fp32 or, for fp64 operands, fp64.
     """
     heads, length, dim = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    count_k, thresholds = visible.shape[1], live.shape[2]
+    count_k = visit.order.shape[2]
     padding = (0, 0, 0, count_k * block_k - length)
-    groups = heads // k.shape[0]
-    keys, values = (F.pad(x.to(work), padding).view(-1, 1, count_k, block_k, dim) for x in (k, v))
-    places = torch.arange(count_k * block_k, device=q.device).view(count_k, 1, block_k)
-    difference = torch.empty(heads, len(rows), thresholds, dtype=work, device=q.device)
-    magnitude = torch.empty(heads, len(rows), dtype=work, device=q.device)
-    # Class of each key block: the number of thresholds that do not keep it.
-    ranks = torch.arange(count_k, device=q.device).expand(heads, -1).contiguous()
-    for i, row in enumerate(rows.tolist()):
-        first = row * block_q
-        last = min(first + block_q, length)
-        count = int(visible[i].sum())
-        query = q[:, first:last].to(work).view(-1, groups, 1, last - first, dim) * scale
-        # scores [H_kv, groups, count, rows, block_k]
-        scores = (query @ keys[:, :, :count].transpose(-1, -2)).view(heads, count, last - first, block_k)
-        limit = torch.arange(first, last, device=q.device)[:, None] if causal else length - 1
-        edge = first // block_k if causal else count - 1
-        scores[:, edge:] = scores[:, edge:].masked_fill(places[edge:count] > limit, -math.inf)
-        kept = torch.searchsorted(live[:, i].contiguous(), ranks.int(), right=True)
-        classes = torch.empty_like(kept).scatter_(1, visit.order[:, i].long(), kept)[:, :count]
-        index = classes[:, :, None].expand(-1, -1, last - first)
-        # m of each class, the classes before it included; the first class holds the diagonal, so none is -inf.
-        peak = scores.new_full((heads, thresholds + 1, last - first), -math.inf)
-        peak = peak.scatter_reduce(1, index, scores.amax(-1), "amax").cummax(1).values
-        weights = torch.exp(scores - peak.gather(1, index)[..., None])
-        total = torch.zeros_like(peak).scatter_add(1, index, weights.sum(-1))
-        product = (weights.view(-1, groups, count, last - first, block_k) @ values[:, :, :count]).view(heads, count, -1)
-        member = F.one_hot(classes, thresholds + 1).transpose(1, 2).to(work)
-        partial = (member @ product).view(heads, thresholds + 1, last - first, dim)
-        outputs = _running_outputs(peak, total, partial, q.dtype)
-        exact = outputs[:, -1:] if dense is None else dense[:, None, first:last].to(work)
-        difference[:, i] = (outputs[:, :-1] - exact).abs().sum((-1, -2))
-        magnitude[:, i] = exact[:, 0].abs().sum((-1, -2))
+    blocks_k, blocks_v = (F.pad(x.to(work), padding).view(-1, count_k, block_k, dim) for x in (k, v))
+    within = torch.arange(block_k, device=q.device)
+    difference = torch.empty(live.shape, dtype=work, device=q.device)
+    magnitude = torch.empty(live.shape[:2], dtype=work, device=q.device)
+    visited, places = live[..., -1].tolist(), rows.tolist()
+    for head in range(heads):
+        keys, values = (blocks[head // (heads // k.shape[0])] for blocks in (blocks_k, blocks_v))
+        for i, place in enumerate(places):
+            first, last = place * block_q, min((place + 1) * block_q, length)
+            seen = visit.order[head, i, : visited[head][i]]
+            cols = seen[:, None] * block_k + within
+            limit = torch.arange(first, last, device=q.device) if causal else cols.new_tensor([length - 1])
+            query = q[head, first:last].to(work) * scale
+            outputs = _outputs(
+                query, keys[seen], values[seen], cols[:, None] <= limit[:, None], live[head, i].long() - 1
+            )
+            exact = dense[head, first:last].to(work)
+            # The engine rounds its output to the operands' dtype.
+            difference[head, i] = (outputs.to(q.dtype).to(work) - exact).abs_().sum((1, 2))
+            magnitude[head, i] = exact.abs().sum()
     return difference, magnitude
 
 
-def _running_outputs(peak: Tensor, total: Tensor, partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Outputs after each class.
+FAR_APART = 60.0
+"""Beyond this distance of two row maxima, in nats, fp32 weights relative to one lose the other."""
+
+
+def _outputs(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, ends: Tensor) -> Tensor:
+    """Attention of some rows over the first ``e + 1`` blocks, for each ``e`` of ``ends``.
 
     Args:
-        peak, total: ``[H, T + 1, rows]``, running maximum, and sum of the class's weights relative to it.
-        partial: ``[H, T + 1, rows, D]``, the class's weighted values.
-        dtype: the outputs are rounded to it.
+        query: ``[rows, D]``, scaled; keys, values: ``[n, block_k, D]``, in visiting order.
+        allowed: bool ``[n, rows or 1, block_k]``, what a row may attend; some key of the first block for every row or,
+            where blocks of keys are smaller than those of queries, of one of the blocks on the diagonal.
+        ends: int64 ``[T]``.
+
+    Returns:
+        ``[T, rows, D]``.
     """
-    outputs = torch.empty_like(partial)
-    running, accumulator = total[:, 0], partial[:, 0]
-    outputs[:, 0] = accumulator / running[..., None]
-    for t in range(1, peak.shape[1]):
-        # l <- l * e^(m_old - m_new) + l_t,   o <- o * e^(m_old - m_new) + o_t
-        decay = torch.exp(peak[:, t - 1] - peak[:, t])
-        running = running * decay + total[:, t]
-        accumulator = accumulator * decay[..., None] + partial[:, t]
-        outputs[:, t] = accumulator / running[..., None]
-    return outputs.to(dtype).to(partial.dtype)
+    scores = (query @ keys.transpose(1, 2)).masked_fill_(~allowed, -math.inf)
+    peaks = scores.amax(2).cummax(0).values
+    if bool((peaks[-1] - peaks[ends[0]] > FAR_APART).any()) and query.dtype == torch.float32:
+        wide = (x.double() for x in (query, keys, values))
+        return _outputs(*wide, allowed, ends).float()
+    # With one maximum for all blocks, sums over the first blocks are running sums.
+    weights = scores.sub_(peaks[-1][:, None]).exp_()
+    total = weights.sum(2).cumsum(0)[ends]
+    return (weights @ values).cumsum(0)[ends] / total[..., None]

@@ -61,13 +61,9 @@ def _pass_kernel(
     stride_dense_head, stride_dense_row,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr, THRESHOLDS: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
-    COMPACT: tl.constexpr, WRITE: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``blocks[i] * BLOCK_Q + tile * TILE_Q ..`` of one head, ``i`` a measured query block.
-
-    With WRITE the output after the last threshold is stored into ``dense``; else it is compared with ``dense`` after
-    each. COMPACT: ``dense`` holds the rows of the measured query blocks alone.
-    """
+    """``TILE_Q`` rows of a measured query block of one head: its output after each threshold, against ``dense``."""
     SPLIT_Q: tl.constexpr = BLOCK_Q // TILE_Q
     SPLIT_K: tl.constexpr = BLOCK_K // TILE_K
     # Longest rows first: the short ones fill the end.
@@ -75,19 +71,16 @@ def _pass_kernel(
     head = (tl.program_id(0) // (count * SPLIT_Q)).to(tl.int64)
     place = tile // SPLIT_Q
     block = tl.load(blocks + place).to(tl.int32)
-    within = tile % SPLIT_Q * TILE_Q + tl.arange(0, TILE_Q)
-    rows = block * BLOCK_Q + within
+    rows = block * BLOCK_Q + tile % SPLIT_Q * TILE_Q + tl.arange(0, TILE_Q)
     cols = tl.arange(0, DIM_PAD)
     inside = (rows < length)[:, None] & (cols < HEAD_DIM)[None, :]
     query += head * stride_query_head
     key += head // groups * stride_key_head
     value += head // groups * stride_value_head
     query_tile = tl.load(query + rows.to(tl.int64)[:, None] * stride_query_row + cols[None, :], mask=inside, other=0.0)
-    dense_rows = (place * BLOCK_Q + within) if COMPACT else rows
-    dense += head * stride_dense_head + dense_rows.to(tl.int64)[:, None] * stride_dense_row + cols[None, :]
-    if not WRITE:
-        size = tl.abs(tl.load(dense, mask=inside, other=0.0).to(tl.float32))
-        tl.store(magnitude + head * count * SPLIT_Q + tile, tl.sum(tl.sum(size, 1), 0))
+    dense += head * stride_dense_head + rows.to(tl.int64)[:, None] * stride_dense_row + cols[None, :]
+    size = tl.abs(tl.load(dense, mask=inside, other=0.0).to(tl.float32))
+    tl.store(magnitude + head * count * SPLIT_Q + tile, tl.sum(tl.sum(size, 1), 0))
 
     row = head * count + place
     order += row * count_k
@@ -118,16 +111,13 @@ def _pass_kernel(
                 HEAD_DIM, DIM_PAD, TILE_K, CAUSAL, RAGGED, PRECISION,
             )  # fmt: skip
         first = tl.maximum(first, end)
-        if not WRITE:
-            if changed:  # else this threshold keeps what the one before it kept
-                exact = tl.load(dense, mask=inside, other=0.0)
-                output = (acc / total[:, None]).to(exact.dtype).to(tl.float32)
-                distance = tl.where(inside, tl.abs(output - exact.to(tl.float32)), 0.0)
-                error = tl.sum(tl.sum(distance, 1), 0)
-            tl.store(difference + threshold, error)
-            changed = False
-    if WRITE:
-        tl.store(dense, (acc / total[:, None]).to(dense.dtype.element_ty), mask=inside)
+        if changed:  # else this threshold keeps what the one before it kept
+            exact = tl.load(dense, mask=inside, other=0.0)
+            output = (acc / total[:, None]).to(exact.dtype).to(tl.float32)
+            distance = tl.where(inside, tl.abs(output - exact.to(tl.float32)), 0.0)
+            error = tl.sum(tl.sum(distance, 1), 0)
+        tl.store(difference + threshold, error)
+        changed = False
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -141,10 +131,9 @@ def triton_pass(
     v: Tensor,
     visit: Visit,
     live: Tensor,
-    dense: Tensor | None,
+    dense: Tensor,
     rows: Tensor,
     *,
-    visible: Tensor,
     causal: bool,
     scale: float,
     block_q: int,
@@ -154,11 +143,9 @@ def triton_pass(
     if scale <= 0:
         # The kernel takes the row maximum before it multiplies by the scale.
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    q, k, v = (_addressable(x) for x in (q, k, v))
+    q, k, v, dense = (_addressable(x) for x in (q, k, v, dense))
     heads, length, dim = q.shape
     count = len(rows)
-    compact = dense is None
-    exact = q.new_empty(heads, count * block_q, dim) if dense is None else _addressable(dense)
     dim_pad = max(16, triton.next_power_of_2(dim))
     # 128 rows of queries fill a program's registers; fp32 operands are twice as wide and multiplied three times.
     widest = 128 if q.element_size() == 2 and dim_pad <= 128 else 32
@@ -168,20 +155,13 @@ def triton_pass(
     magnitude = q.new_empty(heads, count * split, dtype=torch.float32)
     precision = "tf32x3" if q.device.type == "cuda" and torch.version.hip is None else "ieee"
 
-    def launch(bounds: Tensor, write: bool) -> None:
-        _pass_kernel[(heads * count * split,)](
-            q, k, v, exact, difference, magnitude, visit.order, bounds, rows,
-            scale * LOG2_E, length, heads // k.shape[0], count, visit.order.shape[2],
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *exact.stride()[:2],
-            HEAD_DIM=dim, DIM_PAD=dim_pad, BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, TILE_K=tile_k,
-            THRESHOLDS=bounds.shape[2], CAUSAL=causal, RAGGED=not causal and length % block_k != 0,
-            COMPACT=compact, WRITE=write, PRECISION=precision,
-            num_warps=8 if tile_q * dim_pad >= 128 * 128 else 4, num_stages=2,
-        )  # fmt: skip
-
     with torch.cuda.device_of(q):  # Triton launches on the current device.
-        if dense is None:
-            everything = visible.sum(-1, dtype=torch.int32).expand(heads, -1)[..., None].contiguous()
-            launch(everything, True)
-        launch(live.contiguous(), False)
+        _pass_kernel[(heads * count * split,)](
+            q, k, v, dense, difference, magnitude, visit.order, live, rows,
+            scale * LOG2_E, length, heads // k.shape[0], count, visit.order.shape[2],
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dense.stride()[:2],
+            HEAD_DIM=dim, DIM_PAD=dim_pad, BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, TILE_K=tile_k,
+            THRESHOLDS=live.shape[2], CAUSAL=causal, RAGGED=not causal and length % block_k != 0,
+            PRECISION=precision, num_warps=8 if tile_q * dim_pad >= 128 * 128 else 4, num_stages=2,
+        )  # fmt: skip
     return difference.unflatten(1, (count, split)).sum(2), magnitude.unflatten(1, (count, split)).sum(2)
