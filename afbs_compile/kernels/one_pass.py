@@ -248,8 +248,7 @@ def _outputs(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, ends:
     scores = (query @ keys.transpose(1, 2)).masked_fill_(~allowed, -math.inf)
     peaks = scores.amax(2).cummax(0).values
     if bool((peaks[-1] - peaks[ends[0]] > FAR_APART).any()) and query.dtype == torch.float32:
-        wide = (x.double() for x in (query, keys, values))
-        return _outputs(*wide, allowed, ends).float()
+        return _outputs(query.double(), keys.double(), values.double(), allowed, ends).float()
     # With one maximum for all blocks, sums over the first blocks are running sums.
     weights = scores.sub_(peaks[-1][:, None]).exp_()
     total = weights.sum(2).cumsum(0)[ends]
