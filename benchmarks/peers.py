@@ -98,7 +98,7 @@ def sparge_grid(search: Search) -> None:
 
 
 def grid_175(search: Search) -> None:
-    """The paper's grid of 175 configurations. It prints no axes: 7 tau x 5 theta x 5 lambda over the ranges of Eq. 2."""
+    """The paper's grid of 175. It prints no axes: 7 tau x 5 theta x 5 lambda over the ranges of Eq. 2."""
     axes = zip((TAU_RANGE, THETA_RANGE, LAMBDA_RANGE), (7, 5, 5), strict=True)
     for values in itertools.product(*(torch.linspace(*bounds, count).tolist() for bounds, count in axes)):
         search(_all(search, *values))

@@ -37,8 +37,9 @@ from afbs_compile.calibration import record_programs
 from afbs_compile.found import FoundGraph
 from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.rewrite import SiteConstants, rewrite
+from afbs_compile.tuner.inputs import Inputs
 from afbs_compile.tuner.measure import Meter
-from afbs_compile.tuner.site import TuneSettings, tune_site
+from afbs_compile.tuner.site import TuneSettings, search_curves, tune_site
 from afbs_compile.tuner.space import Thresholds
 from afbs_compile.tuner.speed import Stopwatch
 
@@ -138,7 +139,7 @@ def compare(
 def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outcome, stopwatch: Stopwatch) -> None:
     began = _now()
     if name == ONE_PASS:
-        result = tune_site(operands, TuneSettings(tolerance=tolerance), stopwatch=stopwatch)
+        result = search_curves(Inputs(operands), TuneSettings(tolerance=tolerance), stopwatch)
         thresholds, sparsity, shape = result.thresholds, result.measured.sparsity, result.shape
         evaluations, calls, path = result.evaluations, math.nan, []
         path = [(math.nan, evaluations, float(sparsity.mean()), float(result.measured.worst.mean()))]

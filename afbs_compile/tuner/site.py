@@ -106,7 +106,7 @@ def tune_site(
     if settings.method == "paper":
         return _with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, settings)
     inputs = Inputs(samples)
-    result = _one_pass(inputs, settings, stopwatch)
+    result = search_curves(inputs, settings, stopwatch)
     dense_ms = None
     if samples[0].q.is_cuda and len(inputs.dense_ms) > 1:
         dense_ms = min(inputs.dense_ms)
@@ -149,8 +149,11 @@ def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Post
     )
 
 
-def _one_pass(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) -> SiteResult:
-    """Explore theta and the block shape, refine tau, validate: the paper's three stages, on curves."""
+def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) -> SiteResult:
+    """Explore theta and the block shape, refine tau, validate: the paper's three stages, on curves.
+
+    The result has no speed yet.
+    """
     tolerance = settings.tolerance
     explored = explore(inputs, tolerance, settings.shapes_on(inputs.elements[0].q.device))
     shape = _fastest(inputs, explored, stopwatch)
