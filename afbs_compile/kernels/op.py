@@ -161,7 +161,7 @@ def sparse_attention_with_counts(
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, bool is_causal, float? scale=None, "
-        "int block_q=64, int block_k=64, int min_length=0) -> Tensor"
+        "int block_q=64, int block_k=64, int min_length=0, int max_length=0) -> Tensor"
     ),
 )
 def sparse_attention(
@@ -176,6 +176,7 @@ def sparse_attention(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    max_length: int = 0,
 ) -> Tensor:
     """Block-sparse attention with each head's constants; dense where that is what they say.
 
@@ -183,6 +184,7 @@ def sparse_attention(
 
     Args:
         min_length: sequences shorter than this run dense, and so does a call whose heads are all DENSE.
+        max_length: sequences longer than this run dense; 0 for no limit.
 
     Returns:
         ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
@@ -195,7 +197,8 @@ def sparse_attention(
     _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
     if q.numel() == 0:
         return _empty_output(q)
-    if q.shape[2] < min_length or all(value >= KEEP_ALL for value in tau):
+    too_long = 0 < max_length < q.shape[2]
+    if q.shape[2] < min_length or too_long or all(value >= KEEP_ALL for value in tau):
         return _dense_attention(q, k, v, is_causal, scale)
     call = {"causal": is_causal, "scale": scale, "block_q": block_q, "block_k": block_k}
     out, _ = _sparse_attention(q, k, v, tau, theta, lam, **call)
@@ -215,6 +218,7 @@ def _(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    max_length: int = 0,
 ) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""
     _check_tensors(q, k, v)

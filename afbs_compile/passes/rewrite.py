@@ -26,7 +26,7 @@ class SiteConstants:
     Attributes:
         tau, theta, lam: one number per query head.
         block_q, block_k: rows per block.
-        min_length: below it the operator computes dense attention.
+        min_length: below it the operator computes dense attention; max_length: above it likewise, 0 for no limit.
     """
 
     tau: tuple[float, ...]
@@ -35,6 +35,7 @@ class SiteConstants:
     block_q: int
     block_k: int
     min_length: int
+    max_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) 
             "block_q": constants.block_q,
             "block_k": constants.block_k,
             "min_length": constants.min_length,
+            "max_length": constants.max_length,
         },
     )
     if site.rank != 4:  # the output has the shape of q: one head_dim for all operands
