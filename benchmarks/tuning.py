@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
-from peers import PEERS, Search
+from searches import PEERS, Search
 from torch import Tensor
 
 from afbs_compile.calibration import record_programs
