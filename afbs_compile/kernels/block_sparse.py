@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afbs_compile.kernels.launch import Launcher, device_constants
+from afbs_compile.kernels.launch import Launcher, device_constants, layout
 from afbs_compile.kernels.predict import BlockLists
 from afbs_compile.kernels.reference import LAMBDA_OFF, LOG2_E, block_count
 
@@ -318,6 +318,7 @@ def attend(
     count_q = block_count(length, block_q)
     with torch.cuda.device_of(q):  # Triton launches on the current device.
         _forward(
+            (*map(layout, (q, k, v, out, *lists)), block_q, block_k, causal, scale, has_lambda, shape),
             batch * heads * count_q * (block_q // shape.tile_q),
             *(q, k, v, out, lists.counts, lists.indices),
             device_constants(tuple(lam), q.device) if has_lambda else lists.counts,

@@ -38,6 +38,11 @@ def device_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
         return thread.submit(torch.tensor, values, dtype=torch.float32, device=device).result()
 
 
+def layout(x: Tensor) -> Hashable:
+    """All of a tensor but its data that Triton may compile for, and its sizes and strides."""
+    return x.device.index, x.dtype, x.shape, x.stride(), x.data_ptr() % ALIGNMENT == 0
+
+
 class Launcher:
     """One jitted kernel.
 
@@ -49,16 +54,16 @@ class Launcher:
         self.kernel = kernel
         self._compiled: dict[Hashable, Any] = {}
 
-    def __call__(self, programs: int, first: Tensor, *arguments: Any, warps: int, stages: int = 1) -> None:
+    def __call__(self, kind: Hashable, programs: int, *arguments: Any, warps: int, stages: int = 1) -> None:
         """Launch on the current device, which must be that of the tensors.
 
         Args:
+            kind: calls with equal kinds have equal arguments, but for the data of tensors: it holds the
+                :func:`layout` of every tensor that the caller did not allocate for this call, and every number.
             programs: size of the grid.
-            first, arguments: the kernel's arguments, compile-time constants last and included.
+            arguments: the kernel's arguments, compile-time constants included.
             warps, stages: warps per program, depth of the software pipeline.
         """
-        arguments = (first, *arguments)
-        kind = (first.device.index, warps, stages, *map(_kind, arguments))
         compiled = self._compiled.get(kind)
         if compiled is not None:
             compiled[programs, 1, 1](*arguments)
@@ -68,10 +73,3 @@ class Launcher:
         compiled = self.kernel[programs,](*arguments, num_warps=warps, num_stages=stages)
         if compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[kind] = compiled
-
-
-def _kind(argument: Any) -> Hashable:
-    """All that Triton may compile for, and more: numbers count by value."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % ALIGNMENT == 0
-    return argument  # type: ignore[no-any-return]

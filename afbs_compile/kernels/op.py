@@ -122,9 +122,9 @@ def _attend_in_groups(
     step = heads_at_once(q, k, call["block_q"], call["block_k"])
     for first in range(0, heads, step):
         mine, keys = slice(first, first + step), slice(first // repeats, (first + step) // repeats)
-        operands = (q, k, v) if step >= heads else (q[:, mine], k[:, keys], v[:, keys])
-        lists = predict_blocks(*operands[:2], tau[mine], theta[mine], **call)
-        block_sparse.attend(*operands, lists, lam[mine], **call, out=out[:, mine])
+        parts = (q, k, v, out) if step >= heads else (q[:, mine], k[:, keys], v[:, keys], out[:, mine])
+        lists = predict_blocks(*parts[:2], tau[mine], theta[mine], **call)
+        block_sparse.attend(*parts[:3], lists, lam[mine], **call, out=parts[3])
         counts.append(lists.counts)
         del lists  # before the next ones are made: their memory is what the groups are for
     return out, counts[0] if len(counts) == 1 else torch.cat(counts, 1)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afbs_compile.kernels.launch import Launcher, device_constants
+from afbs_compile.kernels.launch import Launcher, device_constants, layout
 from afbs_compile.kernels.predict import BlockLists
 from afbs_compile.kernels.reference import block_count
 
@@ -276,22 +276,26 @@ def predict_blocks(
     tile = SCORE_TILE if count_q >= MANY_BLOCKS else SCORE_TILE // 2
     rows = STATISTICS_ELEMENTS // padded
     sizes = (heads, heads // heads_k, count_q, count_k, programs_q)
-    # The statistics of the blocks of q, then those of the blocks of k.
-    mean = q.new_empty(programs_q + programs_k, padded, dtype=torch.float32)
-    similarity = q.new_empty(programs_q + programs_k, dtype=torch.float32)
+    # The statistics of the blocks of q, then those of the blocks of k; the means of all, then the self-similarities.
+    mean = q.new_empty((programs_q + programs_k) * (padded + 1), dtype=torch.float32)
+    similarity = mean[(programs_q + programs_k) * padded :]
+    has_theta = max(theta) >= 0.0
+    kind = (layout(q), layout(k), block_q, block_k, causal, scale, has_theta)
 
     # Triton launches on the current device.
     with torch.cuda.device_of(q):
         thresholds = device_constants((*tau, *theta), q.device)
         _statistics(
+            kind,
             programs_q + programs_k,
             *(q, k, mean, similarity),
             *(length, heads, heads_k, count_q, count_k, programs_q),
             *(*q.stride(), *k.stride()),
-            *(dim, padded, block_q, block_k, min(block_q, rows), min(block_k, rows), max(theta) >= 0.0),
+            *(dim, padded, block_q, block_k, min(block_q, rows), min(block_k, rows), has_theta),
             warps=1,  # no barriers: 3.5 times as fast as four warps on an H200
         )
         _scores(
+            kind,
             batch * heads * block_count(count_q, tile) * block_count(count_k, tile),
             *(mean, indices, scale),
             *sizes,
@@ -300,6 +304,7 @@ def predict_blocks(
             stages=3,
         )
         _selection(
+            kind,
             programs_q,
             *(indices, counts, similarity, thresholds),
             *sizes,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from afbs_compile.kernels import launch
-from afbs_compile.kernels.launch import Launcher
+from afbs_compile.kernels.launch import Launcher, layout
 
 
 class Jitted:
@@ -38,30 +38,24 @@ def test_the_second_call_of_a_kind_launches_directly() -> None:
     jitted = Jitted()
     run = Launcher(jitted)
     for seed in range(3):
-        run(7, torch.full((4,), float(seed)), 16, True, warps=4, stages=2)
+        run("kind", 7, torch.full((4,), float(seed)), 16, True, warps=4, stages=2)
     assert [(grid, options) for grid, _, options in jitted.inspected] == [((7,), {"num_warps": 4, "num_stages": 2})]
     assert [(grid, float(arguments[0][0])) for grid, arguments in jitted.launched] == [((7, 1, 1), 1), ((7, 1, 1), 2)]
 
 
 @pytest.mark.parametrize(
-    ("tensor", "number", "warps", "stages"),
+    "other",
     [
-        (torch.zeros(4, dtype=torch.bfloat16), 16, 4, 1),
-        (torch.zeros(5)[1:], 16, 4, 1),
-        (torch.zeros(4), 17, 4, 1),
-        (torch.zeros(4), 16, 8, 1),
-        (torch.zeros(4), 16, 4, 2),
+        torch.zeros(4, 4, dtype=torch.bfloat16),
+        torch.zeros(20)[1:17].view(4, 4),
+        torch.zeros(4, 5),
+        torch.zeros(4, 4).T,
     ],
-    ids=["dtype", "alignment", "number", "warps", "stages"],
+    ids=["dtype", "alignment", "size", "stride"],
 )
-def test_what_triton_compiles_for_is_inspected_again(
-    tensor: torch.Tensor, number: int, warps: int, stages: int
-) -> None:
-    jitted = Jitted()
-    run = Launcher(jitted)
-    run(7, torch.zeros(4), 16, warps=4)
-    run(7, tensor, number, warps=warps, stages=stages)
-    assert len(jitted.inspected) == 2
+def test_what_triton_compiles_for_is_another_layout(other: torch.Tensor) -> None:
+    assert layout(torch.ones(4, 4)) == layout(torch.zeros(4, 4))
+    assert layout(other) != layout(torch.zeros(4, 4))
 
 
 def test_kinds_are_forgotten_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,13 +63,13 @@ def test_kinds_are_forgotten_before_they_pile_up(monkeypatch: pytest.MonkeyPatch
     jitted = Jitted()
     run = Launcher(jitted)
     for number in (1, 2, 3, 4, 4, 1):
-        run(7, torch.zeros(4), number, warps=4)
-    assert [arguments[1] for _, arguments, _ in jitted.inspected] == [1, 2, 3, 4, 1]
+        run(number, 7, number, warps=4)
+    assert [arguments[0] for _, arguments, _ in jitted.inspected] == [1, 2, 3, 4, 1]
 
 
 def test_the_interpreter_is_never_remembered() -> None:
     jitted = Jitted(compiles=False)
     run = Launcher(jitted)
     for _ in range(2):
-        run(7, torch.zeros(4), warps=4)
+        run("kind", 7, torch.zeros(4), warps=4)
     assert len(jitted.inspected) == 2
