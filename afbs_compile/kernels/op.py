@@ -22,6 +22,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
 BLOCKS = (16, 32, 64, 128)
 
+LISTS_SHARE = 0.035
+"""Largest part of the memory of q, k, v and the output that block lists may take; at 128K tokens they and the block
+means then stay under a twentieth of it. One key head's lists are the least that is held at a time."""
+
 
 def engine_name(device: torch.device) -> str:
     """Which engine computes sparse attention on a device: ``"triton"`` or ``"flex"``."""
@@ -41,12 +45,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} has dtype {x.dtype}; accepted: {', '.join(map(str, DTYPES))}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; accepted: the same")
-    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
+    (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
     if not SMALLEST_HEAD_DIM <= dim <= LARGEST_HEAD_DIM:
         raise ValueError(f"q has head_dim {dim}; accepted: {SMALLEST_HEAD_DIM} to {LARGEST_HEAD_DIM}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads and k has {kv_heads}; accepted: a multiple of k's heads")
-    for name, x, shape in (("k", k, (q.shape[0], kv_heads, q.shape[2], dim)), ("v", v, k.shape)):
+    if {type(batch), type(length), type(dim)} == {int} and (batch, kv_heads, length, dim) == k.shape == v.shape:
+        return  # the checks below also take symbolic sizes, and time
+    for name, x, shape in (("k", k, (batch, kv_heads, length, dim)), ("v", v, k.shape)):
         for axis, (came, wanted) in enumerate(zip(x.shape, shape, strict=True)):
             torch._check_value(
                 came == wanted,
@@ -99,6 +105,47 @@ def _own_precision(q: Tensor) -> torch.autocast:
     return torch.autocast(q.device.type, enabled=False)
 
 
+def _attend_in_groups(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    lam: Sequence[float],
+    **call: Any,
+) -> tuple[Tensor, Tensor]:
+    """Predict and attend on Triton for as many heads at a time as the memory of their block lists allows."""
+    from afbs_compile.kernels import block_sparse  # Triton is not installed everywhere.
+
+    heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
+    out, counts = _empty_output(q), []
+    step = heads_at_once(q, k, call["block_q"], call["block_k"])
+    for first in range(0, heads, step):
+        mine, keys = slice(first, first + step), slice(first // repeats, (first + step) // repeats)
+        parts = (q, k, v, out) if step >= heads else (q[:, mine], k[:, keys], v[:, keys], out[:, mine])
+        lists = predict_blocks(*parts[:2], tau[mine], theta[mine], **call)
+        block_sparse.attend(*parts[:3], lists, lam[mine], **call, out=parts[3])
+        counts.append(lists.counts)
+        del lists  # before the next ones are made: their memory is what the groups are for
+    return out, counts[0] if len(counts) == 1 else torch.cat(counts, 1)
+
+
+def heads_at_once(q: Tensor, k: Tensor, block_q: int, block_k: int) -> int:
+    """Query heads whose block lists take at most :data:`LISTS_SHARE` of the memory of q, k, v and the output.
+
+    All of them at moderate lengths: the lists of a head grow with the square of the length.
+
+    Returns:
+        A multiple of the query heads per key head, at least one of it.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    count_q, count_k = (reference.block_count(q.shape[2], block) for block in (block_q, block_k))
+    lists = q.shape[0] * repeats * count_q * count_k * torch.int32.itemsize
+    operands = 2 * (q.numel() + k.numel()) * q.element_size()
+    groups = -(-k.shape[1] // max(1, int(LISTS_SHARE * operands / lists)))
+    return repeats * -(-k.shape[1] // groups)
+
+
 def _sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -111,10 +158,7 @@ def _sparse_attention(
     """:func:`sparse_attention_with_counts` on checked arguments that hold at least one element."""
     with _own_precision(q):
         if engine_name(q.device) == "triton":
-            from afbs_compile.kernels import block_sparse  # Triton is not installed everywhere.
-
-            lists = predict_blocks(q, k, tau, theta, **call)
-            return block_sparse.attend(q, k, v, lists, lam, **call), lists.counts
+            return _attend_in_groups(q, k, v, tau, theta, lam, **call)
         live = reference.predict_mask(q, k, tau, theta, **call)
         return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
 

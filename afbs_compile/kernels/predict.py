@@ -1,6 +1,6 @@
 """Which key blocks each query block attends, as lists: the form that the attention kernels read.
 
-The rule is :func:`afbs_compile.kernels.reference.predict_mask`. On CUDA and ROCm it runs as four Triton kernels
+The rule is :func:`afbs_compile.kernels.reference.predict_mask`. On CUDA and ROCm it runs as three Triton kernels
 (:mod:`afbs_compile.kernels.predict_triton`), everywhere else in PyTorch.
 """
 
