@@ -119,4 +119,5 @@ def _constants(row: SiteRecipe) -> SiteConstants:
         block_q=row.block_q,
         block_k=row.block_k,
         min_length=row.min_length or 0,
+        policy=tuple(head.policy for head in row.heads),
     )

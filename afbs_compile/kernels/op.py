@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afbs_compile.kernels import flex, reference
+from afbs_compile.kernels.policy import check_policies, predict_mask
 from afbs_compile.kernels.predict import predict_blocks
 from afbs_compile.kernels.reference import KEEP_ALL
 
@@ -64,7 +65,13 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_constants(
-    heads: int, tau: Sequence[float], theta: Sequence[float], lam: Sequence[float], block_q: int, block_k: int
+    heads: int,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    lam: Sequence[float],
+    block_q: int,
+    block_k: int,
+    policy: Sequence[str] | None,
 ) -> None:
     """Refuse constants that do not fit the call.
 
@@ -76,6 +83,8 @@ def _check_constants(
             raise ValueError(f"{name} has {len(values)} constants; accepted: one for each of the {heads} query heads")
         if not all(map(math.isfinite, values)):
             raise ValueError(f"{name} is {list(values)}; accepted: finite numbers")
+    if policy is not None:
+        check_policies(policy, theta)
     if max(lam, default=0.0) > 0.0:
         raise ValueError(f"lam is {list(lam)}; accepted: numbers at most 0 (log2 units under the running maximum)")
     for name, block in (("block_q", block_q), ("block_k", block_k)):
@@ -112,6 +121,7 @@ def _attend_in_groups(
     tau: Sequence[float],
     theta: Sequence[float],
     lam: Sequence[float],
+    policy: Sequence[str] | None,
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     """Predict and attend on Triton for as many heads at a time as the memory of their block lists allows."""
@@ -123,7 +133,8 @@ def _attend_in_groups(
     for first in range(0, heads, step):
         mine, keys = slice(first, first + step), slice(first // repeats, (first + step) // repeats)
         parts = (q, k, v, out) if step >= heads else (q[:, mine], k[:, keys], v[:, keys], out[:, mine])
-        lists = predict_blocks(*parts[:2], tau[mine], theta[mine], **call)
+        names = None if policy is None else policy[mine]
+        lists = predict_blocks(*parts[:2], tau[mine], theta[mine], policy=names, **call)
         block_sparse.attend(*parts[:3], lists, lam[mine], **call, out=parts[3])
         counts.append(lists.counts)
         del lists  # before the next ones are made: their memory is what the groups are for
@@ -153,13 +164,14 @@ def _sparse_attention(
     tau: Sequence[float],
     theta: Sequence[float],
     lam: Sequence[float],
+    policy: Sequence[str] | None,
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_attention_with_counts` on checked arguments that hold at least one element."""
     with _own_precision(q):
         if engine_name(q.device) == "triton":
-            return _attend_in_groups(q, k, v, tau, theta, lam, **call)
-        live = reference.predict_mask(q, k, tau, theta, **call)
+            return _attend_in_groups(q, k, v, tau, theta, lam, policy, **call)
+        live = predict_mask(q, k, tau, theta, policy, **call)
         return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
 
 
@@ -175,6 +187,7 @@ def sparse_attention_with_counts(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    policy: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sparse engine of the device, whatever the length and the constants, and how much it computed.
 
@@ -184,6 +197,8 @@ def sparse_attention_with_counts(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
+        policy: one name per query head, of :data:`afbs_compile.kernels.policy.POLICIES`; ``None`` is ``meansim`` for
+            all. Only ``meansim`` has a theta; other heads need a negative one.
 
     Returns:
         The output ``[B, H, N, D]``, which lies in memory as ``[B, N, H, D]``, and the number of live key blocks of
@@ -193,11 +208,12 @@ def sparse_attention_with_counts(
         ValueError: naming the argument, what came and what is accepted.
     """
     _check_tensors(q, k, v)
-    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
+    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     if q.numel() == 0:
         count_q = reference.block_count(q.shape[2], block_q)
         return _empty_output(q), q.new_zeros(*q.shape[:2], count_q, dtype=torch.int32)
-    return _sparse_attention(q, k, v, tau, theta, lam, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+    call = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k}
+    return _sparse_attention(q, k, v, tau, theta, lam, policy, **call)
 
 
 @torch.library.custom_op(
@@ -205,7 +221,7 @@ def sparse_attention_with_counts(
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, bool is_causal, float? scale=None, "
-        "int block_q=64, int block_k=64, int min_length=0) -> Tensor"
+        "int block_q=64, int block_k=64, int min_length=0, str[]? policy=None) -> Tensor"
     ),
 )
 def sparse_attention(
@@ -220,6 +236,7 @@ def sparse_attention(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    policy: Sequence[str] | None = None,
 ) -> Tensor:
     """Block-sparse attention with each head's constants; dense where that is what they say.
 
@@ -236,13 +253,13 @@ def sparse_attention(
         RuntimeError: a gradient is asked for.
     """
     _check_tensors(q, k, v)
-    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
+    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     if q.numel() == 0:
         return _empty_output(q)
     if q.shape[2] < min_length or all(value >= KEEP_ALL for value in tau):
         return _dense_attention(q, k, v, is_causal, scale)
     call = {"causal": is_causal, "scale": scale, "block_q": block_q, "block_k": block_k}
-    out, _ = _sparse_attention(q, k, v, tau, theta, lam, **call)
+    out, _ = _sparse_attention(q, k, v, tau, theta, lam, policy, **call)
     return out
 
 
@@ -259,10 +276,11 @@ def _(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    policy: Sequence[str] | None = None,
 ) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""
     _check_tensors(q, k, v)
-    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
+    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     return _empty_output(q)
 
 
