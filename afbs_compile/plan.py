@@ -14,6 +14,7 @@ from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from afbs_compile.passes.rewrite import SiteConstants
 from afbs_compile.passes.site import AttentionSite
+from afbs_compile.passes.sizes import holds, shown
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SiteRecipe
 from afbs_compile.tuner.lengths import Outside, extrapolated_tau
 
@@ -108,12 +109,15 @@ def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside)
         raise RecipeError(
             f"does not fit {site.name}: (causal, heads, kv heads, head_dim, dtype) is {here}, not {there}."
         )
-    short = isinstance(site.length, int) and recorded.min_length is not None and site.length < recorded.min_length
-    if recorded.outcome == "sparse" and short:
-        reason = f"too short: {site.length} tokens, sparse was measured to pay from {recorded.min_length}"
+    if recorded.outcome != "sparse":
+        return recorded
+    # Of a symbolic length this makes a guard, so that Dynamo compiles again for the other side and short sequences keep
+    # the real call, at its real cost. Where no guard can be made the operator decides at run time.
+    if recorded.min_length is not None and holds(site.length < recorded.min_length):
+        reason = f"too short: {shown(site.length)} tokens, sparse was measured to pay from {recorded.min_length}"
         return replace(recorded, outcome="dense", reason=reason)
     validated = recorded.validated_lengths
-    if recorded.outcome != "sparse" or validated is None or not isinstance(site.length, int):
+    if validated is None or not isinstance(site.length, int):
         return recorded
     if validated[0] <= site.length <= validated[1]:
         return recorded
@@ -143,4 +147,5 @@ def _constants(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SiteCo
         block_k=row.block_k,
         min_length=shortest,
         max_length=longest,
+        policy=tuple(head.policy for head in row.heads),
     )

@@ -18,6 +18,7 @@ FORMAT = "afbs-recipe"
 SCHEMA_VERSION = 2
 
 Stage = Literal["explore", "refine", "validate"]
+Policy = Literal["meansim", "meanshare", "cumulant", "antidiagonal", "vertical_slash", "sink_window"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class HeadRecipe:
 
     Attributes:
         outcome: ``"dense"`` heads keep every block.
-        policy: the rule that scores the key blocks: ``"meansim"``, the softmax of block means (SpargeAttn).
+        policy: what scores the key blocks, by name (:mod:`afbs_compile.kernels.policies`): ``"meansim"``, say, the
+            softmax of block means (SpargeAttn).
         tau: pooled-softmax mass kept; theta: self-similarity below which a block is always kept (negative: off);
             lam: skip threshold in log2 units (-1000: off).
         sparsity: 1 - live / causally valid blocks, mean of the samples.
@@ -63,7 +65,7 @@ class HeadRecipe:
     """
 
     outcome: Literal["sparse", "dense"]
-    policy: Literal["meansim"]
+    policy: Policy
     tau: float
     theta: float
     lam: float

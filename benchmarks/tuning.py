@@ -21,6 +21,7 @@ import copy
 import csv
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -121,7 +122,8 @@ def compare(
                     _search(name, given, tolerance, Outcome(), stopwatch)
                 _search(name, given, tolerance, outcome, stopwatch)
                 constants = outcome.constants[-1]
-                meter = Meter(tests, block_q=constants.block_q, block_k=constants.block_k, windows=1)
+                shape = {"block_q": constants.block_q, "block_k": constants.block_k}
+                meter = Meter(tests, **shape, windows=1, policy=constants.policy or None)
                 chosen = Thresholds(*(torch.tensor(x) for x in (constants.tau, constants.theta, constants.lam)))
                 outcome.unseen.append(meter(chosen).error)
     tests = runs[len(windows) :]
@@ -159,12 +161,13 @@ def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outc
     if name == ONE_PASS:
         result = search_curves(Inputs(operands), TuneSettings(tolerance=tolerance), stopwatch)
         thresholds, sparsity, shape = result.thresholds, result.measured.sparsity, result.shape
+        policy = result.policy
         evaluations, calls, path = result.evaluations, math.nan, []
         path = [(math.nan, evaluations, float(sparsity.mean()), float(result.measured.worst.mean()))]
     else:
         search = Search(Meter(operands, block_q=64, block_k=64), tolerance)
         PEERS[name](search)
-        thresholds, sparsity, shape = search.best, search.sparsity, (64, 64)
+        thresholds, sparsity, shape, policy = search.best, search.sparsity, (64, 64), ()
         evaluations, calls, path = search.meter.evaluations, search.meter.calls, search.path
     outcome.seconds += _now() - began
     outcome.evaluations.append(evaluations)
@@ -172,7 +175,7 @@ def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outc
     outcome.sparsity.append(sparsity)
     outcome.paths.append(path)
     columns = (tuple(x.tolist()) for x in (thresholds.tau, thresholds.theta, thresholds.lam))
-    outcome.constants.append(SiteConstants(*columns, *shape, min_length=0))
+    outcome.constants.append(SiteConstants(*columns, *shape, min_length=0, policy=policy))
 
 
 def _now() -> float:
@@ -222,6 +225,7 @@ def table(found: dict[str, Outcome], length: int) -> list[dict[str, Any]]:
             "p95_unseen_error": float(errors.quantile(0.95)),
             "share_within_tolerance": float((errors <= 0.055).float().mean()),
             "perplexity_change": outcome.perplexity,
+            "policies": dict(Counter(name for c in outcome.constants for name in c.policy)),
             "block_shapes": sorted({f"{c.block_q}x{c.block_k}" for c in outcome.constants}),
         }
         print(

@@ -21,7 +21,6 @@ from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, Promise, Recipe, SampleRecord, SearchPath, SiteRecipe
-from afbs_compile.tuner.curves import POLICY
 from afbs_compile.tuner.progress import calibration_progress
 from afbs_compile.tuner.promise import promise
 from afbs_compile.tuner.site import SiteResult, TuneSettings, tune_site
@@ -149,7 +148,7 @@ def _head_recipe(result: SiteResult, head: int) -> HeadRecipe:
     paths = [curves.path(head) for curves in result.curves if bool(curves.measured[head])]
     return HeadRecipe(
         outcome="dense" if dense else "sparse",
-        policy=POLICY,
+        policy=result.policy[head],
         tau=number(thresholds.tau),
         theta=number(thresholds.theta),
         lam=number(thresholds.lam),
@@ -174,7 +173,7 @@ def _trial_paths(result: SiteResult, head: int) -> list[SearchPath]:
             SearchPath(
                 stage=stage,
                 length=length,
-                policy=POLICY,
+                policy=result.policy[head],
                 block_q=result.shape.block_q,
                 block_k=result.shape.block_k,
                 s=s,

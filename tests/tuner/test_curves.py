@@ -19,7 +19,7 @@ def made(slope: list[float], power: list[float]) -> Curves:
     error = torch.tensor(slope)[:, None] * x ** torch.tensor(power)[:, None]
     measured = torch.ones(len(slope), dtype=torch.bool)
     theta = torch.full((len(slope),), THETA_OFF)
-    return Curves("refine", 4096, BlockShape(64, 64), theta, 1 - x, error, x * 0.9, measured)
+    return Curves("refine", 4096, BlockShape(64, 64), theta, ("meansim",) * len(slope), 1 - x, error, x * 0.9, measured)
 
 
 def test_the_crossing_is_interpolated_in_the_logs():
