@@ -26,6 +26,10 @@ SHORTEST = 256
 """Tokens from which lengths are tried."""
 
 
+ALIKE = 0.05
+"""Sparsities that differ by less make the same crossover."""
+
+
 class Stopwatch:
     """What timing one site says about later ones of its kind, so that each thing is timed once in a calibration."""
 
@@ -45,9 +49,9 @@ class Stopwatch:
         return self._block_ms[key]
 
     def known_crossover(self, sample: Operands, sparsity: float, block_q: int, block_k: int) -> int | None:
-        """Shortest worthwhile length that a site of this kind has shown with no more sparsity than this one."""
+        """Shortest worthwhile length that a site of this kind has shown with as much sparsity, or a little less."""
         known = self._crossovers.get((_kind(sample), block_q, block_k), [])
-        return min((length for other, length in known if other <= sparsity), default=None)
+        return min((length for other, length in known if 0 <= sparsity - other <= ALIKE), default=None)
 
     def learn_crossover(self, sample: Operands, sparsity: float, block_q: int, block_k: int, length: int) -> None:
         """Remember a measured crossover."""
