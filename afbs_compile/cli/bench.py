@@ -140,8 +140,7 @@ def _wait(output: Any) -> None:
 
 
 def _print(rows: Sequence[Row], runs: int) -> None:
-    caption = f"Whole forward passes: medians of {runs} alternating runs, fastest and slowest in brackets."
-    table = Table(caption=caption, caption_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for header in ("tokens", "sparse calls", "dense ms", "sparse ms", "dense / sparse"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
@@ -152,7 +151,11 @@ def _print(rows: Sequence[Row], runs: int) -> None:
             _spread(row.sparse_ms, row.sparse_spread),
             f"{row.ratio:.2f}x",
         )
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console.width = 160
+    console.print(table)
+    console.print(f"Whole forward passes: medians of {runs} alternating runs, fastest and slowest in brackets.")
 
 
 def _spread(median: float, spread: tuple[float, float]) -> str:
