@@ -14,6 +14,7 @@ from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from afbs_compile.passes.rewrite import SiteConstants
 from afbs_compile.passes.site import AttentionSite
+from afbs_compile.passes.sizes import holds, shown
 from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
 
 
@@ -98,9 +99,12 @@ def _applied(site: AttentionSite, recorded: SiteRecipe | None) -> SiteRecipe:
         raise RecipeError(
             f"does not fit {site.name}: (causal, heads, kv heads, head_dim, dtype) is {here}, not {there}."
         )
-    short = isinstance(site.length, int) and recorded.min_length is not None and site.length < recorded.min_length
-    if recorded.outcome == "sparse" and short:
-        reason = f"too short: {site.length} tokens, sparse was measured to pay from {recorded.min_length}"
+    if recorded.outcome != "sparse" or recorded.min_length is None:
+        return recorded
+    # Of a symbolic length this makes a guard, so that Dynamo compiles again for the other side and short sequences keep
+    # the real call, at its real cost. Where no guard can be made the operator decides at run time.
+    if holds(site.length < recorded.min_length):
+        reason = f"too short: {shown(site.length)} tokens, sparse was measured to pay from {recorded.min_length}"
         return replace(recorded, outcome="dense", reason=reason)
     return recorded
 
@@ -115,4 +119,5 @@ def _constants(row: SiteRecipe) -> SiteConstants:
         block_q=row.block_q,
         block_k=row.block_k,
         min_length=row.min_length or 0,
+        policy=tuple(head.policy for head in row.heads),
     )

@@ -17,6 +17,8 @@ from afbs_compile.errors import RecipeError
 FORMAT = "afbs-recipe"
 SCHEMA_VERSION = 2
 
+Policy = Literal["meansim", "meanshare", "cumulant", "antidiagonal", "vertical_slash", "sink_window"]
+
 
 @dataclass(frozen=True)
 class SearchPath:
@@ -49,7 +51,8 @@ class HeadRecipe:
 
     Attributes:
         outcome: ``"dense"`` heads keep every block.
-        policy: the rule that scores the key blocks: ``"meansim"``, the softmax of block means (SpargeAttn).
+        policy: what scores the key blocks, by name (:mod:`afbs_compile.kernels.policies`): ``"meansim"``, say, the
+            softmax of block means (SpargeAttn).
         tau: pooled-softmax mass kept; theta: self-similarity below which a block is always kept (negative: off);
             lam: skip threshold in log2 units (-1000: off).
         sparsity: 1 - live / causally valid blocks, mean of the samples.
@@ -59,7 +62,7 @@ class HeadRecipe:
     """
 
     outcome: Literal["sparse", "dense"]
-    policy: Literal["meansim"]
+    policy: Policy
     tau: float
     theta: float
     lam: float

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from afbs_compile.kernels.launch import Launcher, device_constants, layout
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.predict_triton import device_constants
 from afbs_compile.kernels.reference import LAMBDA_OFF, LOG2_E, block_count
 
 LARGEST_ROW_STRIDE = 2**31 // 256
@@ -137,6 +137,9 @@ def _forward_kernel(
     stride_value_batch,
     stride_value_head,
     stride_value_row,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_row,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -202,10 +205,12 @@ def _forward_kernel(
                 length, lam_head, HEAD_DIM, DIM_PAD, TILE_K, CAUSAL, True, HAS_LAMBDA, PRECISION,
             )  # fmt: skip
 
-    # The output is [B, N, H, HEAD_DIM] in memory.
-    place = (batch * length + rows) * heads + head
+    out += batch * stride_out_batch + head.to(tl.int64) * stride_out_head
     result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] * HEAD_DIM + cols[None, :], result, mask=inside)
+    tl.store(out + rows.to(tl.int64)[:, None] * stride_out_row + cols[None, :], result, mask=inside)
+
+
+_forward = Launcher(_forward_kernel)
 
 
 @functools.cache
@@ -274,6 +279,7 @@ def attend(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention over the live blocks of ``lists``; nothing else of k and v is read.
 
@@ -289,14 +295,17 @@ def attend(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two; ``block_q`` is a multiple of ``block_k``.
+        out: ``[B, H, N, D]`` to write into, its last dimension contiguous; by default a new tensor, in memory
+            ``[B, N, H, D]``.
 
     Returns:
-        ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
+        ``out``, in the dtype of ``q``.
     """
     batch, heads, length, dim = q.shape
-    out = q.new_empty(batch, length, heads, dim)
+    if out is None:
+        out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     if out.numel() == 0:
-        return out.transpose(1, 2)
+        return out
     scale = dim**-0.5 if scale is None else scale
     if scale <= 0:
         # The kernel takes the row maximum before it multiplies by the scale.
@@ -308,34 +317,16 @@ def attend(
     has_lambda = whole and any(value > LAMBDA_OFF for value in lam)
     count_q = block_count(length, block_q)
     with torch.cuda.device_of(q):  # Triton launches on the current device.
-        _forward_kernel[(batch * heads * count_q * (block_q // shape.tile_q),)](
-            q,
-            k,
-            v,
-            out,
-            lists.counts,
-            lists.indices,
+        _forward(
+            (*map(layout, (q, k, v, out, *lists)), block_q, block_k, causal, scale, has_lambda, shape),
+            batch * heads * count_q * (block_q // shape.tile_q),
+            *(q, k, v, out, lists.counts, lists.indices),
             device_constants(tuple(lam), q.device) if has_lambda else lists.counts,
-            scale * LOG2_E,
-            length,
-            heads,
-            heads // k.shape[1],
-            count_q,
-            lists.indices.shape[-1],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            HEAD_DIM=dim,
-            DIM_PAD=dim_pad,
-            BLOCK_Q=block_q,
-            BLOCK_K=block_k,
-            TILE_Q=shape.tile_q,
-            TILE_K=shape.tile_k,
-            CAUSAL=causal,
-            HAS_MASKED=causal or length % block_k != 0,
-            HAS_LAMBDA=has_lambda,
-            PRECISION=_precision(q.device),
-            num_warps=shape.warps,
-            num_stages=shape.stages,
+            *(scale * LOG2_E, length, heads, heads // k.shape[1], count_q, lists.indices.shape[-1]),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
+            *(dim, dim_pad, block_q, block_k, shape.tile_q, shape.tile_k),
+            *(causal, causal or length % block_k != 0, has_lambda, _precision(q.device)),
+            warps=shape.warps,
+            stages=shape.stages,
         )
-    return out.transpose(1, 2)
+    return out

@@ -1,18 +1,16 @@
 """Which key blocks each query block attends, as lists: the form that the attention kernels read.
 
-The rule is :func:`afbs_compile.kernels.reference.predict_mask`. On CUDA and ROCm it runs as four Triton kernels
+The rule is :func:`afbs_compile.kernels.policy.predict_mask`. On CUDA and ROCm it runs as three Triton kernels
 (:mod:`afbs_compile.kernels.predict_triton`), everywhere else in PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from afbs_compile.kernels import reference
 
 
 class BlockLists(NamedTuple):
@@ -54,6 +52,7 @@ def predict_blocks(
     tau: Sequence[float],
     theta: Sequence[float],
     *,
+    policy: Sequence[str] | None = None,
     causal: bool,
     scale: float | None = None,
     block_q: int = 64,
@@ -64,6 +63,7 @@ def predict_blocks(
     Args:
         q: ``[B, H, N, D]``; k: ``[B, H_kv, N, D]``; any strides.
         tau, theta: one number per query head.
+        policy: one name per query head (:data:`afbs_compile.kernels.policy.POLICIES`); ``None`` is ``meansim`` for all.
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two; ``block_q`` is a multiple of ``block_k``.
@@ -72,11 +72,16 @@ def predict_blocks(
         The lists. Engines agree up to fp32 rounding: a block whose preceding mass lies within about 1e-5 of ``tau``
         may be live on one and not on the other.
     """
-    if q.device.type == "cuda":
+    call: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.device.type != "cuda":
+        from afbs_compile.kernels.policy import predict_mask  # it imports this module's lists for its kernels
+
+        return mask_to_lists(predict_mask(q, k, tau, theta, policy, scale=scale, **call))
+    if policy is None:
         from afbs_compile.kernels import predict_triton  # Triton is not installed everywhere.
 
-        return predict_triton.predict_blocks(
-            q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k
-        )
-    mask = reference.predict_mask(q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
-    return mask_to_lists(mask)
+        return predict_triton.predict_blocks(q, k, tau, theta, scale=scale, **call)
+    from afbs_compile.kernels.policies import lists_triton
+
+    return lists_triton.predict_blocks(q, k, tau, theta, policy, scale=scale, **call)
