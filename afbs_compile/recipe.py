@@ -155,6 +155,10 @@ class GraphRecipe:
     sites: tuple[SiteRecipe, ...]
 
 
+_NOT_IN_RECORDS = {"name", "outcome", "reason", "heads"}
+"""Fields of a site that :meth:`Recipe.to_records` writes under another name, or one head at a time."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything needed to rewrite a model again without calibrating, and to know when that would be wrong.
@@ -192,6 +196,28 @@ class Recipe:
         calibrated = [(site.sparsity, len(site.heads)) for site in self.sites if site.heads]
         heads = sum(count for _, count in calibrated)
         return sum(sparsity * count for sparsity, count in calibrated) / heads if heads else 0.0
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One flat dictionary per head, e.g. for ``pandas.DataFrame(recipe.to_records())``.
+
+        Each has the fields of :class:`HeadRecipe` but ``search``, of its :class:`SiteRecipe` (its ``name`` as
+        ``site``, its ``outcome`` and ``reason`` as ``site_outcome`` and ``site_reason``), and the numbers ``graph`` and
+        ``head``. Calls that were refused have no heads; ``explain(recipe).to_records()`` has a row for every call.
+        """
+        return [
+            {
+                "graph": number,
+                "site": site.name,
+                "head": index,
+                **{f.name: getattr(head, f.name) for f in fields(head) if f.name != "search"},
+                "site_outcome": site.outcome,
+                "site_reason": site.reason,
+                **{f.name: getattr(site, f.name) for f in fields(site) if f.name not in _NOT_IN_RECORDS},
+            }
+            for number, graph in enumerate(self.graphs)
+            for site in graph.sites
+            for index, head in enumerate(site.heads)
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as JSON; the file appears whole or not at all.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from typing import Any
 
@@ -16,6 +17,7 @@ from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.report import registry
 
 WIDTH = 130
+HEADERS = ("site", "outcome", "heads", "sparsity", "error", "dense ms", "sparse ms", "reason")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Explanation:
             table.add_column("graph")
         table.add_column("site", no_wrap=True)
         table.add_column("outcome", no_wrap=True)
-        for header in ("heads", "sparsity", "error", "dense ms", "sparse ms"):
+        for header in HEADERS[2:-1]:
             table.add_column(header, justify="right")
         table.add_column("reason", overflow="fold")
         for index, row in enumerate(self.rows):
@@ -84,6 +86,16 @@ class Explanation:
         return text.getvalue().rstrip()
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        several = len({row.graph for row in self.rows}) > 1
+        headers = ["graph"] * several + list(HEADERS)
+        head = "".join(f"<th>{name}</th>" for name in headers)
+        lines = [[str(row.graph)] * several + _cells(row) for row in self.rows]
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
 
 def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:

@@ -1,0 +1,60 @@
+"""The way of a file: exported by the command line, then verified by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from afbs_compile.cli import main
+
+TOY = "tests.toy:Toy"
+NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+
+@pytest.mark.parametrize("format_", ["pt2", "onnx"])
+def test_an_exported_file_computes_what_pytorch_computes_and_keeps_the_promise(
+    format_, recipes, toy_inputs, tmp_path, capsys
+):
+    for library in NEEDED[format_]:
+        pytest.importorskip(library)
+    file = tmp_path / f"toy.{format_}"
+    given = [TOY, "--recipe", recipes["toy"], "--data", toy_inputs]
+    assert main(["export", *given, "--format", format_, "--dynamic", "-o", str(file), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["file"] == str(file)
+    assert written["outcomes"] == {"sparse": 2}
+    assert list(tmp_path.iterdir()) == [file]
+    code = main(["verify", str(file), "--model", TOY, "--data", toy_inputs, "--share", "1", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    checks = {check["name"]: check["passed"] for check in report["checks"]}
+    assert checks == {"finite": True, "same as PyTorch": True, "promise": True}
+    assert code == 0
+    assert report["against_torch"]["largest_difference"] <= 1e-4
+    assert 0 < report["against_dense"]["relative_error_mean"] < 0.055
+
+
+def test_a_file_that_computes_something_else_fails(recipes, toy_inputs, tmp_path, capsys):
+    eager = json.loads(Path(recipes["toy"]).read_text())
+    for site in eager["graphs"][0]["sites"]:
+        for head in site["heads"]:
+            head["tau"] = 0.3
+    (tmp_path / "eager.json").write_text(json.dumps(eager))
+    file = str(tmp_path / "toy.pt2")
+    given = [TOY, "--recipe", str(tmp_path / "eager.json"), "--data", toy_inputs]
+    assert main(["export", *given, "--format", "pt2", "-o", file]) == 0
+    assert "attention calls: 2 sparse" in capsys.readouterr().out
+    assert main(["verify", file, "--model", TOY, "--data", toy_inputs, "--recipe", recipes["toy"]]) == 1
+    assert "FAIL same as PyTorch: largest difference 0." in capsys.readouterr().out
+
+
+def test_inspect_html_draws_masks_of_the_model_on_the_data(recipes, toy_inputs, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    given = ["inspect", recipes["toy"], "--html", str(page), "--model", TOY, "--data", toy_inputs]
+    assert main(given) == 0
+    assert f"wrote {page}" in capsys.readouterr().out
+    text = page.read_text()
+    assert "512 tokens" in text
+    assert '"masks":{"source"' in text
+    assert list(tmp_path.iterdir()) == [page]
