@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afbs_compile.kernels import flex, reference
-from afbs_compile.kernels.predict import predict_blocks
+from afbs_compile.kernels.predict import predict_blocks, predict_mask
 from afbs_compile.kernels.reference import KEEP_ALL
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -159,7 +159,7 @@ def _sparse_attention(
     with _own_precision(q):
         if engine_name(q.device) == "triton":
             return _attend_in_groups(q, k, v, tau, theta, lam, **call)
-        live = reference.predict_mask(q, k, tau, theta, **call)
+        live = predict_mask(q, k, tau, theta, **call)
         return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
 
 
