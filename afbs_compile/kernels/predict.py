@@ -84,7 +84,7 @@ def _block_means(x: Tensor, block: int) -> Tensor:
     """Mean row of each block, fp32 ``[B, H, n, D]``; rows missing from the last block do not count."""
     count = x.shape[2] // block
     whole = count * block
-    means = x[:, :, :whole].unflatten(2, (count, block)).sum(3, dtype=torch.float32) / block
+    means: Tensor = x[:, :, :whole].unflatten(2, (count, block)).sum(3, dtype=torch.float32) / block
     if whole == x.shape[2]:
         return means
     return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], 2)
