@@ -26,6 +26,7 @@ PREDICTOR_SHARES = {8192: 0.08, 32768: 0.04, 131072: 0.03}
 
 LARGEST_MEMORY_SHARE = 0.05
 SMALLEST_SHORT_RATIO = 0.97
+BLOCKS: tuple[Blocks, ...] = ((128, 128), (128, 64), (64, 64))
 LAMBDAS = (-16.0, -10.0, -7.0)
 QUICK = 8
 
@@ -52,6 +53,17 @@ class Run:
 def off(case: Case) -> tuple[list[float], list[float]]:
     """theta and lambda that switch their tests off."""
     return [THETA_OFF] * case.heads, [LAMBDA_OFF] * case.heads
+
+
+def ours(
+    q: Tensor, k: Tensor, v: Tensor, case: Case, tau: list[float], blocks: Blocks, lam: float = LAMBDA_OFF
+) -> Callable[[], Tensor]:
+    """The operator: predictor, lists and attention."""
+    call: dict[str, Any] = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
+    if case.precision is not None:
+        call["precision"] = case.precision
+    constants = tau, off(case)[0], [lam] * case.heads
+    return lambda: sparse_attention_with_counts(q, k, v, *constants, **call)[0]
 
 
 def predict(q: Tensor, k: Tensor, case: Case, tau: list[float], blocks: Blocks) -> BlockLists:
@@ -88,7 +100,7 @@ def predictor(run: Run) -> Rows:
             case = Case("predictor", run.length(length), causal, 0.7)
             q, k, v = operands(case, run.device)
             calls: dict[str, Callable[[], Any]] = {"dense": dense_sdpa(q, k, v, case)}
-            for blocks in ((128, 128), (128, 64), (64, 64)):
+            for blocks in BLOCKS:
                 call = _predictor_call(q, k, case, thresholds_for(case, q, k, blocks)[0], blocks)
                 calls["{}x{}".format(*blocks)] = call
                 calls["{}x{} graph".format(*blocks)] = replayed(call)
@@ -128,7 +140,7 @@ def imbalance(run: Run) -> Rows:
             tau, lists = thresholds_for(case, q, k, blocks, wanted)
             mean = float(sparsity_of(lists, case, blocks).mean())
             even, even_lists = thresholds_for(case, q, k, blocks, [mean] * heads)
-            calls = {name: _ours(q, k, v, case, t, blocks) for name, t in (("uneven", tau), ("even", even))}
+            calls = {name: ours(q, k, v, case, t, blocks) for name, t in (("uneven", tau), ("even", even))}
             error = relative_l1(calls["uneven"](), exact_rows(q, k, v, case, blocks, lists))
             measured = times(calls, run.rounds)
             live = [float(x.counts.sum()) for x in (lists, even_lists)]
@@ -148,14 +160,6 @@ def imbalance(run: Run) -> Rows:
     return rows
 
 
-def _ours(
-    q: Tensor, k: Tensor, v: Tensor, case: Case, tau: list[float], blocks: Blocks, lam: float = LAMBDA_OFF
-) -> Callable[[], Tensor]:
-    theta, constants = off(case)[0], [lam] * case.heads
-    call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
-    return lambda: sparse_attention_with_counts(q, k, v, tau, theta, constants, **call)[0]
-
-
 def negligible_tiles(run: Run) -> Rows:
     """What lambda gains, and what it adds to the error, on operands whose tiles it can skip."""
     case = Case("lambda", run.length(32768), True, 0.7)
@@ -164,7 +168,7 @@ def negligible_tiles(run: Run) -> Rows:
     for blocks in ((128, 128), (64, 64)):
         tau, lists = thresholds_for(case, q, k, blocks)
         truth = exact_rows(q, k, v, case, blocks, lists)
-        calls = {str(lam): _ours(q, k, v, case, tau, blocks, lam) for lam in (LAMBDA_OFF, *LAMBDAS)}
+        calls = {str(lam): ours(q, k, v, case, tau, blocks, lam) for lam in (LAMBDA_OFF, *LAMBDAS)}
         measured = times(calls, run.rounds)
         without = measured[str(LAMBDA_OFF)].median
         for lam in (LAMBDA_OFF, *LAMBDAS):
@@ -187,8 +191,8 @@ def memory(run: Run) -> Rows:
     for causal in (True, False):
         case = Case("memory", run.length(131072), causal, 0.7)
         q, k, v = operands(case, run.device)
-        for blocks in ((128, 128), (128, 64), (64, 64)):
-            call = _ours(q, k, v, case, [0.5] * case.heads, blocks)
+        for blocks in BLOCKS:
+            call = ours(q, k, v, case, [0.5] * case.heads, blocks)
             call()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
