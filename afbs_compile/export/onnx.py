@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,18 @@ def _translated(program: Program, opset: int) -> Any:
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     if versions[""] != opset:
         raise ExportError(f"torch.onnx wrote opset {versions['']} where {opset} was asked for; ask for that one.")
+    _name_sizes(proto, program.sizes)
     return proto
+
+
+def _name_sizes(proto: Any, names: Mapping[str, str]) -> None:
+    """Call free sizes by their names, and the symbols that stand for a number by that number."""
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param.isdigit():
+                size.dim_value = int(size.dim_param)
+            elif size.dim_param:
+                size.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.dim_param)
 
 
 def _sparse_attention_node() -> Callable[..., Any]:

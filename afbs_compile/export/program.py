@@ -43,6 +43,7 @@ class Program:
         rows: every attention call in graph order, with its outcome here.
         note: goes into the file.
         inputs: shape of each tensor argument; a string is a free size.
+        sizes: the program's symbols that have such a name.
         module: what was traced.
     """
 
@@ -50,6 +51,7 @@ class Program:
     rows: tuple[SiteRecipe, ...]
     note: Note
     inputs: dict[str, tuple[int | str, ...]]
+    sizes: dict[str, str]
     module: nn.Module
 
 
@@ -87,8 +89,9 @@ def rewritten_program(
     exported = _trace(module, inputs.doubled() if dynamic else inputs, dynamic)
     gm = exported.graph_module
     sites, refusals = find(gm, min_length=1)
-    free = _named_sizes(exported, inputs.names, sites)
-    if dynamic and not any(isinstance(size, str) for shape in free.values() for size in shape):
+    sizes = {str(call.length): "length" for call in sites} | {str(call.batch): "batch" for call in sites}
+    shapes = _shapes(exported, inputs.names, sizes)
+    if dynamic and not any(isinstance(size, str) for shape in shapes.values() for size in shape):
         raise ExportError("dynamic: the model fixes the size of every input; export it without dynamic shapes.")
     plan = _carried_over(graphs, _in_order(gm, (*sites, *refusals)), recipe)
     constants, rows = _expressible(plan, refuse)
@@ -97,7 +100,7 @@ def rewritten_program(
     for old, new in zip(before, _results(gm), strict=True):
         if old != new:
             exported.graph_signature.replace_all_uses(old, new)
-    return Program(exported, rows, Note(inputs.names, len(inputs.args), without_search(recipe)), free, module)
+    return Program(exported, rows, Note(inputs.names, len(inputs.args), without_search(recipe)), shapes, sizes, module)
 
 
 def _captured(module: nn.Module, example: Example) -> list[FoundGraph]:
@@ -227,17 +230,16 @@ def _results(gm: fx.GraphModule) -> list[str]:
     return [node.name for node in gm.graph.output_node().all_input_nodes]
 
 
-def _named_sizes(
-    exported: ExportedProgram, names: Sequence[str], sites: Sequence[AttentionSite]
+def _shapes(
+    exported: ExportedProgram, names: Sequence[str], sizes: Mapping[str, str]
 ) -> dict[str, tuple[int | str, ...]]:
-    """The shape of each tensor argument, with what the attention calls show to be batch and length by name."""
-    known = {str(site.length): "length" for site in sites} | {str(site.batch): "batch" for site in sites}
+    """The shape of each tensor argument, free sizes by name."""
     values = [
         node.meta["val"]
         for node in exported.graph.find_nodes(op="placeholder")
         if node.name in exported.graph_signature.user_inputs and isinstance(node.meta.get("val"), torch.Tensor)
     ]
     return {
-        name: tuple(known.get(str(n), str(n)) if (number := fixed(n)) is None else number for n in value.shape)
+        name: tuple(sizes.get(str(n), str(n)) if (number := fixed(n)) is None else number for n in value.shape)
         for name, value in zip(names, values, strict=True)
     }

@@ -90,8 +90,7 @@ def test_too_short_for_the_recipe_is_dense_unless_the_length_is_free():
     static = rewritten_program(model, recipe, x, dynamic=False)
     assert [row.reason for row in static.rows] == ["too short: 130 tokens, sparse was measured to pay from 1000"] * 2
     assert all(
-        node.kwargs["min_length"] == 1000
-        for node in calls(rewritten_program(model, recipe, x, dynamic=True), SPARSE)
+        node.kwargs["min_length"] == 1000 for node in calls(rewritten_program(model, recipe, x, dynamic=True), SPARSE)
     )
 
 
@@ -105,7 +104,9 @@ def test_what_a_format_has_no_form_for_stays_dense():
 class TestRefusals:
     def test_the_recipe_of_other_weights(self):
         recipe = recipe_for(Toy(seed=1).eval(), drifting(130))
-        with pytest.raises(RecipeError, match=r"^the recipe belongs to another model: same architecture, other weights"):
+        with pytest.raises(
+            RecipeError, match=r"^the recipe belongs to another model: same architecture, other weights"
+        ):
             rewritten_program(Toy().eval(), recipe, drifting(130), dynamic=False)
 
     def test_the_recipe_of_another_architecture(self):
@@ -183,7 +184,9 @@ class TestTransformers:
         assert [node.kwargs["is_causal"] for node in sparse] == [True, True]
         assert all(arg.meta["val"].shape[1] == 2 for node in sparse for arg in node.args[1:3])
         length = sparse[0].meta["val"].shape[2]
-        shapes = [node.meta["val"].shape for node in program.exported.graph.nodes if hasattr(node.meta.get("val"), "shape")]
+        shapes = [
+            node.meta["val"].shape for node in program.exported.graph.nodes if hasattr(node.meta.get("val"), "shape")
+        ]
         assert not any(list(map(str, shape)).count(str(length)) > 1 for shape in shapes)
 
     def test_it_returns_a_dictionary_without_a_cache_and_constants_are_part_of_it(self, llama):
