@@ -118,6 +118,6 @@ def _conditions(
         "tolerance": tuning.tolerance,
         "method": tuning.method,
         "parameterization": tuning.parameterization,
-        "block": [tuning.block_q, tuning.block_k],
+        "shapes": tuning.shapes_on(device),
         "samples": calibrated_on,
     }

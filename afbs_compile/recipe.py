@@ -18,6 +18,7 @@ FORMAT = "afbs-recipe"
 SCHEMA_VERSION = 2
 
 Policy = Literal["meansim", "meanshare", "cumulant", "antidiagonal", "vertical_slash", "sink_window"]
+Stage = Literal["explore", "refine", "validate"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SearchPath:
             or NaN ones as -1. All of the same length.
     """
 
-    stage: Literal["explore", "refine", "validate"]
+    stage: Stage
     length: int
     policy: str
     block_q: int
@@ -59,6 +60,8 @@ class HeadRecipe:
         error: relative L1 (Eq. 1), worst of ``validation_errors``.
         validation_errors: one per validation input.
         search: how the thresholds were found; empty where that was not recorded.
+        tau_exponent, length_exponent: a and b of ``error ~ (1 - tau) ** a * length ** b`` about the operating point;
+            both 0 where they were not measured.
     """
 
     outcome: Literal["sparse", "dense"]
@@ -70,6 +73,8 @@ class HeadRecipe:
     error: float
     validation_errors: tuple[float, ...]
     search: tuple[SearchPath, ...] = ()
+    tau_exponent: float = 0.0
+    length_exponent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class SiteRecipe:
         heads: one entry per query head; empty for refused calls.
         dense_ms, sparse_ms: milliseconds at the calibrated length; ``None`` where not measured.
         min_length: shortest length at which sparse is worthwhile; shorter inputs run dense.
+        validated_lengths: shortest and longest length at which the thresholds were validated.
     """
 
     name: str
@@ -101,6 +107,7 @@ class SiteRecipe:
     dense_ms: float | None = None
     sparse_ms: float | None = None
     min_length: int | None = None
+    validated_lengths: tuple[int, int] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -134,6 +141,28 @@ class SampleRecord:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """An upper bound, at a confidence, on the chance that a new input exceeds the tolerance.
+
+    It holds for inputs exchangeable with those it was derived from, over the draw of the latter;
+    :mod:`afbs_compile.tuner.promise` says why.
+
+    Attributes:
+        confidence: of either bound.
+        inputs: n, those that had no say in theta, policy and block shape; 0 promises nothing.
+        head_bound: chance that a given head exceeds the tolerance on a new input.
+        deciding: those of the n inputs that kept any head from a bolder threshold.
+        model_bound: chance that any head of the graph does.
+    """
+
+    confidence: float
+    inputs: int
+    head_bound: float
+    deciding: int
+    model_bound: float
+
+
+@dataclass(frozen=True)
 class GraphRecipe:
     """One graph of the model: a model with graph breaks has several.
 
@@ -142,8 +171,9 @@ class GraphRecipe:
             values; source: fingerprint of the code that makes the calls, to tell apart graphs that are alike otherwise.
         samples: what it was calibrated on.
         seconds: wall-clock time of the calibration.
-        evaluations: its cost in sparse attention calls at full length on one sample, summed over the sites.
+        evaluations: its attention work in dense calls over one input of full length, summed over the sites.
         sites: in graph order.
+        promise: what the validation says about inputs that were not seen; ``None`` where nothing was calibrated.
     """
 
     graph: str
@@ -153,6 +183,7 @@ class GraphRecipe:
     seconds: float
     evaluations: float
     sites: tuple[SiteRecipe, ...]
+    promise: Promise | None = None
 
 
 _NOT_IN_RECORDS = {"name", "outcome", "reason", "heads"}

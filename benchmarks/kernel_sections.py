@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kernel_cases import Blocks, Case, exact_rows, operands, relative_l1, sparsity_of, thresholds_for
-from peers import dense_sdpa
+from kernel_peers import dense_sdpa
 from timing import replayed, times
 from torch import Tensor, nn
 

@@ -39,8 +39,8 @@ from kernel_cases import (
     sparsity_of,
     thresholds_for,
 )
+from kernel_peers import dense_peers, dense_sdpa, sparse_peers
 from kernel_sections import BLOCKS, Run, engines, off, ours
-from peers import dense_peers, dense_sdpa, sparse_peers
 from timing import matrix_tflops, times
 
 from afbs_compile.kernels.op import sparse_attention_with_counts

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels import reference
+
 
 class BlockLists(NamedTuple):
     """The live key blocks of each query block.
