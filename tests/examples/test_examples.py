@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from afbs_compile import Recipe
+from afbs_compile.tuner import site as tuner_site
 from tests.cli.conftest import LENGTH, folder, llama, recipes, text, toy_inputs  # noqa: F401  fixtures
+from tests.toy import always_faster
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -25,11 +27,12 @@ def examples_on_the_path(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_vision_cleans_pictures_sparsely(capsys):
+def test_vision_cleans_pictures_sparsely(capsys, monkeypatch):
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
     figures = importlib.import_module("vision").main(size=128, runs=1)
-    assert figures["tiles of 8 x 8"] > 0.5
+    assert figures["line by line"] > 0.5
     assert figures["sparse dB"] > figures["noisy dB"] + 6
-    assert figures["sparse dB"] > figures["dense dB"] - 1
+    assert 0 < abs(figures["sparse dB"] - figures["dense dB"]) < 1
     assert "1,024 tokens, tiles of 8 x 8" in capsys.readouterr().out
 
 
