@@ -110,9 +110,7 @@ def compare(
     model: Any, windows: Sequence[Tensor], unseen: Sequence[Tensor], methods: Sequence[str], tolerance: float
 ) -> dict[str, Outcome]:
     """Run the searches site by site, then the rewritten model on the unseen windows."""
-    (program,) = record_programs(model, [*windows, *unseen])
-    found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
-    runs = [SampleRun(found.gm, found.sites, inputs) for inputs in program.samples]
+    runs = [*recorded(model, windows), *recorded(model, unseen)]
     outcomes = {name: Outcome() for name in methods}
     stopwatch = Stopwatch()
     with closing(capture(runs)) as walk:
@@ -126,14 +124,34 @@ def compare(
                 meter = Meter(tests, block_q=constants.block_q, block_k=constants.block_k, windows=1)
                 chosen = Thresholds(*(torch.tensor(x) for x in (constants.tau, constants.theta, constants.lam)))
                 outcome.unseen.append(meter(chosen).error)
-    inputs = program.samples[len(windows) :]
-    dense = loss(found.gm, inputs, unseen)
+    tests = runs[len(windows) :]
+    dense = loss(model, [run.gm for run in tests], tests, unseen)
     for outcome in outcomes.values():
-        gm = copy.deepcopy(found.gm)
-        sites = FoundGraph.of(gm, program.samples[0], min_length=1).sites
-        rewrite(gm, dict(zip(sites, outcome.constants, strict=True)))
-        outcome.perplexity = math.exp(loss(gm, inputs, unseen) - dense) - 1
+        sparse = loss(model, rewritten(tests, outcome.constants), tests, unseen)
+        outcome.perplexity = math.exp(sparse - dense) - 1
     return outcomes
+
+
+def recorded(model: Any, windows: Sequence[Tensor]) -> list[SampleRun]:
+    """Each window as the graph with the model's attention calls sees it."""
+    runs = []
+    for ids in windows:  # one at a time: Dynamo may capture again in between
+        for program in record_programs(model.model, [ids]):
+            found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
+            if found.sites:
+                runs.append(SampleRun(found.gm, found.sites, program.samples[0]))
+    return runs
+
+
+def rewritten(runs: Sequence[SampleRun], constants: Sequence[SiteConstants]) -> list[Any]:
+    """The graph of each run with its attention calls made sparse."""
+    graphs = []
+    for run in runs:
+        gm = copy.deepcopy(run.gm)
+        sites = FoundGraph.of(gm, run.inputs, min_length=1).sites
+        rewrite(gm, dict(zip(sites, constants, strict=True)))
+        graphs.append(gm)
+    return graphs
 
 
 def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outcome, stopwatch: Stopwatch) -> None:
@@ -164,13 +182,16 @@ def _now() -> float:
 
 
 @torch.no_grad()
-def loss(gm: Callable[..., Any], inputs: Sequence[Sequence[Any]], windows: Sequence[Tensor]) -> float:
+def loss(
+    model: Any, graphs: Sequence[Callable[..., Any]], runs: Sequence[SampleRun], windows: Sequence[Tensor]
+) -> float:
     """Mean next-token loss in nats over the second half of every window."""
     losses = []
-    for values, ids in zip(inputs, windows, strict=True):
-        logits = next(x for x in gm(*values) if isinstance(x, Tensor) and x.dim() == 3)
+    for graph, run, ids in zip(graphs, runs, windows, strict=True):
+        hidden = next(x for x in graph(*run.inputs) if isinstance(x, Tensor) and x.dim() == 3)
         half = ids.shape[1] // 2
-        losses.append(float(F.cross_entropy(logits[0, half:-1].float(), ids[0, half + 1 :])))
+        logits = model.lm_head(hidden[0, half:-1])
+        losses.append(float(F.cross_entropy(logits.float(), ids[0, half + 1 :])))
     return sum(losses) / len(losses)
 
 
@@ -254,10 +275,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], paths: dict[int, dict[str, 
 
 def llama(model: Any, windows: Sequence[Tensor], layers: Sequence[int], tolerance: float) -> list[dict[str, Any]]:
     """Cost of the default search on operands of Llama-2-7B's shape."""
-    (program,) = record_programs(model, list(windows))
-    found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
-    captured = []
-    with closing(capture([SampleRun(found.gm, found.sites, inputs) for inputs in program.samples])) as walk:
+    with closing(capture(recorded(model, windows))) as walk:
         captured = [[replace(o, q=o.q.cpu(), k=o.k.cpu(), v=o.v.cpu()) for o in operands] for _, operands in walk]
     rows = []
     for name, split in {

@@ -26,7 +26,7 @@ from afbs_compile.kernels.reference import block_count, diagonal_blocks, visible
 ALWAYS = -1.0
 """Level of a block that every tau keeps."""
 
-WORKING_BYTES = 128 * 2**20
+WORKING_BYTES = 384 * 2**20
 """Memory that a pass may take for itself, about; it goes through the heads in groups that fit."""
 
 
@@ -156,7 +156,8 @@ VISIT_BYTES = 64
 def _head_groups(heads: int, kv_heads: int, bytes_per_head: int) -> Iterator[tuple[slice, slice]]:
     """Query heads and their key heads, as many at a time as :data:`WORKING_BYTES` allows."""
     groups = heads // kv_heads
-    step = max(1, WORKING_BYTES // (bytes_per_head * groups))
+    parts = block_count(bytes_per_head * heads, WORKING_BYTES)
+    step = max(1, kv_heads // parts)
     for first in range(0, kv_heads, step):
         last = min(first + step, kv_heads)
         yield slice(first * groups, last * groups), slice(first, last)
