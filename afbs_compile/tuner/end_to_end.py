@@ -124,7 +124,7 @@ def next_tokens(run: SampleRun, logits: Tensor) -> Tensor | None:
     """The tokens ``[batch, positions - 1]`` that follow each position: the graph's token input, shifted by one.
 
     The token input is the integer one shaped like the positions of the logits, the one named ``input_ids`` where
-    there are several; ``None`` if there is none.
+    there are several; ``None`` if there is none, or if its tokens are no classes of the logits.
     """
     placeholders = [node for node in run.gm.graph.nodes if node.op == "placeholder"]
     found: dict[str, Tensor] = {
@@ -134,7 +134,9 @@ def next_tokens(run: SampleRun, logits: Tensor) -> Tensor | None:
     }
     named = [value for name, value in found.items() if "input_ids" in name]
     tokens = named if named else list(found.values())
-    return tokens[0][..., 1:].long() if len(tokens) == 1 and tokens[0].shape[-1] > 1 else None
+    if len(tokens) != 1 or tokens[0].shape[-1] < 2 or tokens[0].max() >= logits.shape[-1]:
+        return None
+    return tokens[0][..., 1:].long()
 
 
 def _fits(value: Tensor, logits: Tensor, node: fx.Node) -> bool:
