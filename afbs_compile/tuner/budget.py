@@ -68,7 +68,7 @@ class SitePoints:
         name: of the site.
         tau, theta: thresholds, ``[H, points]``; error: relative L1 of the head's output; live: share of the valid
             blocks that is computed. Points that must not be used have a NaN error.
-        block_q, block_k: block shape of all points.
+        block_q, block_k: block shape of all points; policy: a name per head, ``None`` for ``meansim``.
     """
 
     name: str
@@ -78,6 +78,7 @@ class SitePoints:
     live: Tensor
     block_q: int
     block_k: int
+    policy: tuple[str, ...] | None = None
 
     @property
     def heads(self) -> int:
@@ -88,7 +89,7 @@ class SitePoints:
         """Thresholds at one point of each head, ``[H]``."""
         tau, theta = (values.gather(1, points[:, None])[:, 0] for values in (self.tau, self.theta))
         lam = Thresholds.dense(self.heads).lam
-        return SiteThresholds(Thresholds(tau, theta, lam), self.block_q, self.block_k)
+        return SiteThresholds(Thresholds(tau, theta, lam), self.block_q, self.block_k, self.policy)
 
     def reference_points(self) -> Tensor:
         """``[H]``: the sparsest point of each head with at most :data:`REFERENCE_ERROR`; 0 where there is none."""
