@@ -51,7 +51,7 @@ def afbs(
     if found.sites:
         recipe = _recipe(found, example_inputs, settings)
         guard_parameters(gm, example_inputs)
-    plan = Plan.of(found, recipe)
+    plan = Plan.of(found, recipe, settings.outside)
     rewritten = rewrite(gm, plan.constants)
     if settings.dump is not None:
         dump(rewritten, settings.dump, f"graph_{registry.compile_id()}")
@@ -120,4 +120,6 @@ def _conditions(
         "parameterization": tuning.parameterization,
         "shapes": tuning.shapes_on(device),
         "samples": calibrated_on,
+        # Lengths are calibrated one by one only where the user asks for it.
+        "lengths": [str(site.length) for site in found.sites] if settings.outside == "recalibrate" else None,
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 from afbs_compile.errors import OptionError
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner.budget import QUANTITIES, Budget, Quantity
+from afbs_compile.tuner.lengths import OUTSIDE, Outside
 from afbs_compile.tuner.site import METHODS, Method, TuneSettings
 from afbs_compile.tuner.space import PARAMETERIZATIONS, Parameterization
 
@@ -31,6 +32,11 @@ class Options:
         samples: model inputs to calibrate on; by default the inputs of the first call. Each is a mapping of argument
             names to tensors or, for a model that is called with one tensor, that tensor.
         recipe: a :class:`Recipe` or its file; nothing is calibrated then.
+        outside: what runs at a length at which the thresholds were not validated (``validated_lengths`` in the recipe).
+            ``"extrapolate"``: block-sparse attention; where the error was seen to grow that way, tau is raised by as
+            much as the measured law says it takes to keep the error. ``"dense"``: dense attention. ``"recalibrate"``:
+            that length is calibrated on its own, on the inputs of its first call or on the samples cut to it. A graph
+            compiled for all lengths keeps its thresholds for the first, and runs dense outside for the others.
         dump: folder for the text of every graph before and after the rewrite.
     """
 
@@ -40,6 +46,7 @@ class Options:
     min_length: int = 1024
     samples: Iterable[Any] | None = None
     recipe: str | os.PathLike[str] | Recipe | None = None
+    outside: Outside = "extrapolate"
     dump: str | os.PathLike[str] | None = None
 
     @classmethod
@@ -85,6 +92,9 @@ class Options:
         one_input = isinstance(self.samples, str | Mapping | Tensor)
         iterable = isinstance(self.samples, Iterable) and not one_input
         _accept("samples", self.samples, self.samples is None or iterable, "an iterable of model inputs, e.g. a list")
+        _accept("outside", self.outside, self.outside in OUTSIDE, _one_of(OUTSIDE))
+        named = self.recipe is not None and self.outside == "recalibrate"
+        _accept("outside", self.outside, not named, "'extrapolate' or 'dense' where a recipe is named")
         path = isinstance(self.recipe, str | os.PathLike | Recipe)
         _accept("recipe", self.recipe, self.recipe is None or path, "a Recipe or the path of one")
         folder = self.dump is None or isinstance(self.dump, str | os.PathLike)

@@ -17,8 +17,8 @@ from afbs_compile.errors import RecipeError
 FORMAT = "afbs-recipe"
 SCHEMA_VERSION = 2
 
-Policy = Literal["meansim", "meanshare", "cumulant", "antidiagonal", "vertical_slash", "sink_window"]
 Stage = Literal["explore", "refine", "validate"]
+Policy = Literal["meansim", "meanshare", "cumulant", "antidiagonal", "vertical_slash", "sink_window"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kernel_cases import Blocks, Case, exact_rows, operands, relative_l1, sparsity_of, thresholds_for
-from kernel_peers import dense_sdpa
+from peers import dense_sdpa
 from timing import replayed, times
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ LARGEST_MEMORY_SHARE = 0.05
 SMALLEST_SHORT_RATIO = 0.97
 BLOCKS: tuple[Blocks, ...] = ((128, 128), (128, 64), (64, 64))
 LAMBDAS = (-16.0, -10.0, -7.0)
-QUICK = 8
+QUICK, LONG = 8, 131072
 
 Rows = list[dict[str, Any]]
 
@@ -44,6 +44,10 @@ class Run:
     def length(self, length: int) -> int:
         """The length as it is measured."""
         return length // QUICK if self.quick else length
+
+    def rounds_at(self, length: int) -> int:
+        """Samples of each call; half as many of calls that take a tenth of a second."""
+        return max(3, self.rounds // 2) if length >= LONG else self.rounds
 
     def case(self, case: Case) -> Case:
         """The case at the length that is measured."""
@@ -93,7 +97,11 @@ def _report(rows: Rows, line: str, **row: Any) -> None:
 
 
 def predictor(run: Run) -> Rows:
-    """Predictor and lists as a share of dense SDPA: called back to back, and the device's time alone."""
+    """Predictor and lists as a share of dense SDPA.
+
+    What they add to a call (the operator's time less that of its attention alone), themselves called back to back, and
+    the device's time for them.
+    """
     rows: Rows = []
     for length in PREDICTOR_SHARES:
         for causal in (False, True):
@@ -101,20 +109,27 @@ def predictor(run: Run) -> Rows:
             q, k, v = operands(case, run.device)
             calls: dict[str, Callable[[], Any]] = {"dense": dense_sdpa(q, k, v, case)}
             for blocks in BLOCKS:
-                call = _predictor_call(q, k, case, thresholds_for(case, q, k, blocks)[0], blocks)
-                calls["{}x{}".format(*blocks)] = call
-                calls["{}x{} graph".format(*blocks)] = replayed(call)
-            measured = times(calls, run.rounds)
+                tau, lists = thresholds_for(case, q, k, blocks)
+                call = _predictor_call(q, k, case, tau, blocks)
+                name = "{}x{}".format(*blocks)
+                calls[name], calls[name + " graph"] = call, replayed(call)
+                calls[name + " op"] = ours(q, k, v, case, tau, blocks)
+                calls[name + " attention"] = _attention(q, k, v, case, lists, blocks)
+            measured = times(calls, run.rounds_at(case.length))
             dense = measured.pop("dense").median
-            for name in [key for key in measured if "graph" not in key]:
+            for name in [key for key in measured if " " not in key]:
                 ms, device_ms = measured[name].median, measured[name + " graph"].median
+                visible_ms = measured[name + " op"].median - measured[name + " attention"].median
                 _report(
                     rows,
-                    "{length:6} causal={causal!s:5} {blocks:8} {ms:.3f} ms = {share:.1%} of dense, on the device "
-                    "{device_ms:.3f} ms = {device_share:.1%}; asked at most {asked:.0%}",
+                    "{length:6} causal={causal!s:5} {blocks:8} adds {visible_ms:.3f} ms = {visible_share:.1%} of dense "
+                    "to a call; alone {ms:.3f} ms = {share:.1%}, on the device {device_ms:.3f} ms = "
+                    "{device_share:.1%}; asked at most {asked:.0%}",
                     length=case.length,
                     causal=causal,
                     blocks=name,
+                    visible_ms=visible_ms,
+                    visible_share=visible_ms / dense,
                     ms=ms,
                     share=ms / dense,
                     device_ms=device_ms,
@@ -123,6 +138,18 @@ def predictor(run: Run) -> Rows:
                     asked=PREDICTOR_SHARES[length],
                 )
     return rows
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, case: Case, lists: BlockLists, blocks: Blocks) -> Callable[[], Tensor]:
+    """The attention that the operator would run, over given lists: the last engine that takes the call."""
+    call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
+    for attend in reversed(engines(q.device).values()):
+        try:
+            attend(q, k, v, lists, off(case)[1], **call)
+        except ValueError:
+            continue
+        return lambda attend=attend: attend(q, k, v, lists, off(case)[1], **call)
+    raise ValueError(f"no engine takes {case}")
 
 
 def _predictor_call(q: Tensor, k: Tensor, case: Case, tau: list[float], blocks: Blocks) -> Callable[[], BlockLists]:

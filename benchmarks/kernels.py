@@ -39,8 +39,8 @@ from kernel_cases import (
     sparsity_of,
     thresholds_for,
 )
-from kernel_peers import dense_peers, dense_sdpa, sparse_peers
 from kernel_sections import BLOCKS, Run, engines, off, ours
+from peers import dense_peers, dense_sdpa, sparse_peers
 from timing import matrix_tflops, times
 
 from afbs_compile.kernels.op import sparse_attention_with_counts
@@ -156,7 +156,7 @@ class Rows:
 
     def timed(self) -> list[dict[str, Any]]:
         """The finished rows, printed."""
-        measured = times(self._calls, self._run.rounds)
+        measured = times(self._calls, self._run.rounds_at(self._case.length))
         dense = measured["SDPA (default)"].median
         for key, row in self._rows.items():
             if key in measured:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from common import RESULTS, save, settings
 from kernel_cases import Blocks, Case, exact_rows, live_pairs, operands, relative_l1, thresholds_for
-from kernel_peers import dense_sdpa
 from kernel_sections import BLOCKS, off, predict
+from peers import dense_sdpa
 from timing import times
 from torch import Tensor
 

@@ -1,13 +1,13 @@
 """Error and sparsity of many thresholds in one pass over the key blocks.
 
-For a fixed theta, a larger tau keeps every block that a smaller one keeps. A query block that visits its key blocks in
-the order in which tau lets them in therefore holds, after each step, the output of one threshold: its running maximum,
-sum and accumulator are what block-sparse attention over the blocks seen so far computes. Comparing it with the dense
-output whenever a threshold's last block has been folded in gives the error of every threshold for the work of the
-largest alone: blocks that it leaves out are never visited.
+For a fixed policy and theta, a larger tau keeps every block that a smaller one keeps. A query block that visits its
+key blocks in the order in which tau lets them in therefore holds, after each step, the output of one threshold: its
+running maximum, sum and accumulator are what block-sparse attention over the blocks seen so far computes. Comparing it
+with the dense output whenever a threshold's last block has been folded in gives the error of every threshold for the
+work of the largest alone: blocks that it leaves out are never visited.
 
 Each threshold's result is the one that :func:`afbs_compile.kernels.reference.masked_attention` gives on the mask of
-:func:`afbs_compile.kernels.reference.predict_mask`: those two are the specification.
+:func:`afbs_compile.kernels.policy.predict_mask`: those two are the specification.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afbs_compile.kernels import reference
+from afbs_compile.kernels.policies.base import ALWAYS
+from afbs_compile.kernels.policy import DEFAULT, levels
 from afbs_compile.kernels.reference import block_count, diagonal_blocks, visible_blocks
-
-ALWAYS = -1.0
-"""Level of a block that every tau keeps."""
 
 WORKING_BYTES = 384 * 2**20
 """Memory that a pass may take for itself, about; it goes through the heads in groups that fit."""
@@ -51,41 +49,23 @@ class Visit(NamedTuple):
 
     Attributes:
         order: int32 ``[H, m, n_k]``; diagonal blocks first, then the other ones that are always kept, then by score.
-        level: fp32 ``[H, m, n_k]``, ascending: the block is live at every tau above it. :data:`ALWAYS`, or the mass of
-            the blocks that score strictly higher; infinite for invisible blocks, which come last.
+        level: fp32 ``[H, m, n_k]``, ascending: the block is live at every tau above it. Negative for blocks that are
+            always kept, infinite for invisible ones.
     """
 
     order: Tensor
     level: Tensor
 
 
-def visit_order(probability: Tensor, always: Tensor, diagonal: Tensor, visible: Tensor) -> Visit:
+def visit_order(level: Tensor, diagonal: Tensor) -> Visit:
     """Sort key blocks by the tau from which they are live.
 
     Args:
-        probability: fp32 ``[H, m, n_k]``, mass of the blocks that tau decides about; NaN keeps the whole row.
-        always: bool ``[H, m, n_k]``, blocks that every tau keeps; diagonal: bool ``[m, n_k]``, those of them that
-            overlap the query block's rows; visible: bool ``[m, n_k]``.
+        level: fp32 ``[H, m, n_k]``, as :func:`afbs_compile.kernels.policy.levels` gives them.
+        diagonal: bool ``[m, n_k]``, blocks that overlap the query block's rows.
     """
-    always = (always | diagonal | probability.isnan()) & visible
-    mass, block = probability.nan_to_num(0.0).masked_fill(~visible, -1.0).sort(dim=-1, descending=True, stable=True)
-    mass = mass.clamp_min(0.0)
-    before = mass.cumsum(-1) - mass
-    # Equal blocks stay or go together: all of them have the level of the first.
-    first = F.pad(mass[..., 1:] != mass[..., :-1], (1, 0), value=True)
-    level = torch.where(first, before, 0.0).cummax(-1).values
-    kept, touching, seen = (
-        t.expand_as(block).gather(-1, block) for t in (always, diagonal & visible, visible.expand_as(always))
-    )
-    level = torch.where(kept, ALWAYS, level).masked_fill(~seen, math.inf)
-    # Blocks on the diagonal move to the front, then those always kept; the order is kept otherwise.
-    kept = kept & ~touching
-    rest = ~(kept | touching)
-    ahead, middle = touching.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
-    place = torch.where(touching, touching.cumsum(-1), torch.where(kept, kept.cumsum(-1) + ahead, 0))
-    place = torch.where(rest, rest.cumsum(-1) + ahead + middle, place) - 1
-    order = torch.empty_like(block, dtype=torch.int32).scatter_(-1, place, block.int())
-    return Visit(order, torch.empty_like(level).scatter_(-1, place, level))
+    ascending = level.masked_fill(diagonal & (level < math.inf), ALWAYS - 1).sort(dim=-1, stable=True)
+    return Visit(ascending.indices.int(), ascending.values)
 
 
 def one_pass(
@@ -96,6 +76,7 @@ def one_pass(
     tau: Tensor,
     theta: Tensor,
     *,
+    policy: str = DEFAULT,
     rows: Tensor | None = None,
     causal: bool,
     scale: float | None = None,
@@ -108,6 +89,7 @@ def one_pass(
         q: ``[H, N, D]`` fp16, bf16, fp32 or, on the CPU, fp64; k, v: ``[H_kv, N, D]``, H a multiple of H_kv.
         dense: ``[H, N, D]``, the dense output in the dtype of ``q``.
         tau: fp32 ``[H, T]``, ascending; theta: fp32 ``[H]``; on any device.
+        policy: what scores the blocks, one name for all heads.
         rows: int64 ``[m]``, ascending: the query blocks to measure, all by default. Each is measured exactly.
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
@@ -118,26 +100,21 @@ def one_pass(
     """
     heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    tau, theta = tau.to(q.device), theta.to(q.device)
-    rows = (
-        torch.arange(block_count(length, block_q), device=q.device) if rows is None else rows.to(q.device).contiguous()
-    )
+    tau = tau.to(q.device)
     count_k = block_count(length, block_k)
     shape = (block_count(length, block_q), count_k, block_q, block_k)
+    rows = torch.arange(shape[0]) if rows is None else rows
+    rows = rows.to(q.device).contiguous()
     visible = visible_blocks(*shape, causal, q.device)[rows]
     diagonal = diagonal_blocks(*shape, q.device)[rows]
     measure = _triton_pass if q.device.type == "cuda" else torch_pass
     parts = []
-    for some, kv in _head_groups(heads, k.shape[0], len(rows) * count_k * VISIT_BYTES):
-        mean_q, similarity_q = _statistics(q[some], block_q)
-        mean_k, similarity_k = _statistics(k[kv], block_k)
-        groups = mean_q.shape[0] // mean_k.shape[0]
-        coherent_k = similarity_k.repeat_interleave(groups, 0)[:, None] >= theta[some, None, None]
-        coherent_q = similarity_q[:, rows, None] >= theta[some, None, None]
-        probability = reference.block_probabilities(
-            mean_q[None][:, :, rows], mean_k[None], visible & coherent_k, scale=scale
+    for some, kv in _head_groups(heads, k.shape[0], shape[0] * count_k * VISIT_BYTES):
+        limits = theta[some] if policy == DEFAULT else None
+        level = levels(
+            policy, q[None, some], k[None, kv], limits, causal=causal, scale=scale, block_q=block_q, block_k=block_k
         )[0]
-        visit = visit_order(probability, ~coherent_k | ~coherent_q, diagonal, visible)
+        visit = visit_order(level if len(rows) == shape[0] else level[:, rows], diagonal)
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.
         live = torch.searchsorted(visit.level, tau[some, None].expand(-1, len(rows), -1).contiguous(), out_int32=True)
         difference, magnitude = measure(
@@ -161,17 +138,6 @@ def _head_groups(heads: int, kv_heads: int, bytes_per_head: int) -> Iterator[tup
     for first in range(0, kv_heads, step):
         last = min(first + step, kv_heads)
         yield slice(first * groups, last * groups), slice(first, last)
-
-
-def _statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """:func:`reference.block_statistics` of ``[H, N, D]``; on CUDA the means may be padded with zero columns."""
-    if x.device.type == "cuda":
-        from afbs_compile.kernels import predict_triton  # Triton is not installed everywhere.
-
-        mean, similarity = predict_triton._block_statistics(x[None], block)
-    else:
-        mean, similarity = reference.block_statistics(x[None], block)
-    return mean[0], similarity[0]
 
 
 def _triton_pass(*operands: Any, **call: Any) -> tuple[Tensor, Tensor]:

@@ -221,7 +221,7 @@ def sparse_attention_with_counts(
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, bool is_causal, float? scale=None, "
-        "int block_q=64, int block_k=64, int min_length=0, str[]? policy=None) -> Tensor"
+        "int block_q=64, int block_k=64, int min_length=0, int max_length=0, str[]? policy=None) -> Tensor"
     ),
 )
 def sparse_attention(
@@ -236,6 +236,7 @@ def sparse_attention(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    max_length: int = 0,
     policy: Sequence[str] | None = None,
 ) -> Tensor:
     """Block-sparse attention with each head's constants; dense where that is what they say.
@@ -244,6 +245,7 @@ def sparse_attention(
 
     Args:
         min_length: sequences shorter than this run dense, and so does a call whose heads are all DENSE.
+        max_length: sequences longer than this run dense; 0 for no limit.
 
     Returns:
         ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
@@ -256,7 +258,8 @@ def sparse_attention(
     _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     if q.numel() == 0:
         return _empty_output(q)
-    if q.shape[2] < min_length or all(value >= KEEP_ALL for value in tau):
+    too_long = 0 < max_length < q.shape[2]
+    if q.shape[2] < min_length or too_long or all(value >= KEEP_ALL for value in tau):
         return _dense_attention(q, k, v, is_causal, scale)
     call = {"causal": is_causal, "scale": scale, "block_q": block_q, "block_k": block_k}
     out, _ = _sparse_attention(q, k, v, tau, theta, lam, policy, **call)
@@ -276,6 +279,7 @@ def _(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    max_length: int = 0,
     policy: Sequence[str] | None = None,
 ) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""

@@ -97,7 +97,7 @@ def levels(
     candidates, kept = visible, reference.diagonal_blocks(*counts, block_q, block_k, q.device)
     limits = [reference.THETA_OFF] * q.shape[1] if theta is None else torch.as_tensor(theta).tolist()
     check_policies([policy] * q.shape[1], limits)
-    if policy == DEFAULT:
+    if policy == DEFAULT and max(limits) >= 0:  # else every block is coherent
         coherent_q, coherent_k = _coherent(q, k, limits, block_q, block_k)
         candidates, kept = visible & coherent_k, kept | ~coherent_k | ~coherent_q
     if q.device.type == "cuda":

@@ -27,7 +27,7 @@ class SiteConstants:
     Attributes:
         tau, theta, lam: one number per query head.
         block_q, block_k: rows per block.
-        min_length: below it the operator computes dense attention.
+        min_length: below it the operator computes dense attention; max_length: above it likewise, 0 for no limit.
         policy: one name per query head; empty means ``meansim`` for all.
     """
 
@@ -37,6 +37,7 @@ class SiteConstants:
     block_q: int
     block_k: int
     min_length: int
+    max_length: int = 0
     policy: tuple[str, ...] = ()
 
 
@@ -128,6 +129,7 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) 
             "block_q": constants.block_q,
             "block_k": constants.block_k,
             "min_length": constants.min_length,
+            **({"max_length": constants.max_length} if constants.max_length else {}),
             **_named_policies(constants),
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -173,6 +174,31 @@ def _note(recipe: Recipe) -> str:
     return (
         f"mean sparsity {recipe.sparsity:.1%}; {recipe.goal}; method {recipe.method}; "
         f"blocks {blocks}; engine {recipe.engine}; calibrated on {samples[0].source} "
-        f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, validated on {inputs} inputs: "
-        "other inputs may err more"
+        f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, validated on {inputs} inputs"
+        f"{_validated(recipe)}: {_promised(recipe)}"
+    )
+
+
+def _validated(recipe: Recipe) -> str:
+    """Lengths at which every site's thresholds were validated."""
+    ranges = [site.validated_lengths for site in recipe.sites if site.validated_lengths is not None]
+    if not ranges:
+        return ""
+    shortest, longest = max(low for low, _ in ranges), min(high for _, high in ranges)
+    return f" at {shortest} to {longest} tokens" if shortest < longest else f" at {longest} tokens"
+
+
+def _promised(recipe: Recipe) -> str:
+    """The weakest promise of the graphs: what the validation says about inputs that were not seen."""
+    promises = [graph.promise for graph in recipe.graphs if graph.promise is not None]
+    weakest = min(promises, key=lambda promise: promise.inputs, default=None)
+    if weakest is None or weakest.inputs == 0:
+        one = max(graph.samples.count for graph in recipe.graphs) == 1
+        who = "one sample promises" if one else "all of them chose the thresholds, which promises"
+        return f"{who} nothing about other inputs"
+    any_head = max(promise.model_bound for promise in promises)
+    terms = f"confidence {weakest.confidence:.0%}, n = {weakest.inputs}".replace("%", " %")
+    some = "" if any_head >= 1 else f"; some head does on at most {math.ceil(100 * any_head)} % of them"
+    return (
+        f"a head exceeds the tolerance on at most {math.ceil(100 * weakest.head_bound)} % of such inputs, {terms}{some}"
     )

@@ -104,7 +104,7 @@ def _end_to_end(runs: Sequence[SampleRun], budget: Budget) -> EndToEnd | None:
 
 
 def measure(name: str, samples: Sequence[Operands], settings: TuneSettings, stopwatch: Stopwatch) -> MeasuredSite:
-    """Error and live work of every head of a site over tau, at the theta and block shape that suit it best.
+    """Error and live work of every head of a site over tau, at the policy, theta and block shape that suit it best.
 
     Args:
         name: of the site; samples: its operands.
@@ -114,15 +114,15 @@ def measure(name: str, samples: Sequence[Operands], settings: TuneSettings, stop
     inputs = Inputs(samples)
     explored = explore(inputs, REFERENCE_ERROR, settings.shapes_on(samples[0].q.device))
     shape = fastest_shape(inputs, explored, stopwatch)
-    theta = explored[shape].theta
+    choice = explored[shape]
     x = torch.linspace(0, math.log(SMALLEST), POINTS)
     tau = torch.round((1 - torch.exp(x)).expand(inputs.heads, -1), decimals=DECIMALS)
-    found = [inputs.curve(i, tau, theta, shape) for i in range(len(inputs.elements))]
+    found = [inputs.curve(i, tau, choice.theta, choice.policy, shape) for i in range(len(inputs.elements))]
     # What several inputs do to the output is averaged, and grows with the square of the error.
     error = torch.stack([curve.overall for curve in found]).square().mean(0).sqrt()
     sparsity = torch.stack([curve.sparsity for curve in found]).mean(0)
     everything = torch.ones(inputs.heads, dtype=torch.bool)
-    curve = Curves("refine", inputs.length, shape, theta, tau, error, sparsity, everything)
+    curve = Curves("refine", inputs.length, shape, choice.theta, choice.policy, tau, error, sparsity, everything)
     curves = (*(c for each in explored.values() for c in each.curves), curve)
     return MeasuredSite(_points(name, curve, shape), curves, inputs.evaluations)
 
@@ -140,6 +140,7 @@ def _points(name: str, curve: Curves, shape: BlockShape) -> SitePoints:
         live=after(1.0, 1 - curve.sparsity),
         block_q=shape.block_q,
         block_k=shape.block_k,
+        policy=curve.policy,
     )
 
 
@@ -148,11 +149,13 @@ def _settled(
 ) -> SiteResult:
     """What the chosen thresholds of a site do to its heads on every sample, and how fast they are."""
     shape = BlockShape(chosen.block_q, chosen.block_k)
-    meter = Meter(samples, **shape._asdict())
+    policy = measured.points.policy
+    meter = Meter(samples, **shape._asdict(), policy=policy)
     result = SiteResult(
         chosen.thresholds,
         meter(chosen.thresholds).only(~chosen.thresholds.is_dense),
         shape,
+        policy,
         None,
         None,
         measured.evaluations + meter.evaluations,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
-from afbs_compile.recipe import SearchPath, Stage
+from afbs_compile.recipe import Policy, SearchPath, Stage
 from afbs_compile.tuner.inputs import BlockShape
 
-POLICY: Literal["meansim"] = "meansim"
 SMALLEST = 5e-4
 """The smallest ``1 - tau`` tried: a head that needs more than 99.95 % of its block mass has next to nothing to skip."""
 
@@ -25,7 +23,7 @@ class Curves:
     Attributes:
         stage, length: as in :class:`SearchPath`.
         shape: rows per block.
-        theta: fp32 ``[H]``.
+        theta: fp32 ``[H]``; policy: a name per head.
         tau: fp32 ``[H, P]``, ascending: the boldest threshold first.
         error: fp32 ``[H, P]``, relative L1, worst of the inputs; sparsity: fp32 ``[H, P]``, their mean.
         measured: bool ``[H]``, heads that were measured; the rest holds no meaning.
@@ -35,6 +33,7 @@ class Curves:
     length: int
     shape: BlockShape
     theta: Tensor
+    policy: tuple[Policy, ...]
     tau: Tensor
     error: Tensor
     sparsity: Tensor
@@ -47,7 +46,7 @@ class Curves:
         return SearchPath(
             stage=self.stage,
             length=self.length,
-            policy=POLICY,
+            policy=self.policy[head],
             block_q=self.shape.block_q,
             block_k=self.shape.block_k,
             s=(),

@@ -22,11 +22,12 @@ CHUNK_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class SiteThresholds:
-    """What runs at one site: thresholds per head and the block shape they belong to."""
+    """What runs at one site: thresholds per head, and the block shape and the policies they belong to."""
 
     thresholds: Thresholds
     block_q: int
     block_k: int
+    policy: tuple[str, ...] | None = None
 
     def attend(self, operands: Operands) -> Tensor | None:
         """Sparse attention on a site's operands; ``None`` where every head is DENSE."""
@@ -44,6 +45,7 @@ class SiteThresholds:
             scale=operands.scale,
             block_q=self.block_q,
             block_k=self.block_k,
+            policy=self.policy,
         )[0]
 
 

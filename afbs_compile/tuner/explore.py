@@ -1,4 +1,4 @@
-"""Stage 1 of ``method="afbs"``: choose theta for each head, and the block shape, on a part of one input's rows."""
+"""Stage 1 of ``method="afbs"``: choose policy and theta for each head, on a part of one input's rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.reference import block_count
+from afbs_compile.kernels.reference import THETA_OFF, block_count
+from afbs_compile.recipe import Policy
 from afbs_compile.tuner.curves import SMALLEST, Crossing, Curves, crossing
 from afbs_compile.tuner.inputs import BlockShape, Inputs
-from afbs_compile.tuner.space import THETAS
 
 POINTS = 20
 """Thresholds per curve, from ``tau = 0`` to ``1 - SMALLEST``, evenly in the log of ``1 - tau``."""
@@ -24,15 +24,28 @@ EXPLORED_ROWS = 1024
 """Rows of the input that are measured, spread over its length: enough to rank the choices, not to place tau."""
 
 
+CANDIDATES: tuple[tuple[Policy, float], ...] = (
+    ("meansim", THETA_OFF),
+    ("meansim", 0.45),
+    ("meanshare", THETA_OFF),
+    ("cumulant", THETA_OFF),
+)
+"""Policies and thetas that are explored, the cheapest predictor first. The other policies won on no head of ours."""
+
+OWN_CHOICE = 0.03
+"""Sparsity by which a head must gain to leave the choice of its site: every further policy is a predictor call more."""
+
+
 @dataclass(frozen=True)
 class Explored:
     """The best choice per head for one block shape.
 
     Attributes:
-        theta, tau, sparsity: ``[H]``; tau is 1 where no threshold holds the tolerance.
+        policy: a name per head; theta, tau, sparsity: ``[H]``; tau is 1 where no threshold holds the tolerance.
         curves: everything that was measured.
     """
 
+    policy: tuple[Policy, ...]
     theta: Tensor
     tau: Tensor
     sparsity: Tensor
@@ -40,41 +53,55 @@ class Explored:
 
 
 def explore(inputs: Inputs, tolerance: float, shapes: Sequence[BlockShape]) -> dict[BlockShape, Explored]:
-    """Per block shape and head, the theta that reaches the largest sparsity within the tolerance.
+    """Per block shape and head, the policy and theta that reach the largest sparsity within the tolerance.
 
-    The first shape decides about theta; the others are measured with what it chose.
+    The first shape decides about them; the others are measured with what it chose.
 
     Args:
         inputs: of the site; one of them is measured.
         tolerance: relative L1 over the measured rows.
         shapes: to compare.
     """
+    heads = inputs.heads
     found: dict[BlockShape, Explored] = {}
-    thetas = [torch.full((inputs.heads,), value) for value in THETAS]
+    choices: list[tuple[tuple[Policy, ...], Tensor]] = [
+        ((policy,) * heads, torch.full((heads,), theta)) for policy, theta in CANDIDATES
+    ]
     for shape in shapes:
-        curves = [_measure(inputs, theta, shape) for theta in thetas]
+        curves = [_measure(inputs, policy, theta, shape) for policy, theta in choices]
         found[shape] = _best(curves, [crossing(curve, tolerance) for curve in curves])
-        thetas = [found[shape].theta]
+        choices = [(found[shape].policy, found[shape].theta)]
     return found
 
 
 def _best(curves: Sequence[Curves], crossings: Sequence[Crossing]) -> Explored:
     sparsity = torch.stack([point.sparsity for point in crossings])
-    choice = sparsity.argmax(0, keepdim=True)  # the first of equals: theta off
-    tau = torch.stack([point.tau for point in crossings])
-    theta = torch.stack([curve.theta for curve in curves])
-    return Explored(theta.gather(0, choice)[0], tau.gather(0, choice)[0], sparsity.gather(0, choice)[0], tuple(curves))
+    common = int(sparsity.mean(1).argmax())  # the first of equals: the cheapest
+    own = sparsity.argmax(0)
+    gain = sparsity.gather(0, own[None])[0] - sparsity[common]
+    choice = torch.where(gain > OWN_CHOICE, own, common)
+
+    def chosen(columns: list[Tensor]) -> Tensor:
+        return torch.stack(columns).gather(0, choice[None])[0]
+
+    return Explored(
+        tuple(curves[index].policy[head] for head, index in enumerate(choice.tolist())),
+        chosen([curve.theta for curve in curves]),
+        chosen([point.tau for point in crossings]),
+        chosen([point.sparsity for point in crossings]),
+        tuple(curves),
+    )
 
 
-def _measure(inputs: Inputs, theta: Tensor, shape: BlockShape) -> Curves:
+def _measure(inputs: Inputs, policy: tuple[Policy, ...], theta: Tensor, shape: BlockShape) -> Curves:
     x = torch.linspace(0, math.log(SMALLEST), POINTS)
     tau = (1 - torch.exp(x)).expand(inputs.heads, -1).contiguous()
     length = inputs.length
-    sums = inputs.sums(inputs.first, tau, theta, shape, rows=sampled_blocks(length, shape.block_q))
+    sums = inputs.sums(inputs.first, tau, theta, policy, shape, rows=sampled_blocks(length, shape.block_q))
     error = sums.difference.sum(1) / sums.magnitude.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     sparsity = 1 - sums.live.sum(1).float() / sums.visible.sum()
     measured = torch.ones(inputs.heads, dtype=torch.bool)
-    return Curves("explore", length, shape, theta, tau, error.float().cpu(), sparsity.cpu(), measured)
+    return Curves("explore", length, shape, theta, policy, tau, error.float().cpu(), sparsity.cpu(), measured)
 
 
 def sampled_blocks(length: int, block_q: int) -> Tensor:

@@ -31,7 +31,6 @@ from afbs_compile.recipe import (
     SiteRecipe,
 )
 from afbs_compile.tuner.budgeted import tune_with_budget
-from afbs_compile.tuner.curves import POLICY
 from afbs_compile.tuner.end_to_end import SiteThresholds
 from afbs_compile.tuner.progress import calibration_progress
 from afbs_compile.tuner.promise import promise
@@ -118,7 +117,8 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
     def chosen(name: str, operands: Operands) -> Tensor | None:
         """Later sites are calibrated on what the sparse ones before them make."""
         result = results[name]
-        return None if result.dense_reason else SiteThresholds(result.thresholds, *result.shape).attend(operands)
+        here = SiteThresholds(result.thresholds, *result.shape, result.policy)
+        return None if result.dense_reason else here.attend(operands)
 
     with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs, chosen)) as walk:
         for name, operands in walk:
@@ -176,7 +176,7 @@ def _head_recipe(result: SiteResult, head: int) -> HeadRecipe:
     paths = [curves.path(head) for curves in result.curves if bool(curves.measured[head])]
     return HeadRecipe(
         outcome="dense" if dense else "sparse",
-        policy=POLICY,
+        policy=result.policy[head],
         tau=number(thresholds.tau),
         theta=number(thresholds.theta),
         lam=number(thresholds.lam),
@@ -201,7 +201,7 @@ def _trial_paths(result: SiteResult, head: int) -> list[SearchPath]:
             SearchPath(
                 stage=stage,
                 length=length,
-                policy=POLICY,
+                policy=result.policy[head],
                 block_q=result.shape.block_q,
                 block_k=result.shape.block_k,
                 s=s,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from afbs_compile.kernels.one_pass import PassSums, one_pass
+from afbs_compile.kernels.policy import heads_of
 from afbs_compile.kernels.reference import block_count
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner.measure import WINDOWS, dense_attention
@@ -98,6 +99,7 @@ class Inputs:
         index: int,
         tau: Tensor,
         theta: Tensor,
+        policy: Sequence[str],
         shape: BlockShape,
         *,
         heads: Tensor | None = None,
@@ -107,20 +109,25 @@ class Inputs:
 
         Args:
             index: of the input.
-            tau: ``[h, P]``, ascending; theta: ``[h]``.
+            tau: ``[h, P]``, ascending; theta: ``[h]``; policy: a name for each of the h heads.
             shape: rows per block.
             heads: int64 ``[h]``, the query heads to measure, all by default.
             rows: query blocks to measure, all by default.
         """
         element, dense = self.elements[index], self.dense(index)
         q, k, v, out = element.q[0], element.k[0], element.v[0], dense[0]
-        if heads is not None and len(heads) < self.heads:
-            heads = heads.to(q.device)
-            kv = heads // (q.shape[0] // k.shape[0])
-            q, k, v, out = q[heads], k[kv], v[kv], out[heads]
-        found = one_pass(
-            q, k, v, out, tau, theta, rows=rows, causal=element.causal, scale=element.scale, **shape._asdict()
-        )
+        call: dict[str, Any] = {"rows": rows, "causal": element.causal, "scale": element.scale, **shape._asdict()}
+        wanted = torch.arange(self.heads) if heads is None else heads
+        parts, places = [], []
+        for name, mine in heads_of(policy).items():
+            some = wanted[mine].to(q.device)
+            kv = some // (q.shape[0] // k.shape[0])
+            operands = (q, k, v, out) if len(some) == self.heads else (q[some], k[kv], v[kv], out[some])
+            parts.append(one_pass(*operands, tau[mine], theta[mine], policy=name, **call))
+            places += mine
+        back = torch.tensor(places).argsort().to(q.device)
+        difference, magnitude, live = (torch.cat(x)[back] for x in list(zip(*parts, strict=True))[:3])
+        found = PassSums(difference, magnitude, live, parts[0].visible)
         # Blocks that the largest tau keeps were visited, of all that dense attention visits over all rows and heads.
         length = element.q.shape[2]
         everything = self.heads * block_count(length, shape.block_q) * block_count(length, shape.block_k)
@@ -129,10 +136,17 @@ class Inputs:
         return found
 
     def curve(
-        self, index: int, tau: Tensor, theta: Tensor, shape: BlockShape, *, heads: Tensor | None = None
+        self,
+        index: int,
+        tau: Tensor,
+        theta: Tensor,
+        policy: Sequence[str],
+        shape: BlockShape,
+        *,
+        heads: Tensor | None = None,
     ) -> InputCurve:
         """Error and sparsity of every threshold on all rows of an input; arguments as in :meth:`sums`."""
-        sums = self.sums(index, tau, theta, shape, heads=heads)
+        sums = self.sums(index, tau, theta, policy, shape, heads=heads)
         element = self.elements[index]
         length, blocks = int(element.q.shape[2]), sums.magnitude.shape[1]
         edges = [blocks * i // self.windows for i in range(self.windows + 1)]

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+Outside = Literal["extrapolate", "dense", "recalibrate"]
+"""What runs at lengths that were not validated: see :class:`afbs_compile.options.Options`."""
+OUTSIDE: tuple[str, ...] = get_args(Outside)
+
+MOST_CAREFUL = 0.05
+"""Extrapolation lowers a head's ``1 - tau`` to this share of itself at most."""
 
 LARGEST_EXPONENT = 2.0
 """Fits beyond this are noise: an error that grows with the square of the length has never been seen."""
@@ -49,6 +57,23 @@ def fit_lengths(
             break
         shortest = min(shortest, length)
     return Lengths((shortest, max(whole)), _exponent(measured))
+
+
+def extrapolated_tau(
+    tau: float, tau_exponent: float, length_exponent: float, validated: tuple[int, int], length: int
+) -> float:
+    """A head's tau at another length, raised to keep its error where the error was seen to grow towards that length.
+
+    Args:
+        tau: validated; tau_exponent, length_exponent: a and b of ``error ~ (1 - tau) ** a * length ** b``.
+        validated: shortest and longest validated length; length: the other one.
+    """
+    nearest = min(max(length, validated[0]), validated[1])
+    if tau_exponent <= 0 or length == nearest:
+        return tau
+    # (1 - tau') ** a * length ** b = (1 - tau) ** a * nearest ** b
+    share: float = (length / nearest) ** (-length_exponent / tau_exponent)
+    return 1 - (1 - tau) * min(1.0, max(MOST_CAREFUL, share))
 
 
 def _exponent(measured: Mapping[int, Tensor]) -> Tensor:

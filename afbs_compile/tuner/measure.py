@@ -66,11 +66,19 @@ class Meter:
             call, and the dense calls that errors are measured against.
     """
 
-    def __init__(self, samples: Sequence[Operands], *, block_q: int, block_k: int, windows: int | None = None) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Operands],
+        *,
+        block_q: int,
+        block_k: int,
+        windows: int | None = None,
+        policy: Sequence[str] | None = None,
+    ) -> None:
         single = sum(sample.q.shape[0] for sample in samples) == 1
         self.windows = (WINDOWS if single else 1) if windows is None else windows
         self.samples = samples
-        self.block_q, self.block_k = block_q, block_k
+        self.block_q, self.block_k, self.policy = block_q, block_k, policy
         self._dense = [dense_attention(sample) for sample in samples]
         self.calls = 0.0
         self.evaluations = sum(self._cost(sample) for sample in samples)
@@ -93,7 +101,8 @@ class Meter:
         short = [
             replace(s, q=s.q[:, :, :length], k=s.k[:, :, :length], v=s.v[:, :, :length]) for s in self.samples[:samples]
         ]
-        return Meter(short, block_q=self.block_q, block_k=self.block_k, windows=windows or self.windows)
+        windows = windows or self.windows
+        return Meter(short, block_q=self.block_q, block_k=self.block_k, windows=windows, policy=self.policy)
 
     def __call__(self, thresholds: Thresholds) -> Measurement:
         """Run every sample at these thresholds."""
@@ -110,6 +119,7 @@ class Meter:
                 scale=sample.scale,
                 block_q=self.block_q,
                 block_k=self.block_k,
+                policy=self.policy,
             )
             errors.append(relative_l1(out, dense, self.windows, self.block_q))
             sparsities.append(self._sparsity(sample, counts))

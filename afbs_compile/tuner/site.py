@@ -12,6 +12,7 @@ from torch import Tensor
 from afbs_compile.kernels.op import engine_name, sparse_attention_with_counts
 from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
 from afbs_compile.passes.capture import Operands
+from afbs_compile.recipe import Policy
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.budget import Budget
 from afbs_compile.tuner.curves import Curves, tau_exponent
@@ -34,7 +35,11 @@ BLOCK_SHAPES = {
 }
 """Block shapes that ``method="afbs"`` compares, by engine."""
 
+PAPER_POLICY: tuple[Policy, ...] = ("meansim",)
+"""Algorithm 1 searches SpargeAttn's thresholds."""
+
 STEPS_BACK = 4
+"""Thresholds that a head goes back where the kernel does not confirm the pass, before it is DENSE."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class SiteResult:
     Attributes:
         thresholds: per head, DENSE where nothing feasible was found.
         measured: error on every validation input and sparsity, per head; 0 for DENSE heads.
-        shape: rows per block.
+        shape: rows per block; policy: a name per head.
         speed: ``None`` where every head is DENSE.
         dense_reason: why the whole site stays dense, or ``None`` if it is rewritten.
         evaluations: cost in dense equivalents.
@@ -78,6 +83,7 @@ class SiteResult:
     thresholds: Thresholds
     measured: Measurement
     shape: BlockShape
+    policy: tuple[Policy, ...]
     speed: SiteSpeed | None
     dense_reason: str | None
     evaluations: float
@@ -132,7 +138,7 @@ def with_speed(
         return replace(result, dense_reason=nothing)
     sparsity = float(result.measured.sparsity.mean())
     speed = SiteSpeed.measure(
-        sample, result.thresholds, sparsity, stopwatch, dense_ms=dense_ms, **result.shape._asdict()
+        sample, result.thresholds, result.policy, sparsity, stopwatch, dense_ms=dense_ms, **result.shape._asdict()
     )
     not_faster = None
     if speed.min_length is None:
@@ -152,6 +158,7 @@ def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Post
         result.thresholds.where(finite, Thresholds.dense(meter.heads)),
         result.measured.only(finite),
         shape,
+        PAPER_POLICY * meter.heads,
         None,
         None,
         meter.evaluations + low.evaluations * (low.length / meter.length) ** 2,
@@ -161,7 +168,7 @@ def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Post
 
 
 def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) -> SiteResult:
-    """Explore theta and the block shape, refine tau, validate: the paper's three stages, on curves.
+    """Explore policy, theta and the block shape, refine tau, validate: the paper's three stages, on curves.
 
     The result has no speed yet.
     """
@@ -169,8 +176,8 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
     explored = explore(inputs, tolerance, settings.shapes_on(inputs.elements[0].q.device))
     shape = fastest_shape(inputs, explored, stopwatch)
     choice = explored[shape]
-    found = validate(inputs, choice.tau, choice.theta, shape, tolerance)
-    found, thresholds = _confirmed(inputs, found, choice.theta, shape, tolerance)
+    found = validate(inputs, choice.tau, choice.theta, choice.policy, shape, tolerance)
+    found, thresholds = _confirmed(inputs, found, choice, shape, tolerance)
     sparse = ~thresholds.is_dense
     curves = (*(curve for each in explored.values() for curve in each.curves), *found.curves)
     refined = [curve for curve in found.curves if curve.stage == "refine"]
@@ -183,6 +190,7 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
         thresholds,
         Measurement(found.error, found.sparsity).only(sparse),
         shape,
+        choice.policy,
         None,
         None,
         inputs.evaluations,
@@ -203,24 +211,24 @@ def fastest_shape(inputs: Inputs, explored: dict[BlockShape, Explored], stopwatc
         if thresholds.is_dense.all() or len(explored) == 1:
             continue
         live = float((1 - choice.sparsity).sum())
-        milliseconds[shape] = live * stopwatch.block_ms(element, thresholds, *shape)
+        milliseconds[shape] = live * stopwatch.block_ms(element, thresholds, choice.policy, *shape)
     return min(milliseconds, key=milliseconds.__getitem__, default=next(iter(explored)))
 
 
 def _confirmed(
-    inputs: Inputs, found: Validated, theta: Tensor, shape: BlockShape, tolerance: float
+    inputs: Inputs, found: Validated, choice: Explored, shape: BlockShape, tolerance: float
 ) -> tuple[Validated, Thresholds]:
     """Run the kernel that will run on the explored input: where it differs from the pass, it is right."""
     index, windows = inputs.first, inputs.windows
     element, dense = inputs.elements[index], inputs.dense(index)
-    tau, error = found.tau.clone(), found.error.clone()
+    tau, theta, error = found.tau.clone(), choice.theta, found.error.clone()
     for _ in range(STEPS_BACK):
         thresholds = Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF))
         if thresholds.is_dense.all():
             break
         out, counts = sparse_attention_with_counts(
             element.q, element.k, element.v, tau.tolist(), theta.tolist(), thresholds.lam.tolist(),
-            causal=element.causal, scale=element.scale, **shape._asdict(),
+            causal=element.causal, scale=element.scale, policy=choice.policy, **shape._asdict(),
         )  # fmt: skip
         seen = relative_l1(out, dense, windows, shape.block_q).cpu()
         inputs.evaluations += float(counts.float().mean() / counts.shape[-1]) * (2 if element.causal else 1)

@@ -14,12 +14,6 @@ from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF, THETA_OFF
 Parameterization = Literal["corrected", "paper"]
 PARAMETERIZATIONS: tuple[str, ...] = get_args(Parameterization)
 
-THETAS = (THETA_OFF, 0.3, 0.45)
-"""The self-similarity thresholds that ``method="afbs"`` explores; the first one is off."""
-
-LAMBDAS = (-6.0, -8.0, -10.0, -13.0, -16.0, -20.0)
-"""The skip thresholds (log2 units) that ``method="afbs"`` tries, the most eager first."""
-
 # Bounds of Eq. 2. The paper prints none; these satisfy its worked example (section III-C4: s = 0.758 gives
 # tau = 0.924, theta = 0.091, lambda = -10.2) and its "delta s = 0.0625 is delta tau = 0.012" (section III-G).
 TAU_RANGE = (0.78, 0.97)

@@ -26,6 +26,10 @@ SHORTEST = 256
 """Tokens from which lengths are tried."""
 
 
+ALIKE = 0.05
+"""Sparsities that differ by less make the same crossover."""
+
+
 class Stopwatch:
     """What timing one site says about later ones of its kind, so that each thing is timed once in a calibration."""
 
@@ -33,19 +37,21 @@ class Stopwatch:
         self._block_ms: dict[Hashable, float] = {}
         self._crossovers: dict[Hashable, list[tuple[float, int]]] = {}
 
-    def block_ms(self, sample: Operands, thresholds: Thresholds, block_q: int, block_k: int) -> float:
+    def block_ms(
+        self, sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
+    ) -> float:
         """Milliseconds of a sparse call on the sample per (query, key) pair of its live blocks."""
-        key = (_kind(sample), block_q, block_k)
+        key = (_kind(sample), tuple(sorted(set(policy))), block_q, block_k)
         if key not in self._block_ms:
-            _, counts = _call(sample, thresholds, block_q, block_k)
-            (ms,) = best_ms([sparse_call(sample, thresholds, block_q, block_k)])
+            _, counts = _call(sample, thresholds, policy, block_q, block_k)
+            (ms,) = best_ms([sparse_call(sample, thresholds, policy, block_q, block_k)])
             self._block_ms[key] = ms / (float(counts.sum()) * block_q * block_k)
         return self._block_ms[key]
 
     def known_crossover(self, sample: Operands, sparsity: float, block_q: int, block_k: int) -> int | None:
-        """Shortest worthwhile length that a site of this kind has shown with no more sparsity than this one."""
+        """Shortest worthwhile length that a site of this kind has shown with as much sparsity, or a little less."""
         known = self._crossovers.get((_kind(sample), block_q, block_k), [])
-        return min((length for other, length in known if other <= sparsity), default=None)
+        return min((length for other, length in known if 0 <= sparsity - other <= ALIKE), default=None)
 
     def learn_crossover(self, sample: Operands, sparsity: float, block_q: int, block_k: int, length: int) -> None:
         """Remember a measured crossover."""
@@ -73,6 +79,7 @@ class SiteSpeed:
     def measure(
         sample: Operands,
         thresholds: Thresholds,
+        policy: Sequence[str],
         sparsity: float,
         stopwatch: Stopwatch,
         *,
@@ -84,16 +91,16 @@ class SiteSpeed:
 
         Args:
             sample: one input.
-            thresholds: of the site; sparsity: what they skip.
+            thresholds: of the site; policy: a name per head; sparsity: what they skip.
             stopwatch: what earlier sites have shown.
             block_q, block_k: rows per block.
             dense_ms: milliseconds of the dense call, where they are known.
         """
         length = sample.q.shape[2]
         if dense_ms is None:
-            dense_ms, sparse_ms = _times(sample, thresholds, block_q, block_k)
+            dense_ms, sparse_ms = _times(sample, thresholds, policy, block_q, block_k)
         else:
-            _, sparse_ms = timed(sparse_call(sample, thresholds, block_q, block_k))  # it has run before
+            _, sparse_ms = timed(sparse_call(sample, thresholds, policy, block_q, block_k))  # it has run before
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None)
         known = stopwatch.known_crossover(sample, sparsity, block_q, block_k)
@@ -102,7 +109,7 @@ class SiteSpeed:
         shorter = [length >> halvings for halvings in range(1, 20) if length >> halvings >= SHORTEST]
         min_length = length
         for tried in reversed(shorter):
-            dense, sparse = _times(_first_tokens(sample, tried), thresholds, block_q, block_k)
+            dense, sparse = _times(_first_tokens(sample, tried), thresholds, policy, block_q, block_k)
             if sparse <= WORTHWHILE * dense:
                 min_length = tried
                 break
@@ -114,12 +121,18 @@ def _first_tokens(sample: Operands, length: int) -> Operands:
     return replace(sample, q=sample.q[:, :, :length], k=sample.k[:, :, :length], v=sample.v[:, :, :length])
 
 
-def _times(sample: Operands, thresholds: Thresholds, block_q: int, block_k: int) -> tuple[float, float]:
-    dense, sparse = best_ms([lambda: dense_attention(sample), sparse_call(sample, thresholds, block_q, block_k)])
+def _times(
+    sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
+) -> tuple[float, float]:
+    dense, sparse = best_ms(
+        [lambda: dense_attention(sample), sparse_call(sample, thresholds, policy, block_q, block_k)]
+    )
     return dense, sparse
 
 
-def _call(sample: Operands, thresholds: Thresholds, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+def _call(
+    sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
+) -> tuple[Tensor, Tensor]:
     return sparse_attention_with_counts(
         sample.q,
         sample.k,
@@ -131,12 +144,15 @@ def _call(sample: Operands, thresholds: Thresholds, block_q: int, block_k: int) 
         scale=sample.scale,
         block_q=block_q,
         block_k=block_k,
+        policy=policy,
     )
 
 
-def sparse_call(sample: Operands, thresholds: Thresholds, block_q: int, block_k: int) -> Callable[[], Tensor]:
+def sparse_call(
+    sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
+) -> Callable[[], Tensor]:
     """Predictor and block-sparse attention on a sample, ready to be timed."""
-    return lambda: _call(sample, thresholds, block_q, block_k)[0]
+    return lambda: _call(sample, thresholds, policy, block_q, block_k)[0]
 
 
 def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels.reference import KEEP_ALL
+from afbs_compile.recipe import Policy, Stage
 from afbs_compile.tuner.curves import SMALLEST, Curves, boldest_safe
 from afbs_compile.tuner.inputs import BlockShape, InputCurve, Inputs
 
@@ -50,12 +51,15 @@ class Validated:
     curves: tuple[Curves, ...]
 
 
-def validate(inputs: Inputs, tau: Tensor, theta: Tensor, shape: BlockShape, tolerance: float) -> Validated:
+def validate(
+    inputs: Inputs, tau: Tensor, theta: Tensor, policy: tuple[Policy, ...], shape: BlockShape, tolerance: float
+) -> Validated:
     """Refine and validate.
 
     Args:
         inputs: of the site.
         tau: fp32 ``[H]``, what the exploration found, 1 for heads to leave DENSE; theta: fp32 ``[H]``.
+        policy: a name per head.
         shape: rows per block.
         tolerance: relative L1 on every input or window.
     """
@@ -68,9 +72,10 @@ def validate(inputs: Inputs, tau: Tensor, theta: Tensor, shape: BlockShape, tole
         if not len(heads):
             break
         grid = _grid(centre[heads])
-        measured = [inputs.curve(i, grid, theta[heads], shape, heads=heads) for i in range(count)]
+        names = [policy[head] for head in heads.tolist()]
+        measured = [inputs.curve(i, grid, theta[heads], names, shape, heads=heads) for i in range(count)]
         index = best.take(heads, grid, measured, SAFE_SHARE * tolerance, inputs.first)
-        curves += _curves(inputs, heads, grid, theta, shape, measured)
+        curves += _curves(inputs, heads, grid, theta, policy, shape, measured)
         lower = (index == grid.shape[1]) & (grid[:, -1] < 1 - SMALLEST)
         higher = (index == 0) & (grid[:, 0] > 0)
         centre[heads] *= torch.where(lower, LOWER, torch.where(higher, HIGHER, 1.0))
@@ -131,12 +136,18 @@ class _Best:
 
 
 def _curves(
-    inputs: Inputs, heads: Tensor, grid: Tensor, theta: Tensor, shape: BlockShape, measured: list[InputCurve]
+    inputs: Inputs,
+    heads: Tensor,
+    grid: Tensor,
+    theta: Tensor,
+    policy: tuple[Policy, ...],
+    shape: BlockShape,
+    measured: list[InputCurve],
 ) -> list[Curves]:
     """What refine and validate measured, for all heads of the site."""
     first = measured[inputs.first]
     others = [curve for i, curve in enumerate(measured) if i != inputs.first]
-    stages = [("refine", first.overall, first.sparsity)]
+    stages: list[tuple[Stage, Tensor, Tensor]] = [("refine", first.overall, first.sparsity)]
     worst = torch.cat([curve.error for curve in others or measured]).amax(0)
     stages.append(("validate", worst, torch.stack([curve.sparsity for curve in others or measured]).mean(0)))
     mask = torch.zeros(inputs.heads, dtype=torch.bool)
@@ -148,6 +159,16 @@ def _curves(
         return full
 
     return [
-        Curves(stage, inputs.length, shape, theta, everywhere(grid), everywhere(error), everywhere(sparsity), mask)  # type: ignore[arg-type]
+        Curves(
+            stage=stage,
+            length=inputs.length,
+            shape=shape,
+            theta=theta,
+            policy=policy,
+            tau=everywhere(grid),
+            error=everywhere(error),
+            sparsity=everywhere(sparsity),
+            measured=mask,
+        )
         for stage, error, sparsity in stages
     ]

@@ -9,6 +9,7 @@ from torch import Tensor
 from afbs_compile.kernels import one_pass, reference
 from afbs_compile.kernels.one_pass import PassSums, visit_order
 from afbs_compile.kernels.op import sparse_attention_with_counts
+from afbs_compile.kernels.policy import POLICIES
 
 TAUS = torch.tensor([0.0, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.9995])
 
@@ -112,15 +113,30 @@ def test_groups_of_heads_change_nothing(monkeypatch):
         assert torch.equal(found, expected)
 
 
-def test_a_level_is_the_mass_of_the_blocks_that_score_higher_and_ties_share_it():
-    probability = torch.tensor([[[0.2, 0.4, 0.2, 0.1, 0.1]]])
-    always = torch.zeros(1, 1, 5, dtype=torch.bool)
-    diagonal = torch.tensor([[False, False, False, True, False]])
-    visible = torch.tensor([[True, True, True, True, False]])
-    visit = visit_order(probability, always, diagonal, visible)
-    assert visit.order.tolist() == [[[3, 1, 0, 2, 4]]]
-    assert visit.level[0, 0, :4].tolist() == pytest.approx([-1.0, 0.0, 0.4, 0.4])
-    assert visit.level[0, 0, 4] == torch.inf
+def test_the_diagonal_comes_first_then_what_is_always_kept_then_by_level():
+    level = torch.tensor([[[0.4, -1.0, 0.4, -1.0, 0.1, torch.inf]]])
+    diagonal = torch.tensor([[False, False, False, True, False, False]])
+    visit = visit_order(level, diagonal)
+    assert visit.order.tolist() == [[[3, 1, 4, 0, 2, 5]]]
+    assert (visit.level.diff() >= 0).all()
+    assert (visit.level[0, 0, :2] < 0).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_measures_what_the_operator_computes(policy):
+    q, k, v = operands(4, 2, 500, 32)
+    tau, theta = TAUS.expand(4, -1).contiguous(), torch.full((4,), -1.0)
+    dense = attended(q, k, v)
+    sums = one_pass.one_pass(q, k, v, dense, tau, theta, policy=policy, causal=True)
+    for column, threshold in enumerate(TAUS.tolist()):
+        constants = [threshold] * 4, [-1.0] * 4, [-1000.0] * 4
+        out, counts = sparse_attention_with_counts(
+            q[None], k[None], v[None], *constants, causal=True, policy=[policy] * 4
+        )
+        error = (out[0] - dense).abs().sum((1, 2)) / dense.abs().sum((1, 2))
+        assert sums.live[..., column].tolist() == counts[0].tolist()
+        found = sums.difference[..., column].sum(-1) / sums.magnitude.sum(-1)
+        torch.testing.assert_close(found, error, rtol=1e-3, atol=1e-5)
 
 
 def test_a_nan_row_keeps_everything_and_measures_nan():

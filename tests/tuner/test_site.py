@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels import reference
+from afbs_compile.kernels.policy import predict_mask
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner import paper, site
 from afbs_compile.tuner.inputs import BlockShape
@@ -36,10 +37,12 @@ def operands(seed: int = 0, length: int = LENGTH, batch: int = 1, causal: bool =
     return Operands(x * sharpness, x, x + values, HEAD_DIM**-0.5, causal)
 
 
-def errors_by_reference(sample: Operands, thresholds: Thresholds) -> tuple[Tensor, Tensor]:
+def errors_by_reference(
+    sample: Operands, thresholds: Thresholds, policy: tuple[str, ...] | None = None
+) -> tuple[Tensor, Tensor]:
     """Error and sparsity of each head, in float64 and without any of the tuner's code."""
     shape = {"causal": sample.causal, "scale": sample.scale}
-    live = reference.predict_mask(sample.q, sample.k, thresholds.tau, thresholds.theta, **shape)
+    live = predict_mask(sample.q, sample.k, thresholds.tau.tolist(), thresholds.theta.tolist(), policy, **shape)
     q, k, v = (t.double() for t in (sample.q, sample.k, sample.v))
     out = reference.masked_attention(q, k, v, live, thresholds.lam, **shape)
     everything = reference.visible_blocks(*live.shape[-2:], 64, 64, sample.causal, torch.device("cpu"))
@@ -54,10 +57,12 @@ def test_every_head_holds_the_tolerance_on_every_sample(causal):
     result = tune_site(samples, TuneSettings(tolerance=0.05, shapes=SQUARE))
     assert result.measured.error.shape == (3, HEADS)
     for index, sample in enumerate(samples):
-        error, _ = errors_by_reference(sample, result.thresholds)
+        error, _ = errors_by_reference(sample, result.thresholds, result.policy)
         assert (error <= 0.05 + 1e-4).all()
         assert result.measured.error[index].tolist() == pytest.approx(error.tolist(), abs=1e-4)
-    sparsity = torch.stack([errors_by_reference(sample, result.thresholds)[1] for sample in samples]).mean(0)
+    sparsity = torch.stack(
+        [errors_by_reference(sample, result.thresholds, result.policy)[1] for sample in samples]
+    ).mean(0)
     assert result.measured.sparsity.tolist() == pytest.approx(sparsity.tolist(), abs=1e-6)
     assert (result.measured.sparsity > torch.tensor([0.0, 0.2, 0.4, 0.6])).all()
 
@@ -66,7 +71,7 @@ def test_heads_use_what_the_tolerance_allows():
     result = tune_site([operands(), operands(1)], TuneSettings(tolerance=0.05, shapes=SQUARE))
     for step in (0.97, 0.9):  # a step of the grid is a twentieth
         bolder = Thresholds(1 - (1 - result.thresholds.tau) / step, result.thresholds.theta, result.thresholds.lam)
-        worst = torch.stack([errors_by_reference(operands(seed), bolder)[0] for seed in (0, 1)]).amax(0)
+        worst = torch.stack([errors_by_reference(operands(seed), bolder, result.policy)[0] for seed in (0, 1)]).amax(0)
     assert (worst > 0.05 * 0.93).all()
 
 
@@ -126,7 +131,7 @@ def test_paper_spends_what_algorithm_1_prints_and_less_after_a_warm_start():
         )
         counts.append((low.calls, meters[0].calls))
         result = SiteResult(
-            outcome.thresholds, outcome.measured, SQUARE[0], None, None, 0.0, posterior=outcome.posterior
+            outcome.thresholds, outcome.measured, SQUARE[0], (), None, None, 0.0, posterior=outcome.posterior
         )
     (cold_low, cold_high), (warm_low, warm_high) = counts
     assert (cold_low, warm_low) == (15, 8)

@@ -54,8 +54,9 @@ def _select_kernel(
     flaws = tl.sum(tl.where(strength == strength, 0.0, strength), 0)
     first_q = block * BLOCK_Q
     diagonal = (cols * BLOCK_K < first_q + BLOCK_Q) & (first_q < cols * BLOCK_K + BLOCK_K)
-    enough = strength > tl.load(odds + program // count_q % heads)
-    live = visible & (enough | diagonal | (flaws != flaws))
+    kept = diagonal | (strength > tl.load(odds + program // count_q % heads))
+    kept = tl.where(flaws != flaws, exists, kept)
+    live = visible & kept
 
     # Every store below depends on a sum over the whole row, so no score is overwritten before it is read.
     flags = live.to(tl.int32)
