@@ -105,8 +105,7 @@ def launch_shape(block_q: int, block_k: int, dim_pad: int, itemsize: int, chip: 
             tile_q //= 2
         else:
             break
-    # The fewest warps that hold the tile: each of them then reuses more of what it loads. The accumulator of a wide head
-    # alone fills four.
+    # The fewest warps that hold the tile: each then reuses more of what it loads. A wide head's accumulator fills four.
     order = WARPS[::-1] if dim_pad > 128 and itemsize <= HALF_BYTES else WARPS
     warps = next((warps for warps in order if _fits(tile_q, tile_k, warps, dim_pad, itemsize, chip)), WARPS[0])
     return _shape(tile_q, tile_k, warps, dim_pad, itemsize, chip)
