@@ -45,11 +45,9 @@ class Plan:
             return cls({}, refused)
         graph = _matching_graph(found, recipe)
         by_name = {site.name: site for site in graph.sites}
-        rows = [_applied(site, by_name.get(site.name), recipe) for site in found.sites]
+        rows = [_applied(site, by_name.get(site.name)) for site in found.sites]
         constants = {
-            site: _constants(row, recipe)
-            for site, row in zip(found.sites, rows, strict=True)
-            if row.outcome == "sparse"
+            site: _constants(row) for site, row in zip(found.sites, rows, strict=True) if row.outcome == "sparse"
         }
         longest = graph.samples.lengths[1]
         open_question = [row for row in rows if row.outcome == "dense" and row.min_length is None and row.sparse_ms]
@@ -91,7 +89,7 @@ def _size(length: int | torch.SymInt) -> int:
     return int(length) if isinstance(length, int) else int(length.node.hint)
 
 
-def _applied(site: AttentionSite, recorded: SiteRecipe | None, recipe: Recipe) -> SiteRecipe:
+def _applied(site: AttentionSite, recorded: SiteRecipe | None) -> SiteRecipe:
     """The recorded decision, as it applies to a site at this graph's length."""
     if recorded is None or recorded.outcome == "refused":
         return SiteRecipe(site.name, "dense", "not calibrated: it was refused when the recipe was made")
@@ -111,12 +109,14 @@ def _applied(site: AttentionSite, recorded: SiteRecipe | None, recipe: Recipe) -
     return recorded
 
 
-def _constants(row: SiteRecipe, recipe: Recipe) -> SiteConstants:
+def _constants(row: SiteRecipe) -> SiteConstants:
+    assert row.block_q is not None, "only refused rows lack a block shape"
+    assert row.block_k is not None
     return SiteConstants(
         tau=tuple(head.tau for head in row.heads),
         theta=tuple(head.theta for head in row.heads),
         lam=tuple(head.lam for head in row.heads),
-        block_q=recipe.block_q,
-        block_k=recipe.block_k,
+        block_q=row.block_q,
+        block_k=row.block_k,
         min_length=row.min_length or 0,
     )

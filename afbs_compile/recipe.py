@@ -15,7 +15,32 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from afbs_compile.errors import RecipeError
 
 FORMAT = "afbs-recipe"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True)
+class SearchPath:
+    """Thresholds that one stage of the search measured on a head, in the order in which it tried them.
+
+    Attributes:
+        stage: ``"explore"``, ``"refine"`` or ``"validate"``; length: tokens it was measured at.
+        policy, block_q, block_k: as in :class:`HeadRecipe` and :class:`SiteRecipe`.
+        s: the latent of Eq. 2 where the method searches over it, else empty.
+        tau, theta, lam: what was tried; sparsity: what it skipped; error: relative L1, worst of the inputs, infinite
+            or NaN ones as -1. All of the same length.
+    """
+
+    stage: Literal["explore", "refine", "validate"]
+    length: int
+    policy: str
+    block_q: int
+    block_k: int
+    s: tuple[float, ...]
+    tau: tuple[float, ...]
+    theta: tuple[float, ...]
+    lam: tuple[float, ...]
+    sparsity: tuple[float, ...]
+    error: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -24,20 +49,24 @@ class HeadRecipe:
 
     Attributes:
         outcome: ``"dense"`` heads keep every block.
+        policy: the rule that scores the key blocks: ``"meansim"``, the softmax of block means (SpargeAttn).
         tau: pooled-softmax mass kept; theta: self-similarity below which a block is always kept (negative: off);
             lam: skip threshold in log2 units (-1000: off).
         sparsity: 1 - live / causally valid blocks, mean of the samples.
         error: relative L1 (Eq. 1), worst of ``validation_errors``.
         validation_errors: one per validation input.
+        search: how the thresholds were found; empty where that was not recorded.
     """
 
     outcome: Literal["sparse", "dense"]
+    policy: Literal["meansim"]
     tau: float
     theta: float
     lam: float
     sparsity: float
     error: float
     validation_errors: tuple[float, ...]
+    search: tuple[SearchPath, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +79,7 @@ class SiteRecipe:
             ``"refused"`` ones could not be rewritten.
         reason: why a call is not sparse; ``None`` for sparse ones.
         causal, head_dim, kv_heads: of the call; dtype: of q, k and v, e.g. ``"bfloat16"``; ``None`` for refused ones.
+        block_q, block_k: rows per block of queries and of keys; ``None`` for refused calls.
         heads: one entry per query head; empty for refused calls.
         dense_ms, sparse_ms: milliseconds at the calibrated length; ``None`` where not measured.
         min_length: shortest length at which sparse is worthwhile; shorter inputs run dense.
@@ -62,6 +92,8 @@ class SiteRecipe:
     head_dim: int | None = None
     kv_heads: int | None = None
     dtype: str | None = None
+    block_q: int | None = None
+    block_k: int | None = None
     heads: tuple[HeadRecipe, ...] = ()
     dense_ms: float | None = None
     sparse_ms: float | None = None
@@ -124,12 +156,11 @@ class GraphRecipe:
 class Recipe:
     """Everything needed to rewrite a model again without calibrating, and to know when that would be wrong.
 
-    Thresholds hold for one block shape, dtype and predictor; a recipe that does not fit is refused, never bent.
+    Thresholds hold for one policy, block shape, dtype and predictor; a recipe that does not fit is refused, never bent.
 
     Attributes:
         tolerance: largest relative L1 error per head and validation input.
         method, parameterization: how the thresholds were searched.
-        block_q, block_k: block shape.
         device: device type the speeds were measured on; engine: kernel that ran there.
         predictor_version: version of the selection rule.
         versions: of afbs_compile, torch, triton and python.
@@ -139,8 +170,6 @@ class Recipe:
     tolerance: float
     method: Literal["afbs", "paper"]
     parameterization: Literal["corrected", "paper"]
-    block_q: int
-    block_k: int
     device: str
     engine: str
     predictor_version: int
@@ -220,17 +249,23 @@ def _check(recipe: Recipe) -> None:
     """Refuse values that no calibration writes."""
     if not 0 < recipe.tolerance < math.inf:
         raise _DamagedError(f"tolerance is {recipe.tolerance}")
-    if recipe.block_q < 1 or recipe.block_k < 1 or not recipe.graphs:
-        raise _DamagedError("it has no graph, or a block of no rows")
+    if not recipe.graphs:
+        raise _DamagedError("it has no graph")
     for site in recipe.sites:
-        if site.outcome != "refused" and not site.heads:
-            raise _DamagedError(f"{site.name} is {site.outcome} and has no heads")
+        if site.outcome != "refused" and not (site.heads and site.block_q and site.block_k):
+            raise _DamagedError(f"{site.name} is {site.outcome} and has no heads, or no block shape")
         for index, head in enumerate(site.heads):
             numbers = [head.tau, head.theta, head.lam, head.sparsity, head.error, *head.validation_errors]
             if not all(math.isfinite(number) for number in numbers):
                 raise _DamagedError(f"head {index} of {site.name} has a number that is not finite")
             if head.tau < 0 or not 0 <= head.sparsity <= 1 or head.lam > 0:
                 raise _DamagedError(f"head {index} of {site.name} has tau, sparsity or lam out of range")
+            for path in head.search:
+                columns = {
+                    len(c) for c in (path.tau, path.theta, path.lam, path.sparsity, path.error, path.s or path.tau)
+                }
+                if len(columns) != 1:
+                    raise _DamagedError(f"head {index} of {site.name} has a search path whose columns differ in length")
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:

@@ -94,8 +94,9 @@ def errors_on(recipe: Recipe, model: Any, windows: Sequence[Tensor]) -> Tensor:
     runs = [SampleRun(found.gm, found.sites, inputs) for inputs in program.samples]
     errors = []
     for name, operands in capture(runs):
-        meter = Meter(operands, block_q=recipe.block_q, block_k=recipe.block_k, windows=1)
-        errors.append(meter(thresholds_of(by_name[name])).error)
+        site = by_name[name]
+        meter = Meter(operands, block_q=site.block_q, block_k=site.block_k, windows=1)
+        errors.append(meter(thresholds_of(site)).error)
     return torch.stack(errors)
 
 

@@ -157,9 +157,10 @@ def _note(recipe: Recipe) -> str:
     shortest, longest = min(s.lengths[0] for s in samples), max(s.lengths[1] for s in samples)
     tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     inputs = max(sample.validation_inputs for sample in samples)
+    blocks = " and ".join(sorted({f"{site.block_q}x{site.block_k}" for site in recipe.sites if site.heads}))
     return (
         f"mean sparsity {recipe.sparsity:.1%}; tolerance {recipe.tolerance:g} on every head; method {recipe.method}; "
-        f"blocks {recipe.block_q}x{recipe.block_k}; engine {recipe.engine}; calibrated on {samples[0].source} "
+        f"blocks {blocks}; engine {recipe.engine}; calibrated on {samples[0].source} "
         f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, validated on {inputs} inputs: "
         "other inputs may err more"
     )

@@ -45,7 +45,7 @@ def calibrate_graph(
     results, lengths = _tune_sites(runs, settings) if found.sites else ({}, [0])
     validated = max((result.measured.error.shape[0] for result in results.values()), default=0)
     record = SampleRecord(source, len(runs), validated, (min(lengths), max(lengths)), samples_digest(runs))
-    sites = [_site_recipe(site, results[site.name]) for site in found.sites]
+    sites = [_site_recipe(site, results[site.name], settings) for site in found.sites]
     refused = [SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals]
     evaluations = sum(result.evaluations for result in results.values())
     device = found.sites[0].device if found.sites else torch.device("cpu")
@@ -53,8 +53,6 @@ def calibrate_graph(
         tolerance=settings.tolerance,
         method=settings.method,
         parameterization=settings.parameterization,
-        block_q=settings.block_q,
-        block_k=settings.block_k,
         device=device.type,
         engine=engine_name(device),
         predictor_version=PREDICTOR_VERSION,
@@ -98,7 +96,7 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
     return results, sorted(lengths)
 
 
-def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
+def _site_recipe(site: AttentionSite, result: SiteResult, settings: TuneSettings) -> SiteRecipe:
     speed = result.speed
     return SiteRecipe(
         name=site.name,
@@ -108,6 +106,8 @@ def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
         head_dim=site.head_dim,
         kv_heads=site.kv_heads,
         dtype=str(site.dtype).removeprefix("torch."),
+        block_q=settings.block_q,
+        block_k=settings.block_k,
         heads=_head_recipes(result),
         dense_ms=None if speed is None else round(speed.dense_ms, 4),
         sparse_ms=None if speed is None else round(speed.sparse_ms, 4),
@@ -129,6 +129,7 @@ def _head_recipes(result: SiteResult) -> tuple[HeadRecipe, ...]:
     return tuple(
         HeadRecipe(
             outcome="dense" if dense else "sparse",
+            policy="meansim",
             tau=round(tau, 6),
             theta=round(theta, 6),
             lam=round(lam, 6),
