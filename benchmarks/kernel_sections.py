@@ -28,7 +28,7 @@ LARGEST_MEMORY_SHARE = 0.05
 SMALLEST_SHORT_RATIO = 0.97
 BLOCKS: tuple[Blocks, ...] = ((128, 128), (128, 64), (64, 64))
 LAMBDAS = (-16.0, -10.0, -7.0)
-QUICK = 8
+QUICK, LONG = 8, 131072
 
 Rows = list[dict[str, Any]]
 
@@ -44,6 +44,10 @@ class Run:
     def length(self, length: int) -> int:
         """The length as it is measured."""
         return length // QUICK if self.quick else length
+
+    def rounds_at(self, length: int) -> int:
+        """Samples of each call; half as many of calls that take a tenth of a second."""
+        return max(3, self.rounds // 2) if length >= LONG else self.rounds
 
     def case(self, case: Case) -> Case:
         """The case at the length that is measured."""
@@ -111,7 +115,7 @@ def predictor(run: Run) -> Rows:
                 calls[name], calls[name + " graph"] = call, replayed(call)
                 calls[name + " op"] = ours(q, k, v, case, tau, blocks)
                 calls[name + " attention"] = _attention(q, k, v, case, lists, blocks)
-            measured = times(calls, run.rounds)
+            measured = times(calls, run.rounds_at(case.length))
             dense = measured.pop("dense").median
             for name in [key for key in measured if " " not in key]:
                 ms, device_ms = measured[name].median, measured[name + " graph"].median
@@ -137,10 +141,15 @@ def predictor(run: Run) -> Rows:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, case: Case, lists: BlockLists, blocks: Blocks) -> Callable[[], Tensor]:
-    """The attention that the operator would run, over given lists."""
-    attend = list(engines(q.device).values())[-1]
+    """The attention that the operator would run, over given lists: the last engine that takes the call."""
     call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
-    return lambda: attend(q, k, v, lists, off(case)[1], **call)
+    for attend in reversed(engines(q.device).values()):
+        try:
+            attend(q, k, v, lists, off(case)[1], **call)
+        except ValueError:
+            continue
+        return lambda attend=attend: attend(q, k, v, lists, off(case)[1], **call)
+    raise ValueError(f"no engine takes {case}")
 
 
 def _predictor_call(q: Tensor, k: Tensor, case: Case, tau: list[float], blocks: Blocks) -> Callable[[], BlockLists]:

@@ -156,7 +156,7 @@ class Rows:
 
     def timed(self) -> list[dict[str, Any]]:
         """The finished rows, printed."""
-        measured = times(self._calls, self._run.rounds)
+        measured = times(self._calls, self._run.rounds_at(self._case.length))
         dense = measured["SDPA (default)"].median
         for key, row in self._rows.items():
             if key in measured:
