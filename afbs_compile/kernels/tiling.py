@@ -172,7 +172,7 @@ def _hopper_shape(kind: Kind, chip: Chip) -> LaunchShape:
     """What ``benchmarks/portable.py`` found quickest on an H200.
 
     Of half precisions 128 x 128 blocks of head_dim 128 gain from tiles above 64 x 64: 404 TFLOP/s against 328. Smaller
-    blocks lose 16 % by them, and head_dim 64 loses 9 to 16 %.
+    blocks lose 13 % by them, and head_dim 64 loses 9 to 15 %.
     """
     first = launch_shape(kind.block_q, kind.block_k, kind.dim_pad, kind.itemsize, chip)
     large = (first[:2] == (128, 128) and kind.dim_pad == 128) or kind.dim_pad > 128
