@@ -3,7 +3,7 @@
 A rule from the chip's shared memory and registers gives the first choice. Its figures were measured on Hopper, and
 there the rule decides. On every other GPU a handful of neighbours are timed on the first call of a kind that is long
 enough to tell them apart, on that call's own operands; the quickest serves from then on. Results of two choices differ
-by rounding alone, and tiles are never cut for a call that uses lambda.
+by rounding alone; for a call that uses lambda tiles are cut no further than they must be.
 """
 
 from __future__ import annotations
