@@ -153,7 +153,10 @@ def _repair(
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     flawed = ~k.isfinite().all(-1)
-    met = flawed.cumsum(-1) > 0 if causal else flawed.any(-1, keepdim=True)
+    flawed_blocks = F.pad(flawed, (0, live.shape[3] * block_k - length)).unflatten(-1, (-1, block_k)).any(-1)
+    met = (live & flawed_blocks[:, :, None]).any(-1).repeat_interleave(block_q, -1)[..., :length]
+    if causal:
+        met &= flawed.cumsum(-1) > 0
     affected = (~q.isfinite().all(-1) | met)[..., None]
     cols = torch.arange(length, device=q.device)
     for start in range(0, length, ROWS_AT_ONCE):
