@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afbs_compile.kernels.launch import Launcher, device_constants, layout
+from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
 from afbs_compile.kernels.reference import LAMBDA_OFF, LOG2_E, block_count
 from afbs_compile.kernels.tiling import Kind, LaunchShape, choose, describe
@@ -300,5 +300,4 @@ def _kind(
     block_k: int,
     uses_lambda: bool,
 ) -> Kind:
-    dim_pad = max(16, triton.next_power_of_2(head_dim))
-    return Kind(device, block_q, block_k, dim_pad, dtype.itemsize, causal, uses_lambda)
+    return Kind(device, block_q, block_k, padded(head_dim), dtype.itemsize, causal, uses_lambda)

@@ -59,7 +59,7 @@ def predict_mask(
     block_q: int = 64,
     block_k: int = 64,
 ) -> Tensor:
-    """:func:`reference.predict_mask` on the CPU, with less work where no head asks for self-similarity.
+    """:func:`reference.predict_mask` with less work where no head asks for self-similarity; it may wait for the device.
 
     Arguments and result are those of the reference.
     """
