@@ -128,6 +128,7 @@ def call_plugins(gm: fx.GraphModule) -> int:
                     given["is_causal"],
                     scale,
                     *(given[name] for name in ("block_q", "block_k", "min_length")),
+                    ",".join(given.get("policy") or ()),
                 ),
             )
         plugin.meta = dict(node.meta)
@@ -153,16 +154,19 @@ def sparse_attention_plugin(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tau: str,
-    theta: str,
-    lam: str,
-    is_causal: bool,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    min_length: int,
+    tau: str = "",
+    theta: str = "",
+    lam: str = "",
+    is_causal: bool = False,
+    scale: float = 1.0,
+    block_q: int = 64,
+    block_k: int = 64,
+    min_length: int = 0,
+    policy: str = "",
 ) -> Tensor:
     """``afbs::sparse_attention`` with its thresholds as text and a contiguous result.
+
+    The defaults are never used: torch-tensorrt before 2.13 asks for the shape with the tensors alone.
 
     Raises:
         ValueError: as the operator it calls.
@@ -178,14 +182,15 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tau: str,
-    theta: str,
-    lam: str,
-    is_causal: bool,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    min_length: int,
+    tau: str = "",
+    theta: str = "",
+    lam: str = "",
+    is_causal: bool = False,
+    scale: float = 1.0,
+    block_q: int = 64,
+    block_k: int = 64,
+    min_length: int = 0,
+    policy: str = "",
 ) -> Tensor:
     """The shape of q, unchecked: the generator asks with sizes that no attention has."""
     return q.new_empty(q.shape)

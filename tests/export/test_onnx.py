@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from afbs_compile.errors import ExportError, OptionError
-from afbs_compile.export import load, to_onnx, to_pt2
+from afbs_compile.export import load, to_onnx
 from afbs_compile.export.files import NOTE
-from afbs_compile.export.onnx import OPSETS
+from afbs_compile.export.onnx import OPSETS, no_form
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from tests.export.helpers import Grouped, all_left_alone, recipe_for, reference_by_hand, relative_difference, wandering
 
@@ -19,7 +21,7 @@ onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
 pytest.importorskip("onnxscript", reason="the extra export is not installed")
 pytest.importorskip("onnxruntime", reason="the extra export is not installed")
 
-MODEL_7M = Path(__file__).parent.parent.parent / "examples" / "model-7m"
+EXAMPLES = str(Path(__file__).parent.parent.parent / "examples")
 TOLERANCE = 1e-4
 """Largest difference over the largest number."""
 
@@ -84,7 +86,8 @@ def test_one_node_for_each_call_that_says_how_to_claim_it(causal_file):
     (node,) = [node for node in model.graph.node if node.domain == "afbs"]
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert node.op_type == "SparseAttention"
-    assert given["policy"] == b"meansim"
+    assert given["policy"] == [b"meansim"] * 4
+    assert given["share"] == [0] * 4
     assert given["predictor_version"] == PREDICTOR_VERSION
     assert given["tau"] == pytest.approx([0.6] * 4)
     assert given["theta"] == pytest.approx([0.3] * 4)
@@ -115,21 +118,23 @@ def test_a_file_of_fixed_size(tmp_path):
         assert relative_difference(out, model(x)) < TOLERANCE
 
 
-def test_a_shipped_language_model_gives_the_tokens_of_the_torch_file(tmp_path):
+def test_the_example_runs_a_shipped_language_model_without_us(tmp_path, monkeypatch):
+    """All of examples/export_onnx.py but its calibration, with the first two layers of its model."""
     transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_7M, dtype=torch.float32).eval()
-    ids = torch.randint(3, 8192, (2, 1024), generator=torch.Generator().manual_seed(0))
-    sample = {"input_ids": ids[:1, :256]}
-    recipe = recipe_for(model, sample, tau=0.9)
-    to_onnx(model, recipe, sample, tmp_path / "model.onnx", dynamic=True)
-    to_pt2(model, recipe, sample, tmp_path / "model.pt2", dynamic=True)
-    onnx_file, torch_file = load(tmp_path / "model.onnx"), load(tmp_path / "model.pt2")
-    for batch, length in ((1, 1024), (2, 512)):
-        (logits,), (expected,) = (run(input_ids=ids[:batch, :length]) for run in (onnx_file, torch_file))
-        assert relative_difference(logits, expected) < TOLERANCE
-        assert torch.equal(logits[0, -200:].argmax(-1), expected[0, -200:].argmax(-1))
-    with torch.no_grad():
-        assert relative_difference(expected, model(ids[:2, :512]).logits) > 0.01
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("export_onnx")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        example.MODEL, dtype=torch.float32, num_hidden_layers=2
+    ).eval()
+    ids = torch.randint(3, 8192, (2, 512), generator=torch.Generator().manual_seed(0))
+    recipe = recipe_for(model, {"input_ids": ids[:1]}, tau=0.9, min_length=256)
+    sizes = [(2, 512)]
+    written, rows = example.export_and_compare(model, recipe, ids, sizes, tmp_path)
+    assert [row.outcome for row in written.rows] == ["sparse"] * 2
+    assert [row[:2] for row in rows] == sizes
+    assert all(row[2] < TOLERANCE for row in rows)
+    assert [row[3] for row in rows] == [1.0], "the same most probable token at every position"
+    torch._dynamo.reset()
 
 
 class TestRefusals:
@@ -137,6 +142,11 @@ class TestRefusals:
     def test_an_opset_that_is_not_accepted(self, tmp_path, opset):
         with pytest.raises(OptionError, match="opset: got .*; accepted: 18 to 23"):
             to_onnx(Grouped().eval(), None, wandering(130), tmp_path / "model.onnx", opset=opset)
+
+    def test_a_policy_without_a_form_stays_dense(self):
+        assert no_form(types.SimpleNamespace(policy=("meansim", "meanshare"))) is None
+        reason = no_form(types.SimpleNamespace(policy=("meansim", "sink_window")))
+        assert reason == "no form in ONNX: policy sink_window; meansim, meanshare have one"
 
     def test_without_the_extra_it_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
