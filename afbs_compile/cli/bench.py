@@ -23,7 +23,7 @@ from afbs_compile.backend import afbs
 from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import LoadedModel, load_model
 from afbs_compile.cli.progress import each, step
-from afbs_compile.cli.recipes import calibrated_length, load_recipe
+from afbs_compile.cli.recipes import load_recipe, usual_length
 from afbs_compile.cli.sources import Sample, load_samples
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.applied import ANY_LENGTH, apply
@@ -87,11 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) -> list[tuple[int | None, Sample]]:
     """One input per length, all of them checked before the first is timed."""
-    lengths: list[int | None] = list(arguments.seq_len or [])
-    has_length = getattr(model.module, "main_input_name", None) == "input_ids"
-    if not lengths:
-        usual = min(calibrated_length(recipe), model.positions or calibrated_length(recipe))
-        lengths = [usual if has_length else None]
+    lengths: list[int | None] = list(arguments.seq_len or [usual_length(model, recipe, arguments.data)])
     for length in lengths:
         model.check_length(length)
     return [
@@ -144,8 +140,7 @@ def _wait(output: Any) -> None:
 
 
 def _print(rows: Sequence[Row], runs: int) -> None:
-    caption = f"Whole forward passes: medians of {runs} alternating runs, fastest and slowest in brackets."
-    table = Table(caption=caption, caption_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for header in ("tokens", "sparse calls", "dense ms", "sparse ms", "dense / sparse"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
@@ -156,7 +151,11 @@ def _print(rows: Sequence[Row], runs: int) -> None:
             _spread(row.sparse_ms, row.sparse_spread),
             f"{row.ratio:.2f}x",
         )
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console.width = 160
+    console.print(table)
+    console.print(f"Whole forward passes: medians of {runs} alternating runs, fastest and slowest in brackets.")
 
 
 def _spread(median: float, spread: tuple[float, float]) -> str:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+
+from rich.console import Console
 
 from afbs_compile.calibration import calibrate
 from afbs_compile.cli import arguments as options
@@ -67,6 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"recipe": str(target), **summary(recipe)}, indent=1))
     else:
-        print(explain(recipe))
+        if sys.stdout.isatty():
+            Console().print(explain(recipe))
+        else:
+            print(explain(recipe))
         print(f"wrote {target}")
     return 0

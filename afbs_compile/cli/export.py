@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections import Counter
 from dataclasses import asdict
@@ -77,6 +78,8 @@ def _export(
     if arguments.format == "pt2":
         return to_pt2(source, recipe, example, target, dynamic=arguments.dynamic, aoti=arguments.aoti)
     if arguments.format == "onnx":
+        # It warns that torchvision's operators are not registered, which no model here has.
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
         opset = {} if arguments.opset is None else {"opset": arguments.opset}
         return to_onnx(source, recipe, example, target, dynamic=arguments.dynamic, **opset)
     return to_tensorrt(source, recipe, example, target, dynamic=arguments.dynamic)

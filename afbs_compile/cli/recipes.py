@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from afbs_compile.cli.models import LoadedModel
-from afbs_compile.cli.sources import LENGTH, Sample, load_samples
+from afbs_compile.cli.sources import LENGTH, Sample, load_samples, takes_length
 from afbs_compile.errors import OptionError
 from afbs_compile.recipe import Recipe
 
@@ -32,7 +32,13 @@ def example_input(
     model: LoadedModel, recipe: Recipe | None, *, source: str, length: int | None, tokenizer: str | None
 ) -> Sample:
     """One input: of the length asked for, else the recipe's, else the longest usual one that the model takes."""
-    has_length = source != "random" or getattr(model.module, "main_input_name", None) == "input_ids"
-    if length is None and has_length and not Path(source).suffix:
-        length = min(calibrated_length(recipe), model.positions or LENGTH)
+    length = usual_length(model, recipe, source) if length is None else length
     return load_samples(source, model, length=length, count=1, tokenizer=tokenizer)[0]
+
+
+def usual_length(model: LoadedModel, recipe: Recipe | None, source: str) -> int | None:
+    """The recipe's length as far as the model has positions; ``None`` where the source has lengths of its own."""
+    if not takes_length(source, model):
+        return None
+    length = calibrated_length(recipe)
+    return min(length, model.positions or length)

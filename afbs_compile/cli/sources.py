@@ -24,6 +24,13 @@ LENGTH = 4096
 """Tokens of a sample by default; less where the model has fewer positions."""
 
 
+def takes_length(source: str, model: LoadedModel) -> bool:
+    """Whether inputs of this source can be asked for at a length: texts can, and random ids."""
+    if source == "random":
+        return getattr(model.module, "main_input_name", None) == "input_ids"
+    return Path(source).suffix.lower() not in SUFFIXES
+
+
 def load_samples(
     source: str,
     model: LoadedModel,

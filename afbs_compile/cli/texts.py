@@ -67,9 +67,9 @@ def _file(path: Path) -> str:
 
 
 def _folder(path: Path) -> str:
-    """All files below a folder in the order of their names, hidden ones apart."""
+    """All files below a folder in the order of their names, hidden ones and Python's caches apart."""
     found = sorted(p for p in path.rglob("*") if p.is_file())
-    files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    files = [p for p in found if not any(part.startswith((".", "__pycache__")) for part in p.relative_to(path).parts)]
     if not files:
         raise OptionError(f"--data: folder {path} has no file")
     return "\n\n".join(_file(file) for file in files)

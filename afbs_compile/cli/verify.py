@@ -23,7 +23,7 @@ from rich.text import Text
 from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import LoadedModel, load_model
 from afbs_compile.cli.progress import each, step
-from afbs_compile.cli.recipes import SUFFIX, calibrated_length, load_recipe
+from afbs_compile.cli.recipes import SUFFIX, load_recipe, usual_length
 from afbs_compile.cli.sources import Sample, load_samples
 from afbs_compile.errors import OptionError
 from afbs_compile.export import SUFFIXES, load
@@ -117,10 +117,7 @@ def _file(arguments: argparse.Namespace) -> tuple[Recipe | None, Call | None]:
 
 
 def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe | None) -> list[Sample]:
-    length = arguments.seq_len
-    is_text = Path(arguments.data).suffix.lower() not in (".npz", ".pt", ".safetensors")
-    if length is None and is_text and getattr(model.module, "main_input_name", "input_ids") == "input_ids":
-        length = min(calibrated_length(recipe), model.positions or calibrated_length(recipe))
+    length = arguments.seq_len or usual_length(model, recipe, arguments.data)
     return load_samples(arguments.data, model, length=length, count=arguments.samples, tokenizer=arguments.tokenizer)
 
 

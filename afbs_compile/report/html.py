@@ -13,7 +13,7 @@ from importlib import resources
 from typing import Any
 
 from afbs_compile.recipe import Recipe, SiteRecipe
-from afbs_compile.report.inspection import policies, promise, provenance, speed, summary
+from afbs_compile.report.inspection import policies, promise, provenance, reasons, speed, summary
 from afbs_compile.report.masks import Masks
 
 SCRIPTS = ("base.js", "heatmap.js", "charts.js", "main.js")
@@ -152,11 +152,7 @@ def _cells(site: SiteRecipe) -> list[str]:
 
 
 def _reasons(recipe: Recipe) -> str:
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for site in recipe.sites:
-        if site.outcome != "sparse":
-            grouped.setdefault((site.outcome, site.reason or "no reason recorded"), []).append(site.name)
-    if not grouped:
+    if not (grouped := reasons(recipe)):
         return "<p>Every attention call is sparse.</p>"
     items = (
         f'<li><span class="outcome {outcome}">{outcome}</span>: {escape(reason)} '

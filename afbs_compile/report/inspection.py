@@ -91,6 +91,15 @@ def policies(site: SiteRecipe) -> str:
     return ", ".join(counts) if len(counts) < 2 else ", ".join(f"{n} {name}" for name, n in counts.most_common())
 
 
+def reasons(recipe: Recipe) -> dict[tuple[str, str], list[str]]:
+    """(outcome, reason) of every call that is not sparse, with the names of the calls."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for site in recipe.sites:
+        if site.outcome != "sparse":
+            grouped.setdefault((site.outcome, site.reason or "no reason recorded"), []).append(site.name)
+    return grouped
+
+
 def speed(site: SiteRecipe) -> float | None:
     """Dense time over sparse time of the call alone, at the calibrated length."""
     return site.dense_ms / site.sparse_ms if site.dense_ms and site.sparse_ms else None
@@ -104,15 +113,14 @@ def _lengths(recipe: Recipe) -> tuple[int, int]:
 
 def _sites(recipe: Recipe) -> RenderableType:
     several = len(recipe.graphs) > 1
-    table = Table()
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # fits a terminal of 80 columns
     if several:
         table.add_column("graph")
-    table.add_column("site", no_wrap=True)
+    table.add_column("site", overflow="fold", min_width=20)
     for header in ("outcome", "policy", "blocks"):
-        table.add_column(header)
+        table.add_column(header, no_wrap=header != "policy")
     for header in ("heads", "sparsity", "error", "speed"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("why not sparse", overflow="fold")
+        table.add_column(header, justify="right", no_wrap=header != "heads")
     for index, graph in enumerate(recipe.graphs):
         for site in graph.sites:
             table.add_row(*([str(index)] if several else []), *_cells(site))
@@ -121,9 +129,9 @@ def _sites(recipe: Recipe) -> RenderableType:
 
 def _cells(site: SiteRecipe) -> list[RenderableType]:
     outcome = Text(site.outcome, style=OUTCOME_STYLE[site.outcome])
-    name, reason = Text(site.name), Text(site.reason or "")  # Text: a name may hold what rich takes for markup
+    name = Text(site.name)  # a name may hold what rich takes for markup
     if not site.heads:
-        return [name, outcome, "", "", "", "", "", "", reason]
+        return [name, outcome, *[""] * 6]
     dense = sum(head.outcome == "dense" for head in site.heads)
     # What was found is shown, in brackets where the call stays dense all the same.
     sparsity = f"{sum(head.sparsity for head in site.heads) / len(site.heads):.1%}"
@@ -140,8 +148,17 @@ def _cells(site: SiteRecipe) -> list[RenderableType]:
         sparsity,
         error,
         "" if ratio is None else f"{ratio:.2f}x",
-        reason,
     ]
+
+
+def _reasons(recipe: Recipe) -> RenderableType | None:
+    if not (grouped := reasons(recipe)):
+        return None
+    lines = []
+    for (outcome, reason), names in grouped.items():
+        lines.append(Text.assemble((outcome, OUTCOME_STYLE[outcome]), f": {reason}"))
+        lines.append(Text("  " + ", ".join(names), style="dim"))
+    return Text("\n").join(lines)
 
 
 def _summary(recipe: Recipe) -> RenderableType:
@@ -175,6 +192,7 @@ def _provenance(recipe: Recipe) -> RenderableType:
 
 SECTIONS: tuple[tuple[str, Callable[[Recipe], RenderableType | None]], ...] = (
     ("Attention calls", _sites),
+    ("What is not sparse, and why", _reasons),
     ("Summary", _summary),
     ("Promise", _promise),
     ("Provenance", _provenance),

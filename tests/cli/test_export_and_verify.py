@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from afbs_compile.cli import main
+from afbs_compile.cli.main import INTERRUPTED
 
 TOY = "tests.toy:Toy"
 NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -47,6 +48,18 @@ def test_a_file_that_computes_something_else_fails(recipes, toy_inputs, tmp_path
     assert "attention calls: 2 sparse" in capsys.readouterr().out
     assert main(["verify", file, "--model", TOY, "--data", toy_inputs, "--recipe", recipes["toy"]]) == 1
     assert "FAIL same as PyTorch: largest difference 0." in capsys.readouterr().out
+
+
+def test_an_interrupted_export_leaves_no_half_file(recipes, toy_inputs, tmp_path, capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    file = str(tmp_path / "toy.pt2")
+    given = [TOY, "--recipe", recipes["toy"], "--data", toy_inputs]
+    assert main(["export", *given, "--format", "pt2", "-o", file]) == INTERRUPTED
+    assert capsys.readouterr().err == "afbs-compile export: interrupted; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inspect_html_draws_masks_of_the_model_on_the_data(recipes, toy_inputs, tmp_path, capsys):
