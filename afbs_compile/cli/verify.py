@@ -30,6 +30,7 @@ from afbs_compile.export import SUFFIXES, load
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.applied import apply, rewritten
 from afbs_compile.report.fidelity import Closeness, HeadErrors, closeness, first_output, head_errors, run_dense
+from afbs_compile.report.inspection import weakest_promise
 
 NAME = "verify"
 SHARE = 0.9
@@ -63,8 +64,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--share",
         metavar="S",
         type=options.share,
-        default=SHARE,
-        help=f"least share of (head, input) pairs that keep the tolerance (default: {SHARE})",
+        help=f"least share of (head, input) pairs that keep the tolerance (default: what the recipe promises, or {SHARE})",
     )
     options.add_json(parser)
 
@@ -164,18 +164,25 @@ def _same(found: Sequence[Closeness], model: LoadedModel, call: Call | None) -> 
     return [Check("same as PyTorch", worst <= limit, detail)]
 
 
-def _kept(errors: Sequence[HeadErrors] | None, recipe: Recipe | None, share: float) -> Check:
+def _kept(errors: Sequence[HeadErrors] | None, recipe: Recipe | None, share: float | None) -> Check:
     if errors is None or recipe is None:
         return Check("promise", None, "not checked: the file holds no recipe, and --recipe was not given")
     if not errors:
         return Check("promise", True, "no call is sparse, so nothing can err")
     spread = _spread(errors, recipe.tolerance)
+    share = _promised(recipe) if share is None else share
     detail = (
         f"{spread['share_within_tolerance']:.1%} of {spread['pairs']} (head, input) pairs within {recipe.tolerance:g}, "
         f"{share:.0%} asked; worst {spread['worst']:.3f} ({spread['worst_site']} head {spread['worst_head']}, "
         f"input {spread['worst_input']})"
     )
     return Check("promise", spread["share_within_tolerance"] >= share, detail)
+
+
+def _promised(recipe: Recipe) -> float:
+    """The share of inputs on which a head keeps the tolerance, by the recipe's promise."""
+    promise = weakest_promise(recipe)
+    return SHARE if promise is None or promise.inputs == 0 else 1 - promise.head_bound
 
 
 def _spread(errors: Sequence[HeadErrors], tolerance: float) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def _errors(row: SiteRecipe, sample: Any) -> Tensor:
         scale=sample.scale,
         block_q=row.block_q,
         block_k=row.block_k,
+        policy=[head.policy for head in row.heads],
     )
     return relative_l1(out, dense_attention(sample)).cpu()
 

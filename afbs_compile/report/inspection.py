@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.recipe import Promise, Recipe, SiteRecipe
 
 OUTCOME_STYLE = {"sparse": "green", "dense": "yellow", "refused": "red"}
 SHORT_DIGEST = 12
@@ -60,8 +60,33 @@ def promise(recipe: Recipe) -> list[str]:
     return [
         f"Every sparse head stayed within a relative L1 error of {recipe.tolerance:g} on each of {inputs} validation "
         f"{'input' if inputs == 1 else 'inputs'} of {tokens}.",
-        "Other inputs may err more, other lengths were not validated, and no error per head bounds the model's output.",
+        *_bounds(recipe),
+        "No error per head bounds the model's output, and at lengths that were not validated nothing is promised.",
     ]
+
+
+def weakest_promise(recipe: Recipe) -> Promise | None:
+    """The promise of the graph that was validated on the fewest inputs; ``None`` where no graph has one."""
+    promises = [graph.promise for graph in recipe.graphs if graph.promise is not None]
+    return min(promises, key=lambda promise: promise.inputs, default=None)
+
+
+def _bounds(recipe: Recipe) -> Iterator[str]:
+    """What the validation says about inputs that were not seen, and at which lengths."""
+    weakest = weakest_promise(recipe)
+    if weakest is None or weakest.inputs == 0:
+        yield "Nothing is promised about other inputs: every input had a say in the choice of the thresholds."
+    else:
+        any_head = max(graph.promise.model_bound for graph in recipe.graphs if graph.promise is not None)
+        some = f"; some head does on at most {any_head:.1%}" if any_head < 1 else ""
+        yield (
+            f"A head exceeds it on at most {weakest.head_bound:.1%} of new inputs of the same kind{some} "
+            f"(confidence {weakest.confidence:.0%}, n = {weakest.inputs})."
+        )
+    ranges = [site.validated_lengths for site in recipe.sites if site.validated_lengths is not None]
+    if ranges:
+        low, high = max(shortest for shortest, _ in ranges), min(longest for _, longest in ranges)
+        yield f"Validated at {low:,} tokens." if low >= high else f"Validated from {low:,} to {high:,} tokens."
 
 
 def provenance(recipe: Recipe) -> dict[str, str]:

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.reference import predict_mask, visible_blocks
+from afbs_compile.kernels.policy import predict_mask
+from afbs_compile.kernels.reference import visible_blocks
 from afbs_compile.passes.capture import Operands
 from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
 
 BYTES = 4 * 2**20
 """What the masks of one page may weigh; of more heads than fit an evenly spread choice is kept."""
-
-POLICY = "meansim"
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,6 @@ def block_masks(graphs: Sequence[AppliedGraph], recipe: Recipe, source: str) -> 
         for index, head in enumerate(row.heads):
             if head.outcome == "dense":
                 continue
-            if head.policy != POLICY:
-                notes.append(f"{row.name} head {index}: no picture of policy {head.policy}")
-                continue
             if number % keep_every == 0:
                 wanted.append(index)
             number += 1
@@ -122,6 +118,7 @@ def _site_masks(graph: int, row: SiteRecipe, wanted: list[int], sample: Operands
         k,
         [row.heads[index].tau for index in wanted],
         [row.heads[index].theta for index in wanted],
+        [row.heads[index].policy for index in wanted],
         causal=sample.causal,
         scale=sample.scale,
         block_q=row.block_q,
