@@ -115,7 +115,7 @@ def _conditions(
         "dtypes": sorted({str(site.dtype) for site in found.sites}),
         "device": torch.cuda.get_device_name(device) if on_gpu else [device.type, torch.get_num_threads()],
         "torch": torch.__version__,
-        "tolerance": tuning.tolerance,
+        "tolerance": tuning.tolerance if tuning.budget is None else [tuning.budget.quantity, tuning.budget.limit],
         "method": tuning.method,
         "parameterization": tuning.parameterization,
         "shapes": tuning.shapes_on(device),

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from afbs_compile.errors import OptionError
 from afbs_compile.recipe import Recipe
+from afbs_compile.tuner.budget import QUANTITIES, Budget, Quantity
 from afbs_compile.tuner.lengths import OUTSIDE, Outside
 from afbs_compile.tuner.site import METHODS, Method, TuneSettings
 from afbs_compile.tuner.space import PARAMETERIZATIONS, Parameterization
@@ -23,7 +24,8 @@ class Options:
     """Options of ``torch.compile(model, backend="afbs", options={...})``.
 
     Attributes:
-        tolerance: largest relative L1 error of a head's output, on every validation input; in (0, 1).
+        tolerance: largest relative L1 error of a head's output, on every validation input, in (0, 1); or a budget on
+            the model's output that all heads share: ``{"kl": nats}`` or ``{"perplexity": relative rise}``.
         method: ``"afbs"`` or ``"paper"`` (Algorithm 1 as printed).
         parameterization: reading of the paper's Eq. 2, used by ``method="paper"``: ``"corrected"`` or ``"paper"``.
         min_length: attention over fewer tokens is refused as too short.
@@ -38,7 +40,7 @@ class Options:
         dump: folder for the text of every graph before and after the rewrite.
     """
 
-    tolerance: float = 0.055
+    tolerance: float | Mapping[str, float] = 0.055
     method: Method = "afbs"
     parameterization: Parameterization = "corrected"
     min_length: int = 1024
@@ -67,12 +69,18 @@ class Options:
     @property
     def tuning(self) -> TuneSettings:
         """The part that the tuner needs."""
-        return TuneSettings(tolerance=float(self.tolerance), method=self.method, parameterization=self.parameterization)
+        searched: dict[str, Any] = {"method": self.method, "parameterization": self.parameterization}
+        if isinstance(self.tolerance, Mapping):
+            ((quantity, limit),) = self.tolerance.items()
+            return TuneSettings(budget=Budget(cast(Quantity, quantity), float(limit)), **searched)
+        return TuneSettings(tolerance=float(self.tolerance), **searched)
 
     def _check(self) -> None:
-        number = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)
-        _accept("tolerance", self.tolerance, number and 0 < self.tolerance < 1, "a number between 0 and 1")
+        accepted = f"a number between 0 and 1, or one of {_one_of(QUANTITIES)} mapped to one"
+        _accept("tolerance", self.tolerance, _is_tolerance(self.tolerance), accepted)
         _accept("method", self.method, self.method in METHODS, _one_of(METHODS))
+        budget_on_paper = isinstance(self.tolerance, Mapping) and self.method == "paper"
+        _accept("method", self.method, not budget_on_paper, "'afbs' with a budget on the output")
         _accept(
             "parameterization",
             self.parameterization,
@@ -96,6 +104,16 @@ class Options:
 
 
 _CALIBRATION_OPTIONS = {"tolerance", "method", "parameterization", "samples"}
+
+
+def _is_tolerance(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return len(value) == 1 and set(value) <= set(QUANTITIES) and all(map(_is_share, value.values()))
+    return _is_share(value)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
 
 
 def _accept(name: str, value: object, accepted: bool, what: str) -> None:

@@ -163,6 +163,30 @@ class Promise:
 
 
 @dataclass(frozen=True)
+class BudgetRecord:
+    """A budget on the model's output, and what the chosen thresholds were measured to cost of it.
+
+    Attributes:
+        quantity: ``"kl"``: mean KL(dense || sparse) of the next-token distributions, in nats; ``"perplexity"``: its
+            relative rise.
+        limit: largest accepted value.
+        measured: cost on the samples that the thresholds were chosen on; chosen_on: how many these are.
+        checked: cost on samples that were not used to choose, ``None`` where there were none; checked_on: how many.
+        steps_back: times that the check failed and the thresholds were chosen more carefully.
+        forward_passes: of the model on one sample, all that it took.
+    """
+
+    quantity: Literal["kl", "perplexity"]
+    limit: float
+    measured: float
+    chosen_on: int
+    checked: float | None
+    checked_on: int
+    steps_back: int
+    forward_passes: int
+
+
+@dataclass(frozen=True)
 class GraphRecipe:
     """One graph of the model: a model with graph breaks has several.
 
@@ -197,15 +221,16 @@ class Recipe:
     Thresholds hold for one policy, block shape, dtype and predictor; a recipe that does not fit is refused, never bent.
 
     Attributes:
-        tolerance: largest relative L1 error per head and validation input.
+        tolerance: largest relative L1 error per head and validation input; ``None`` where a budget was given instead.
         method, parameterization: how the thresholds were searched.
         device: device type the speeds were measured on; engine: kernel that ran there.
         predictor_version: version of the selection rule.
         versions: of afbs_compile, torch, triton and python.
         graphs: one per captured graph that has attention calls.
+        budget: of the model's output, where that was given instead of a tolerance.
     """
 
-    tolerance: float
+    tolerance: float | None
     method: Literal["afbs", "paper"]
     parameterization: Literal["corrected", "paper"]
     device: str
@@ -213,8 +238,18 @@ class Recipe:
     predictor_version: int
     versions: dict[str, str]
     graphs: tuple[GraphRecipe, ...]
+    budget: BudgetRecord | None = None
     format: str = field(default=FORMAT)
     schema_version: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def goal(self) -> str:
+        """What the thresholds had to hold, in words."""
+        if self.budget is not None:
+            what = {"kl": "KL at most {:g} nats", "perplexity": "perplexity at most {:+.3g} %"}[self.budget.quantity]
+            unit = 100 if self.budget.quantity == "perplexity" else 1
+            return f"budget on the output: {what.format(self.budget.limit * unit)}"
+        return f"tolerance {self.tolerance:g} on every head"
 
     @property
     def sites(self) -> tuple[SiteRecipe, ...]:
@@ -307,7 +342,9 @@ class _DamagedError(Exception):
 
 def _check(recipe: Recipe) -> None:
     """Refuse values that no calibration writes."""
-    if not 0 < recipe.tolerance < math.inf:
+    if (recipe.tolerance is None) == (recipe.budget is None):
+        raise _DamagedError("it needs either a tolerance or a budget")
+    if recipe.tolerance is not None and not 0 < recipe.tolerance < math.inf:
         raise _DamagedError(f"tolerance is {recipe.tolerance}")
     if not recipe.graphs:
         raise _DamagedError("it has no graph")

@@ -11,6 +11,7 @@ bounds of the recipe and the rates seen on the test text; the bounds are for inp
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SHIPPED_MODEL, help="folder of a causal language model")
     parser.add_argument("--calibrate", default="topics", help="text file to calibrate on")
-    parser.add_argument("--test", help="text file of another kind; by default no other text is measured")
+    parser.add_argument(
+        "--test", help="text file of another kind, or the same one; by default nothing unseen is measured"
+    )
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--windows", type=int, default=5, help="windows to calibrate on")
     parser.add_argument("--test-windows", type=int, help="windows to test on, as many by default")
@@ -48,11 +51,19 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
+    count = arguments.test_windows or arguments.windows
     samples = text_windows(tokenizer, arguments.calibrate, arguments.length, arguments.windows, device)
+    if arguments.test == arguments.calibrate:  # one draw of windows, of which some calibrate
+        drawn = text_windows(tokenizer, arguments.test, arguments.length, arguments.windows + count, device)
+        random.Random(0).shuffle(drawn)
+        samples, windows = drawn[: arguments.windows], drawn[arguments.windows :]
+    elif arguments.test is not None:
+        windows = text_windows(tokenizer, arguments.test, arguments.length, count, device)
     recipe = calibrate(
         model.model,
         samples,
         tolerance=arguments.tolerance,
+        min_length=min(1024, arguments.length),
         method=arguments.method,
         parameterization=arguments.parameterization,
     )
@@ -72,8 +83,6 @@ def main() -> None:
         "error_per_head": worst,
     }
     if arguments.test is not None:
-        count = arguments.test_windows or arguments.windows
-        windows = text_windows(tokenizer, arguments.test, arguments.length, count, device)
         errors = errors_on(recipe, model.model, windows)
         result["other_text"] = spread(errors, arguments.tolerance)
         result["promise"] = kept(recipe, errors, arguments.tolerance)

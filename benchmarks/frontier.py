@@ -100,7 +100,9 @@ def runs_of(model: Any, texts: Sequence[Tensor]) -> list[SampleRun]:
 def sites_of(recipe: Recipe) -> dict[str, SiteThresholds]:
     """The recipe's thresholds, whether or not the site was faster."""
     return {
-        site.name: SiteThresholds(thresholds_of(site), site.block_q, site.block_k)
+        site.name: SiteThresholds(
+            thresholds_of(site), site.block_q, site.block_k, tuple(head.policy for head in site.heads)
+        )
         for site in recipe.sites
         if site.heads
     }

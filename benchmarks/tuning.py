@@ -2,16 +2,10 @@
 
     python benchmarks/tuning.py                                              the shipped model at 4,096 tokens
     python benchmarks/tuning.py --model M --calibrate A.txt --test B.txt --lengths 4096 8192 16384 --dtype bfloat16
-    python benchmarks/tuning.py --model M --calibrate A.txt --llama          cost alone, in the shape of Llama-2-7B
 
 Every search sees the same operands of every site, all heads at once, and the same tolerance on every input. Costs are
 attention work in dense calls over one input, per site: a sparse call counts its live share, and the dense calls that
 errors are measured against count as well.
-
-``--llama``: per layer, Q, K and V of 32 heads of dimension 128 at 32,768 tokens are made from what the model captures
-(of heads h, dimension d, on windows of 32,768 tokens): head i is captured head ``i mod h``, each row mapped by a random
-matrix ``[d, 128]`` with orthonormal rows (the same one for Q and K, so that scores are kept; another one for V) that
-differs for each i, and scaled so that the softmax sees the same logits. Several inputs are several windows.
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +34,11 @@ from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.rewrite import SiteConstants, rewrite
 from afbs_compile.tuner.inputs import Inputs
 from afbs_compile.tuner.measure import Meter
-from afbs_compile.tuner.site import TuneSettings, search_curves, tune_site
+from afbs_compile.tuner.site import TuneSettings, search_curves
 from afbs_compile.tuner.space import Thresholds
 from afbs_compile.tuner.speed import Stopwatch
 
 ONE_PASS = "one pass (default)"
-LLAMA_HEADS, LLAMA_DIM, LLAMA_LENGTH = 32, 128, 32768
 
 
 @dataclass
@@ -79,18 +72,11 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.055)
     parser.add_argument("--methods", nargs="+", default=[*PEERS, ONE_PASS], choices=[*PEERS, ONE_PASS])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--llama", action="store_true", help="the cost of the default search in Llama-2-7B's shape")
-    parser.add_argument("--layers", type=int, nargs="+", default=[12, 32], help="layers for --llama")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="tuning", help="name of the result files")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
-    if arguments.llama:
-        windows = text_windows(tokenizer, arguments.calibrate, LLAMA_LENGTH, arguments.inputs, device)
-        result = {"rows": llama(model, windows, arguments.layers, arguments.tolerance)}
-        save(arguments.name, arguments.out, {"settings": settings(arguments), **result})
-        return
     rows, paths = [], {}
     for length in arguments.lengths:
         if arguments.test is None:
@@ -157,7 +143,7 @@ def rewritten(runs: Sequence[SampleRun], constants: Sequence[SiteConstants]) -> 
 
 
 def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outcome, stopwatch: Stopwatch) -> None:
-    began = _now()
+    began = now()
     if name == ONE_PASS:
         result = search_curves(Inputs(operands), TuneSettings(tolerance=tolerance), stopwatch)
         thresholds, sparsity, shape = result.thresholds, result.measured.sparsity, result.shape
@@ -169,7 +155,7 @@ def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outc
         PEERS[name](search)
         thresholds, sparsity, shape, policy = search.best, search.sparsity, (64, 64), ()
         evaluations, calls, path = search.meter.evaluations, search.meter.calls, search.path
-    outcome.seconds += _now() - began
+    outcome.seconds += now() - began
     outcome.evaluations.append(evaluations)
     outcome.calls.append(calls)
     outcome.sparsity.append(sparsity)
@@ -178,7 +164,8 @@ def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outc
     outcome.constants.append(SiteConstants(*columns, *shape, min_length=0, policy=policy))
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds, after the accelerator has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -275,80 +262,6 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], paths: dict[int, dict[str, 
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
-
-
-def llama(model: Any, windows: Sequence[Tensor], layers: Sequence[int], tolerance: float) -> list[dict[str, Any]]:
-    """Cost of the default search on operands of Llama-2-7B's shape."""
-    with closing(capture(recorded(model, windows))) as walk:
-        captured = [[replace(o, q=o.q.cpu(), k=o.k.cpu(), v=o.v.cpu()) for o in operands] for _, operands in walk]
-    rows = []
-    for name, split in {
-        "one input, 5 windows of it": lambda operands: operands[:1],
-        f"{len(windows)} inputs": lambda operands: operands,
-    }.items():
-        stopwatch, spent = Stopwatch(), []
-        sparsity, evaluations, peak = [], [], 0.0
-        for number in range(-1, max(layers)):  # the first round compiles
-            operands = [enlarged(o, number) for o in split(captured[number % len(captured)])]
-            held = _now() and _reset_peak(windows[0].device)
-            began = _now()
-            result = tune_site(operands, TuneSettings(tolerance=tolerance), stopwatch=stopwatch)
-            if number >= 0:
-                spent.append(_now() - began)
-                sparsity.append(float(result.measured.sparsity.mean()))
-                evaluations.append(result.evaluations)
-                peak = max(peak, _peak(windows[0].device) - held)
-            else:
-                stopwatch = Stopwatch()
-            del operands, result
-        one = 4 * LLAMA_HEADS * LLAMA_DIM * LLAMA_LENGTH * 2  # Q, K, V, O of one input in half precision
-        for count in layers:
-            row = {
-                "inputs": name,
-                "layers": count,
-                "seconds": sum(spent[:count]),
-                "mean_sparsity": sum(sparsity[:count]) / count,
-                "dense_equivalents_per_site": sum(evaluations[:count]) / count,
-                "peak_beyond_operands_in_qkvo_of_one_input": peak / one,
-                "peak_in_qkvo_of_all_inputs": (peak + held) / (one * len(split(list(windows)))),
-            }
-            print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-            rows.append(row)
-    return rows
-
-
-def enlarged(operands: Operands, seed: int) -> Operands:
-    """Operands of 32 heads of dimension 128 with the structure of captured ones; the module's docstring says how."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(seed % 1000)
-
-    def mapped(x: Tensor, maps: Tensor, size: float) -> Tensor:
-        x = x.to(device)
-        heads = torch.arange(LLAMA_HEADS) % x.shape[1]
-        return (x[:, heads.to(device)].float() @ maps.to(device) * size).to(x.dtype)
-
-    dim = operands.q.shape[-1]
-    same, other = (
-        torch.linalg.qr(torch.randn(LLAMA_HEADS, LLAMA_DIM, dim, generator=generator)).Q.mT for _ in range(2)
-    )
-    repeat = operands.q.shape[1] // operands.k.shape[1]
-    k, v = (x.repeat_interleave(repeat, 1) for x in (operands.k, operands.v))
-    size = (operands.scale * LLAMA_DIM**0.5) ** 0.5
-    return Operands(
-        mapped(operands.q, same, size), mapped(k, same, size), mapped(v, other, 1.0), LLAMA_DIM**-0.5, operands.causal
-    )
-
-
-def _reset_peak(device: torch.device) -> float:
-    if device.type != "cuda":
-        return 0.0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return float(torch.cuda.memory_allocated())
-
-
-def _peak(device: torch.device) -> float:
-    return float(torch.cuda.max_memory_allocated()) if device.type == "cuda" else 0.0
 
 
 if __name__ == "__main__":

@@ -35,19 +35,22 @@ LARGEST_FILE = 2**31
 """Bytes of a protocol buffer."""
 
 OPSETS = range(18, 24)
-POLICY = "meansim"
+DEFAULT_POLICY = "meansim"
+POLICIES = {"meansim": 0, "meanshare": 1}
+"""Policies that the body computes, and whether they select by share."""
 
-FLOATS, FLOAT, INT, STRING = "FLOATS", "FLOAT", "INT", "STRING"
+FLOATS, FLOAT, INTS, INT, STRINGS = "FLOATS", "FLOAT", "INTS", "INT", "STRINGS"
 ATTRIBUTES = {
     "tau": (FLOATS, "per head: share of the predicted mass that the kept key blocks hold; 1 keeps all"),
     "theta": (FLOATS, "per head: a block less self-similar than this is always kept; negative is off"),
     "lam": (FLOATS, "per head: how far (log2) under the running maximum a product with V may be skipped; -1000 is off"),
+    "policy": (STRINGS, "per head: the rule that scores and selects the key blocks"),
+    "share": (INTS, "per head: 1 where the policy selects by share, 0 where by mass"),
     "is_causal": (INT, "1 where row r attends keys 0..r only"),
     "scale": (FLOAT, "softmax scale"),
     "block_q": (INT, "rows of a query block"),
     "block_k": (INT, "rows of a key block; block_q is a multiple of it"),
     "min_length": (INT, "shorter sequences keep every block"),
-    "policy": (STRING, "the rule that scores the key blocks"),
     "predictor_version": (INT, "version of the selection rule; a native kernel must implement this one"),
 }
 
@@ -82,7 +85,7 @@ def to_onnx(
     if opset not in OPSETS:
         raise OptionError(f"opset: got {opset!r}; accepted: {OPSETS[0]} to {OPSETS[-1]}")
     onnx, *_ = extra(("onnx", "onnxscript"), "export")
-    program = rewritten_program(model, recipe, example, dynamic=dynamic)
+    program = rewritten_program(model, recipe, example, dynamic=dynamic, refuse=no_form)
     proto = _translated(program, opset)
     proto.functions.extend(function_protos(opset))
     proto.metadata_props.add(key=NOTE, value=program.note.to_json())
@@ -93,6 +96,12 @@ def to_onnx(
         except (ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"the ONNX file is not valid: {first_line(error)}") from error
     return Exported(target, program.rows, program.inputs)
+
+
+def no_form(constants: Any) -> str | None:
+    """Why the body cannot compute a call with these constants; None where it can."""
+    others = sorted(set(getattr(constants, "policy", ())) - set(POLICIES))
+    return f"no form in ONNX: policy {', '.join(others)}; {', '.join(POLICIES)} have one" if others else None
 
 
 def schema() -> Any:
@@ -156,15 +165,14 @@ def _translated(program: Program, opset: int) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's progress, and its warnings about packages that the model does not use."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def _name_sizes(proto: Any, names: Mapping[str, str]) -> None:
@@ -195,7 +203,9 @@ def _sparse_attention_node() -> Callable[..., Any]:
         block_q: int = 64,
         block_k: int = 64,
         min_length: int = 0,
+        policy: Sequence[str] | None = None,
     ) -> Any:
+        names = list(policy or [DEFAULT_POLICY] * len(tau))
         return node(
             q,
             k,
@@ -208,7 +218,8 @@ def _sparse_attention_node() -> Callable[..., Any]:
             block_q=block_q,
             block_k=block_k,
             min_length=min_length,
-            policy=POLICY,
+            policy=names,
+            share=[POLICIES[name] for name in names],
             predictor_version=PREDICTOR_VERSION,
         )
 

@@ -1,11 +1,11 @@
 """``afbs::SparseAttention`` in standard ONNX operators: the bodies that let any runtime run the node without us.
 
 The bodies follow :mod:`afbs_compile.kernels.reference` line by line, in fp32 and in its order of operations, so that
-they select the same blocks: ``BlockStatistics`` is ``block_statistics``, ``SelectBlocks`` is ``select_blocks``,
+they select the same blocks: ``BlockStatistics`` is ``block_statistics``, ``SelectByMass`` is ``select_blocks``,
 ``PredictMask`` is ``predict_mask``. ``SparseAttention`` walks over batch, heads and query blocks, gathers the live key
 blocks of each, and attends to those alone: what is not live is not computed, and no N x N tensor exists. ``lam`` is
 carried for runtimes with a kernel of their own; like the CPU engine, the body skips no product with V, which is never
-less accurate.
+less accurate. Heads with the policy ``meanshare`` select by ``SelectByShare``: the attribute ``share`` says which.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ RepeatHeads (x, groups) => (repeated)
 }
 """
 
-SELECT_BLOCKS = """
-SelectBlocks (probability, tau) => (keep)
+SELECT_BY_MASS = """
+SelectByMass (probability, tau) => (keep)
 {
     zero = Constant <value = int64[1] {0}> ()
     one = Constant <value = int64[1] {1}> ()
@@ -117,8 +117,33 @@ SelectBlocks (probability, tau) => (keep)
 }
 """
 
+SELECT_BY_SHARE = """
+SelectByShare (probability, candidates, tau) => (keep)
+{
+    # p * sqrt(n) > (1 - tau) / tau   <=>   tau > 1 / (1 + p * sqrt(n)); a row with NaN keeps everything
+    key_axis = Constant <value = int64[1] {-1}> ()
+    zero = Constant <value = int64 {0}> ()
+    one_float = Constant <value = float {1}> ()
+    below_one = Constant <value = float {0.99999994}> ()
+    candidates_float = Cast <to = 1> (candidates)
+    count = ReduceSum <keepdims = 1> (candidates_float, key_axis)
+    root = Sqrt (count)
+    strength = Mul (probability, root)
+    odds = Add (strength, one_float)
+    inverse = Div (one_float, odds)
+    level = Min (inverse, below_one)
+    limit = Min (tau, one_float)
+    strong = Less (level, limit)
+    unknown = IsNaN (strength)
+    unknown_int = Cast <to = 7> (unknown)
+    unknown_count = ReduceSum <keepdims = 1> (unknown_int, key_axis)
+    unknown_row = Greater (unknown_count, zero)
+    keep = Or (strong, unknown_row)
+}
+"""
+
 PREDICT_MASK = """
-PredictMask <tau, theta, is_causal, scale, block_q, block_k, min_length>
+PredictMask <tau, theta, share, is_causal, scale, block_q, block_k, min_length>
     (q, k) => (live)
 {
     head_axes = Constant <value = int64[2] {1, 2}> ()
@@ -184,7 +209,15 @@ PredictMask <tau, theta, is_causal, scale, block_q, block_k, min_length>
     total = ReduceSum <keepdims = 1> (weights, key_axis)
     total_safe = Max (total, tiny)
     probability = Div (weights, total_safe)
-    selected = afbs.SelectBlocks (probability, tau3)
+    by_mass = afbs.SelectByMass (probability, tau3)
+    by_share = afbs.SelectByShare (probability, candidates, tau3)
+    share_flat = Constant <value_ints: ints = @share> ()
+    share3 = Unsqueeze (share_flat, head_axes)
+    is_share = Cast <to = 9> (share3)
+    is_mass = Not (is_share)
+    chosen_share = And (is_share, by_share)
+    chosen_mass = And (is_mass, by_mass)
+    selected = Or (chosen_share, chosen_mass)
 
     chosen = And (selected, coherent_k)
     incoherent_k = Not (coherent_k)
@@ -230,7 +263,7 @@ InBlocks <block> (x) => (blocks)
 """
 
 SPARSE_ATTENTION = """
-SparseAttention <tau, theta, lam, is_causal, scale, block_q, block_k, min_length, policy, predictor_version>
+SparseAttention <tau, theta, lam, policy, share, is_causal, scale, block_q, block_k, min_length, predictor_version>
     (q, k, v) => (out)
 {
     zero = Constant <value = int64 {0}> ()
@@ -251,8 +284,9 @@ SparseAttention <tau, theta, lam, is_causal, scale, block_q, block_k, min_length
     k32 = Cast <to = 1> (k)
     v32 = Cast <to = 1> (v)
 
-    live = afbs.PredictMask <tau: floats = @tau, theta: floats = @theta, is_causal: int = @is_causal,
-        scale: float = @scale, block_q: int = @block_q, block_k: int = @block_k, min_length: int = @min_length>
+    live = afbs.PredictMask <tau: floats = @tau, theta: floats = @theta, share: ints = @share,
+        is_causal: int = @is_causal, scale: float = @scale, block_q: int = @block_q, block_k: int = @block_k,
+        min_length: int = @min_length>
         (q32, k32)
     count_q1 = Shape <start = 2, end = 3> (live)
     count_k1 = Shape <start = 3, end = 4> (live)
@@ -326,7 +360,9 @@ SparseAttention <tau, theta, lam, is_causal, scale, block_q, block_k, min_length
 }
 """
 
-BODIES = (BLOCK_STATISTICS, REPEAT_HEADS, SELECT_BLOCKS, PREDICT_MASK, IN_BLOCKS, SPARSE_ATTENTION)
+BODIES = (
+    BLOCK_STATISTICS, REPEAT_HEADS, SELECT_BY_MASS, SELECT_BY_SHARE, PREDICT_MASK, IN_BLOCKS, SPARSE_ATTENTION,
+)  # fmt: skip
 
 
 def function_protos(opset: int) -> list[onnx.FunctionProto]:

@@ -128,6 +128,7 @@ def call_plugins(gm: fx.GraphModule) -> int:
                     given["is_causal"],
                     scale,
                     *(given[name] for name in ("block_q", "block_k", "min_length")),
+                    ",".join(given.get("policy") or ()),
                 ),
             )
         plugin.meta = dict(node.meta)
@@ -161,6 +162,7 @@ def sparse_attention_plugin(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    policy: str = "",
 ) -> Tensor:
     """``afbs::sparse_attention`` with its thresholds as text and a contiguous result.
 
@@ -188,6 +190,7 @@ def _(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    policy: str = "",
 ) -> Tensor:
     """The shape of q, unchecked: the generator asks with sizes that no attention has."""
     return q.new_empty(q.shape)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from afbs_compile.kernels.launch import padded
 from afbs_compile.kernels.one_pass import Visit
 from afbs_compile.kernels.reference import LOG2_E
 
@@ -146,7 +147,7 @@ def triton_pass(
     q, k, v, dense = (_addressable(x) for x in (q, k, v, dense))
     heads, length, dim = q.shape
     count = len(rows)
-    dim_pad = max(16, triton.next_power_of_2(dim))
+    dim_pad = padded(dim)
     # 128 rows of queries fill a program's registers; fp32 operands are twice as wide and multiplied three times.
     widest = 128 if q.element_size() == 2 and dim_pad <= 128 else 32
     tile_q, tile_k = min(block_q, widest), min(block_k, widest, 64)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import reference
+from afbs_compile.kernels import predict, reference
 from afbs_compile.kernels.policies import base
 from afbs_compile.kernels.policies.antidiagonal import Antidiagonal
 from afbs_compile.kernels.policies.base import ALWAYS, Policy
@@ -97,26 +97,48 @@ def levels(
     candidates, kept = visible, reference.diagonal_blocks(*counts, block_q, block_k, q.device)
     limits = [reference.THETA_OFF] * q.shape[1] if theta is None else torch.as_tensor(theta).tolist()
     check_policies([policy] * q.shape[1], limits)
-    if policy == DEFAULT and max(limits) >= 0:  # else every block is coherent
-        coherent_q, coherent_k = _coherent(q, k, limits, block_q, block_k)
-        candidates, kept = visible & coherent_k, kept | ~coherent_k | ~coherent_q
-    if q.device.type == "cuda":
-        scores = q.new_empty(*q.shape[:2], *counts, dtype=torch.int32)
-        chosen.write_scores(q, k, scores, **blocks)
-        scores = scores.view(torch.float32)
-    else:
-        scores = chosen.scores(q, k, **blocks)
+    score = scored_by_triton if q.device.type == "cuda" else _scored_by_torch
+    scores, similarities = score(chosen, q, k, has_theta=max(limits) >= 0.0, **blocks)
+    if similarities is not None:
+        similarity_q, similarity_k = similarities
+        limit = reference.per_head(limits, q)
+        coherent_k = similarity_k.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None, :] >= limit
+        candidates, kept = visible & coherent_k, kept | ~coherent_k | ~(similarity_q[..., None] >= limit)
     level = base.levels(scores, chosen.rule, candidates)
     return torch.where(kept, ALWAYS, level).masked_fill(~visible, math.inf)
 
 
-def _coherent(q: Tensor, k: Tensor, theta: Sequence[float], block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-    """Whether each query block and each key block is self-similar enough: ``[B, H, n_q, 1]``, ``[B, H, 1, n_k]``."""
-    limits = reference.per_head(theta, q)
-    _, similarity_q = reference.block_statistics(q, block_q)
-    _, similarity_k = reference.block_statistics(k, block_k)
-    similarity_k = similarity_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return similarity_q[..., None] >= limits, similarity_k[..., None, :] >= limits
+Scored = tuple[Tensor, tuple[Tensor, Tensor] | None]
+"""Scores, and for ``meansim`` the self-similarities ``[B, H, n_q]`` and ``[B, H_kv, n_k]`` that theta is about."""
+
+
+def _scored_by_torch(policy: Policy, q: Tensor, k: Tensor, *, has_theta: bool, **call: Any) -> Scored:
+    scores = policy.scores(q, k, **call)
+    if policy.name != DEFAULT:
+        return scores, None
+    _, similarity_q = reference.block_statistics(q, call["block_q"])
+    _, similarity_k = reference.block_statistics(k, call["block_k"])
+    return scores, (similarity_q, similarity_k)
+
+
+def scored_by_triton(policy: Policy, q: Tensor, k: Tensor, *, has_theta: bool, **call: Any) -> Scored:
+    """Scores on Triton, whatever the device; without ``has_theta`` the self-similarities only tell what is not finite.
+
+    Args:
+        policy: which one.
+        q, k, call: as for :meth:`Policy.write_scores`.
+        has_theta: whether self-similarities are wanted.
+    """
+    from afbs_compile.kernels import predict_triton  # Triton is not installed everywhere.
+
+    out = predict_triton.empty_lists(q, call["block_q"], call["block_k"]).indices
+    scores = out.view(torch.float32)
+    if policy.name != DEFAULT:
+        policy.write_scores(q, k, out, **call)
+        return scores, None
+    similarity = predict_triton.pooled_scores(q, k, out, has_theta=has_theta, **call)
+    of_q, of_k = similarity.split([out[..., 0].numel(), similarity.numel() - out[..., 0].numel()])
+    return scores, (of_q.view(out.shape[:3]), of_k.view(*k.shape[:2], -1))
 
 
 def predict_mask(
@@ -132,13 +154,13 @@ def predict_mask(
         bool ``[B, H, n_q, n_k]``.
     """
     if policy is None:
-        return reference.predict_mask(q, k, tau, theta, **call)
+        return predict.predict_mask(q, k, tau, theta, **call)
     parts = []
     for name, heads in heads_of(policy).items():
         mine = operands_of(q, k, heads)
         taus, thetas = [tau[h] for h in heads], [theta[h] for h in heads]
         if name == DEFAULT:
-            parts.append(reference.predict_mask(*mine, taus, thetas, **call))
+            parts.append(predict.predict_mask(*mine, taus, thetas, **call))
         else:
             parts.append(levels(name, *mine, **call) < reference.per_head(taus, q).clamp_max(1.0))
     return in_order(parts, policy)

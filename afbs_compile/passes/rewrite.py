@@ -129,7 +129,7 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) 
             "block_q": constants.block_q,
             "block_k": constants.block_k,
             "min_length": constants.min_length,
-            "max_length": constants.max_length,
+            **({"max_length": constants.max_length} if constants.max_length else {}),
             **_named_policies(constants),
         },
     )

@@ -172,7 +172,7 @@ def _note(recipe: Recipe) -> str:
     inputs = max(sample.validation_inputs for sample in samples)
     blocks = " and ".join(sorted({f"{site.block_q}x{site.block_k}" for site in recipe.sites if site.heads}))
     return (
-        f"mean sparsity {recipe.sparsity:.1%}; tolerance {recipe.tolerance:g} on every head; method {recipe.method}; "
+        f"mean sparsity {recipe.sparsity:.1%}; {recipe.goal}; method {recipe.method}; "
         f"blocks {blocks}; engine {recipe.engine}; calibrated on {samples[0].source} "
         f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, validated on {inputs} inputs"
         f"{_validated(recipe)}: {_promised(recipe)}"

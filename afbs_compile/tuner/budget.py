@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afbs_compile.kernels.reference import KEEP_ALL
+from afbs_compile.recipe import Policy
 from afbs_compile.tuner.allocate import allocate
 from afbs_compile.tuner.end_to_end import EndToEnd, OutputChange, SiteThresholds
 from afbs_compile.tuner.space import Thresholds
@@ -68,7 +69,7 @@ class SitePoints:
         name: of the site.
         tau, theta: thresholds, ``[H, points]``; error: relative L1 of the head's output; live: share of the valid
             blocks that is computed. Points that must not be used have a NaN error.
-        block_q, block_k: block shape of all points.
+        block_q, block_k: block shape of all points; policy: a name per head.
     """
 
     name: str
@@ -78,6 +79,7 @@ class SitePoints:
     live: Tensor
     block_q: int
     block_k: int
+    policy: tuple[Policy, ...]
 
     @property
     def heads(self) -> int:
@@ -88,7 +90,7 @@ class SitePoints:
         """Thresholds at one point of each head, ``[H]``."""
         tau, theta = (values.gather(1, points[:, None])[:, 0] for values in (self.tau, self.theta))
         lam = Thresholds.dense(self.heads).lam
-        return SiteThresholds(Thresholds(tau, theta, lam), self.block_q, self.block_k)
+        return SiteThresholds(Thresholds(tau, theta, lam), self.block_q, self.block_k, self.policy)
 
     def reference_points(self) -> Tensor:
         """``[H]``: the sparsest point of each head with at most :data:`REFERENCE_ERROR`; 0 where there is none."""

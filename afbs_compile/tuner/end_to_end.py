@@ -22,11 +22,12 @@ CHUNK_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class SiteThresholds:
-    """What runs at one site: thresholds per head and the block shape they belong to."""
+    """What runs at one site: thresholds per head, and the block shape and the policies they belong to."""
 
     thresholds: Thresholds
     block_q: int
     block_k: int
+    policy: tuple[str, ...] | None = None
 
     def attend(self, operands: Operands) -> Tensor | None:
         """Sparse attention on a site's operands; ``None`` where every head is DENSE."""
@@ -44,6 +45,7 @@ class SiteThresholds:
             scale=operands.scale,
             block_q=self.block_q,
             block_k=self.block_k,
+            policy=self.policy,
         )[0]
 
 
@@ -124,7 +126,7 @@ def next_tokens(run: SampleRun, logits: Tensor) -> Tensor | None:
     """The tokens ``[batch, positions - 1]`` that follow each position: the graph's token input, shifted by one.
 
     The token input is the integer one shaped like the positions of the logits, the one named ``input_ids`` where
-    there are several; ``None`` if there is none.
+    there are several; ``None`` if there is none, or if its tokens are no classes of the logits.
     """
     placeholders = [node for node in run.gm.graph.nodes if node.op == "placeholder"]
     found: dict[str, Tensor] = {
@@ -134,7 +136,9 @@ def next_tokens(run: SampleRun, logits: Tensor) -> Tensor | None:
     }
     named = [value for name, value in found.items() if "input_ids" in name]
     tokens = named if named else list(found.values())
-    return tokens[0][..., 1:].long() if len(tokens) == 1 and tokens[0].shape[-1] > 1 else None
+    if len(tokens) != 1 or tokens[0].shape[-1] < 2 or tokens[0].max() >= logits.shape[-1]:
+        return None
+    return tokens[0][..., 1:].long()
 
 
 def _fits(value: Tensor, logits: Tensor, node: fx.Node) -> bool:

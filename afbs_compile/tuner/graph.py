@@ -18,9 +18,20 @@ from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
-from afbs_compile.passes.capture import SampleRun, capture
+from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.site import AttentionSite
-from afbs_compile.recipe import GraphRecipe, HeadRecipe, Promise, Recipe, SampleRecord, SearchPath, SiteRecipe
+from afbs_compile.recipe import (
+    BudgetRecord,
+    GraphRecipe,
+    HeadRecipe,
+    Promise,
+    Recipe,
+    SampleRecord,
+    SearchPath,
+    SiteRecipe,
+)
+from afbs_compile.tuner.budgeted import tune_with_budget
+from afbs_compile.tuner.end_to_end import SiteThresholds
 from afbs_compile.tuner.progress import calibration_progress
 from afbs_compile.tuner.promise import promise
 from afbs_compile.tuner.site import SiteResult, TuneSettings, tune_site
@@ -46,7 +57,7 @@ def calibrate_graph(
     began = time.monotonic()
     found = graphs[0][0]
     runs = [SampleRun(graph.gm, graph.sites, inputs) for graph, samples in graphs for inputs in samples]
-    results, lengths = _tune_sites(runs, settings) if found.sites else ({}, [0])
+    results, lengths, budget = _tune(runs, settings) if found.sites else ({}, [0], None)
     validated = max((result.measured.error.shape[0] for result in results.values()), default=0)
     promised = _promise(list(results.values()))
     record = SampleRecord(source, len(runs), validated, (min(lengths), max(lengths)), samples_digest(runs))
@@ -55,7 +66,7 @@ def calibrate_graph(
     evaluations = sum(result.evaluations for result in results.values())
     device = found.sites[0].device if found.sites else torch.device("cpu")
     return Recipe(
-        tolerance=settings.tolerance,
+        tolerance=None if settings.budget else settings.tolerance,
         method=settings.method,
         parameterization=settings.parameterization,
         device=device.type,
@@ -74,6 +85,7 @@ def calibrate_graph(
                 promise=promised,
             ),
         ),
+        budget=budget,
     )
 
 
@@ -87,12 +99,28 @@ def samples_digest(runs: Iterable[SampleRun]) -> str:
     )
 
 
+def _tune(
+    runs: Sequence[SampleRun], settings: TuneSettings
+) -> tuple[dict[str, SiteResult], list[int], BudgetRecord | None]:
+    """Results by site, lengths at the sites, and how the budget was spent where there is one."""
+    if settings.budget is not None:
+        return tune_with_budget(runs, settings, settings.budget)
+    return *_tune_sites(runs, settings), None
+
+
 def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict[str, SiteResult], list[int]]:
     results: dict[str, SiteResult] = {}
     lengths: set[int] = set()
     earlier, stopwatch = None, Stopwatch()
+
     # closing: the walk holds forked random state and autocast, which an error must not leave behind.
-    with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs)) as walk:
+    def chosen(name: str, operands: Operands) -> Tensor | None:
+        """Later sites are calibrated on what the sparse ones before them make."""
+        result = results[name]
+        here = SiteThresholds(result.thresholds, *result.shape, result.policy)
+        return None if result.dense_reason else here.attend(operands)
+
+    with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs, chosen)) as walk:
         for name, operands in walk:
             result = tune_site(operands, settings, earlier=earlier, stopwatch=stopwatch)
             earlier = result.posterior

@@ -14,6 +14,7 @@ from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
 from afbs_compile.passes.capture import Operands
 from afbs_compile.recipe import Policy
 from afbs_compile.tuner import gp
+from afbs_compile.tuner.budget import Budget
 from afbs_compile.tuner.curves import Curves, tau_exponent
 from afbs_compile.tuner.explore import Explored, explore
 from afbs_compile.tuner.inputs import BlockShape, Inputs
@@ -46,12 +47,14 @@ class TuneSettings:
     """How to tune: see :func:`afbs_compile.calibrate` for the fields.
 
     Attributes:
+        budget: of the output, instead of the tolerance.
         shapes: block shapes to compare, those of :data:`BLOCK_SHAPES` by default; ``method="paper"`` takes the first.
     """
 
     tolerance: float = 0.055
     method: Method = "afbs"
     parameterization: Parameterization = "corrected"
+    budget: Budget | None = None
     shapes: tuple[BlockShape, ...] | None = None
 
     def shapes_on(self, device: torch.device) -> tuple[BlockShape, ...]:
@@ -109,22 +112,30 @@ def tune_site(
         stopwatch: what timing earlier sites has shown.
     """
     stopwatch = stopwatch or Stopwatch()
+    nothing = f"no threshold keeps any head's error within {settings.tolerance:g}"
     if settings.method == "paper":
-        return _with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, settings)
+        return with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, nothing)
     inputs = Inputs(samples)
     result = search_curves(inputs, settings, stopwatch)
     dense_ms = None
     if samples[0].q.is_cuda and len(inputs.dense_ms) > 1:
         dense_ms = min(inputs.dense_ms)
-    return _with_speed(result, inputs.elements[inputs.first], stopwatch, settings, dense_ms)
+    return with_speed(result, inputs.elements[inputs.first], stopwatch, nothing, dense_ms)
 
 
-def _with_speed(
-    result: SiteResult, sample: Operands, stopwatch: Stopwatch, settings: TuneSettings, dense_ms: float | None = None
+def with_speed(
+    result: SiteResult, sample: Operands, stopwatch: Stopwatch, nothing: str, dense_ms: float | None = None
 ) -> SiteResult:
-    """The result with its speed, dense where it does not pay."""
+    """The result with its speed, dense where it does not pay.
+
+    Args:
+        result: of the site; sample: operands to time it on.
+        stopwatch: what timing earlier sites has shown.
+        nothing: the reason to give where every head is DENSE.
+        dense_ms: milliseconds of the dense call, where they are known.
+    """
     if result.thresholds.is_dense.all():
-        return replace(result, dense_reason=f"no threshold keeps any head's error within {settings.tolerance:g}")
+        return replace(result, dense_reason=nothing)
     sparsity = float(result.measured.sparsity.mean())
     speed = SiteSpeed.measure(
         sample, result.thresholds, result.policy, sparsity, stopwatch, dense_ms=dense_ms, **result.shape._asdict()
@@ -163,7 +174,7 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
     """
     tolerance = settings.tolerance
     explored = explore(inputs, tolerance, settings.shapes_on(inputs.elements[0].q.device))
-    shape = _fastest(inputs, explored, stopwatch)
+    shape = fastest_shape(inputs, explored, stopwatch)
     choice = explored[shape]
     found = validate(inputs, choice.tau, choice.theta, choice.policy, shape, tolerance)
     found, thresholds = _confirmed(inputs, found, choice, shape, tolerance)
@@ -191,7 +202,7 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
     )
 
 
-def _fastest(inputs: Inputs, explored: dict[BlockShape, Explored], stopwatch: Stopwatch) -> BlockShape:
+def fastest_shape(inputs: Inputs, explored: dict[BlockShape, Explored], stopwatch: Stopwatch) -> BlockShape:
     """The block shape whose live work takes least time at the crossing: the pairs it computes, and ms per pair."""
     element = inputs.elements[inputs.first]
     milliseconds: dict[BlockShape, float] = {}

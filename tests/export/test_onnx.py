@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from afbs_compile.errors import ExportError, OptionError
 from afbs_compile.export import load, to_onnx
 from afbs_compile.export.files import NOTE
-from afbs_compile.export.onnx import OPSETS
+from afbs_compile.export.onnx import OPSETS, no_form
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from tests.export.helpers import Grouped, all_left_alone, recipe_for, reference_by_hand, relative_difference, wandering
 
@@ -85,7 +86,8 @@ def test_one_node_for_each_call_that_says_how_to_claim_it(causal_file):
     (node,) = [node for node in model.graph.node if node.domain == "afbs"]
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert node.op_type == "SparseAttention"
-    assert given["policy"] == b"meansim"
+    assert given["policy"] == [b"meansim"] * 4
+    assert given["share"] == [0] * 4
     assert given["predictor_version"] == PREDICTOR_VERSION
     assert given["tau"] == pytest.approx([0.6] * 4)
     assert given["theta"] == pytest.approx([0.3] * 4)
@@ -140,6 +142,11 @@ class TestRefusals:
     def test_an_opset_that_is_not_accepted(self, tmp_path, opset):
         with pytest.raises(OptionError, match="opset: got .*; accepted: 18 to 23"):
             to_onnx(Grouped().eval(), None, wandering(130), tmp_path / "model.onnx", opset=opset)
+
+    def test_a_policy_without_a_form_stays_dense(self):
+        assert no_form(types.SimpleNamespace(policy=("meansim", "meanshare"))) is None
+        reason = no_form(types.SimpleNamespace(policy=("meansim", "sink_window")))
+        assert reason == "no form in ONNX: policy sink_window; meansim, meanshare have one"
 
     def test_without_the_extra_it_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)

@@ -30,7 +30,9 @@ def session(name, inputs, outputs, attributes, kinds):
     )
     imports = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
     model = onnx.helper.make_model(graph, opset_imports=imports, functions=function_protos(OPSET), ir_version=10)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # idle threads of onnxruntime spin, which slows a busy machine down
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def run(made, **tensors):
@@ -39,8 +41,8 @@ def run(made, **tensors):
 
 def settings(causal, block_q, block_k, min_length=0):
     return {
-        "tau": TAU, "theta": THETA, "is_causal": int(causal), "scale": 0.25, "block_q": block_q, "block_k": block_k,
-        "min_length": min_length,
+        "tau": TAU, "theta": THETA, "share": [0] * 4, "is_causal": int(causal), "scale": 0.25,
+        "block_q": block_q, "block_k": block_k, "min_length": min_length,
     }  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def predictor(causal, block_q, block_k):
 
 def attention(causal, block_q, block_k, kind=None, min_length=0):
     attributes = settings(causal, block_q, block_k, min_length)
-    attributes.update(lam=LAM, policy="meansim", predictor_version=1)
+    attributes.update(lam=LAM, policy=["meansim"] * 4, predictor_version=1)
     kinds = dict.fromkeys(("q", "k", "v", "out"), kind or FLOAT)
     return session("SparseAttention", ["q", "k", "v"], ["out"], attributes, kinds)
 
@@ -95,6 +97,30 @@ def test_blocks_that_are_equally_probable_stay_or_go_together():
     (found,) = run(predictor(True, 64, 64), q=q, k=k)
     assert torch.equal(found, expected_mask(q, k, True, 64, 64))
     assert torch.equal(found[0, 0], torch.ones(8, 8, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_heads_that_select_by_share(causal):
+    """Keep block j when p_j * sqrt(n) > (1 - tau) / tau, n the visible blocks; diagonal ones always."""
+    tau = [0.3, 0.5, 0.6, 1.0]
+    attributes = settings(causal, 64, 64) | {"tau": tau, "theta": [-1.0] * 4, "share": [1, 1, 0, 1]}
+    made = session("PredictMask", ["q", "k"], ["live"], attributes, {"live": BOOL})
+    q, k, _ = operands(777)
+    (found,) = run(made, q=q, k=k)
+    mean_q, mean_k = (reference.block_statistics(x, 64)[0] for x in (q, k))
+    visible = reference.visible_blocks(13, 13, 64, 64, causal, q.device)
+    diagonal = reference.diagonal_blocks(13, 13, 64, 64, q.device)
+    p = reference.block_probabilities(mean_q, mean_k, visible, scale=0.25)
+    taus = reference.per_head(tau, q)
+    by_share = p * visible.sum(-1, keepdim=True).sqrt() > (1 - taus) / taus
+    expected = (by_share | diagonal | (taus >= 1)) & visible
+    expected[:, 2] = expected_mask_of(q, k, [tau[2]] * 4, causal)[:, 2]
+    assert torch.equal(found, expected)
+    assert (~found & visible).sum() > 50
+
+
+def expected_mask_of(q, k, tau, causal):
+    return reference.predict_mask(q, k, tau, [-1.0] * 4, causal=causal, scale=0.25)
 
 
 @pytest.mark.parametrize("fill", [0.0, 1e-30, 1e30])

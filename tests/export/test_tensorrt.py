@@ -63,7 +63,7 @@ def test_the_program_that_the_library_gets(library, tmp_path, grouped):
     program = torch.export.load(tmp_path / "model.ep")
     (node,) = program.graph.find_nodes(op="call_function", target=OPERATOR)
     assert node.kwargs == {}, "the generated converter reads positional arguments only"
-    assert node.args[3:] == ("0.3,0.6,0.9,1.0", "0.3,0.3,0.3,0.3", node.args[5], grouped.causal, 0.25, 64, 64, 64)
+    assert node.args[3:] == ("0.3,0.6,0.9,1.0", "0.3,0.3,0.3,0.3", node.args[5], grouped.causal, 0.25, 64, 64, 64, "")
     run = load(tmp_path / "model.ep")
     assert run.recipe == recipe
     for batch, length in ((2, 130), (1, 64), (1, 20)):
@@ -135,7 +135,7 @@ class TestGenerator:
         generator.generate_plugin(tensorrt.PLUGIN)
         described = recorder.described[tensorrt.PLUGIN]
         inputs = [Descriptor(["b", heads, "n", 64]) for heads in (4, 2, 2)]
-        (out,) = described(*inputs, "0.5", "-1.0", "-1000.0", *map(np.asarray, (True, 0.25, 64, 64, 0)))
+        (out,) = described(*inputs, "0.5", "-1.0", "-1000.0", *map(np.asarray, (True, 0.25, 64, 64, 0)), "")
         assert list(out.shape_expr) == ["b", 4, "n", 64]
         assert described.__annotations__["tau"] is str
         assert tensorrt.PLUGIN in recorder.implemented

@@ -36,7 +36,7 @@ def site(name: str, heads: int = 4, seed: int = 0) -> SitePoints:
     generator = torch.Generator().manual_seed(seed)
     slope = 0.5 + torch.rand(heads, 1, generator=generator)
     tau = TAUS.expand(heads, -1)
-    return SitePoints(name, tau, torch.full_like(tau, -1.0), slope * (1 - tau), tau**2, 64, 64)
+    return SitePoints(name, tau, torch.full_like(tau, -1.0), slope * (1 - tau), tau**2, 64, 64, ("meansim",) * heads)
 
 
 def live_of(sites, spending) -> float:

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from afbs_compile.calibration import record_programs
 from afbs_compile.errors import OptionError
@@ -15,35 +14,16 @@ from afbs_compile.passes.capture import SampleRun, capture, run_with
 from afbs_compile.passes.find import find
 from afbs_compile.tuner.end_to_end import EndToEnd, SiteThresholds, find_logits, next_tokens, output_change
 from afbs_compile.tuner.space import Thresholds
-from tests.toy import HEADS, Toy, drifting
+from tests.toy import HEADS, TOKENS, LanguageToy, token_ids
 
-TOKENS, LENGTH = 50, 256
-
-
-class LanguageToy(nn.Module):
-    """Tokens in, logits out; positions drift so that attention is sparse."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.body = Toy()
-        self.embed = nn.Embedding(TOKENS, 128)
-        self.head = nn.Linear(128, TOKENS)
-        self.register_buffer("positions", drifting(LENGTH))
-
-    def forward(self, input_ids):
-        return self.head(self.body(self.positions + 0.1 * self.embed(input_ids)))
-
-
-def ids(seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, TOKENS, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+LENGTH = 256
 
 
 @pytest.fixture
 def runs():
     torch._dynamo.reset()
-    model = LanguageToy().eval()
-    (program,) = record_programs(model, [ids(0), ids(1)])
+    model = LanguageToy(LENGTH).eval()
+    (program,) = record_programs(model, [token_ids(LENGTH, seed=0), token_ids(LENGTH, seed=1)])
     sites = find(program.gm, min_length=1)[0]
     return model, [SampleRun(program.gm, sites, inputs) for inputs in program.samples]
 
@@ -61,7 +41,7 @@ def names(runs) -> list[str]:
 def test_nothing_sparse_is_the_model(runs):
     model, samples = runs
     (logits,) = run_with(samples[1], lambda *_: None)
-    torch.testing.assert_close(logits, model(ids(1)))
+    torch.testing.assert_close(logits, model(token_ids(LENGTH, seed=1)))
 
 
 def test_dense_changes_nothing(runs):
@@ -133,7 +113,7 @@ def test_unknown_tokens_give_no_perplexity():
 def test_tokens_of_the_graph_are_found(runs):
     _, samples = runs
     targets = next_tokens(samples[1], torch.empty(1, LENGTH, TOKENS))
-    assert torch.equal(targets, ids(1)[:, 1:])
+    assert torch.equal(targets, token_ids(LENGTH, seed=1)[:, 1:])
     assert next_tokens(samples[1], torch.empty(1, 1, TOKENS)) is None
 
 
