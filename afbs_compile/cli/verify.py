@@ -181,9 +181,9 @@ def _kept(errors: Sequence[HeadErrors] | None, recipe: Recipe | None, share: flo
 
 
 def _promised(recipe: Recipe) -> float:
-    """The share of inputs on which a head keeps the tolerance, by the recipe's promise."""
+    """The share of inputs on which a head keeps the tolerance, by the recipe's promise where that says more."""
     promise = weakest_promise(recipe)
-    return SHARE if promise is None or promise.inputs == 0 else 1 - promise.head_bound
+    return SHARE if promise is None else max(SHARE, 1 - promise.head_bound)
 
 
 def _spread(errors: Sequence[HeadErrors], tolerance: float) -> dict[str, Any]:
