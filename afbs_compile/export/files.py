@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,11 +72,18 @@ class Note:
         return cls(tuple(data["inputs"]), data["positional"], recipe)
 
 
-def without_search(recipe: Recipe) -> Recipe:
-    """The recipe without how its thresholds were found: most of its size, and nothing that a file needs."""
+def as_written(recipe: Recipe, rows: Iterable[SiteRecipe]) -> Recipe:
+    """The recipe with what a file does of it, for those who compare the two.
 
-    def site(row: SiteRecipe) -> SiteRecipe:
-        return replace(row, heads=tuple(replace(head, search=()) for head in row.heads))
+    Its calls get their outcome and thresholds in the file, which hold at every length, and lose how the thresholds were
+    found: most of the recipe's size, and nothing that a file needs.
+    """
+    here = {row.name: row for row in rows}
+
+    def site(recorded: SiteRecipe) -> SiteRecipe:
+        row = here.get(recorded.name, recorded)
+        heads = tuple(replace(head, search=()) for head in row.heads or recorded.heads)
+        return replace(recorded, outcome=row.outcome, reason=row.reason, heads=heads, validated_lengths=None)
 
     graphs = tuple(replace(graph, sites=tuple(map(site, graph.sites))) for graph in recipe.graphs)
     return replace(recipe, graphs=graphs)

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from afbs_compile.calibration import record_programs
 from afbs_compile.errors import ExportError, OptionError, RecipeError
-from afbs_compile.export.files import Note, first_line, without_search
+from afbs_compile.export.files import Note, as_written, first_line
 from afbs_compile.export.inputs import Example, Inputs
 from afbs_compile.found import FoundGraph
 from afbs_compile.passes.find import find
@@ -100,7 +100,9 @@ def rewritten_program(
     for old, new in zip(before, _results(gm), strict=True):
         if old != new:
             exported.graph_signature.replace_all_uses(old, new)
-    return Program(exported, rows, Note(inputs.names, len(inputs.args), without_search(recipe)), shapes, sizes, module)
+    return Program(
+        exported, rows, Note(inputs.names, len(inputs.args), as_written(recipe, rows)), shapes, sizes, module
+    )
 
 
 def _captured(module: nn.Module, example: Example) -> list[FoundGraph]:
