@@ -7,7 +7,7 @@ import torch
 
 from afbs_compile.errors import ExportError, OptionError
 from afbs_compile.export import load, to_onnx, to_pt2, to_tensorrt
-from afbs_compile.export.files import Note, without_search
+from afbs_compile.export.files import Note, as_written
 from afbs_compile.export.runner import Runner
 from tests.export.helpers import Grouped, recipe_for, wandering
 
@@ -63,7 +63,7 @@ class TestLoad:
 
 def test_the_note_survives(model_and_recipe):
     _, recipe = model_and_recipe
-    note = Note(("a", "b"), 1, without_search(recipe))
+    note = Note(("a", "b"), 1, as_written(recipe, ()))
     assert Note.from_json(note.to_json()) == note
 
 
