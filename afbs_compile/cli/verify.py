@@ -64,8 +64,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--share",
         metavar="S",
         type=options.share,
-        help="least share of (head, input) pairs that keep the tolerance (default: what the recipe promises, or "
-        f"{SHARE})",
+        help="least share of (head, input) pairs that keep the tolerance "
+        f"(default: {SHARE}, or what the recipe promises if that is more)",
     )
     options.add_json(parser)
 
