@@ -113,10 +113,24 @@ def levels(
 def _coherent(q: Tensor, k: Tensor, theta: Sequence[float], block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
     """Whether each query block and each key block is self-similar enough: ``[B, H, n_q, 1]``, ``[B, H, 1, n_k]``."""
     limits = reference.per_head(theta, q)
-    _, similarity_q = reference.block_statistics(q, block_q)
-    _, similarity_k = reference.block_statistics(k, block_k)
+    if q.device.type == "cuda":
+        similarity_q, similarity_k = _similarities_triton(q, k, block_q, block_k)
+    else:
+        similarity_q, similarity_k = (reference.block_statistics(x, b)[1] for x, b in ((q, block_q), (k, block_k)))
     similarity_k = similarity_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     return similarity_q[..., None] >= limits, similarity_k[..., None, :] >= limits
+
+
+def _similarities_triton(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """Self-similarity of the blocks of q and of k by the predictor's kernel: it makes no fp32 copy of them."""
+    from afbs_compile.kernels import predict_triton  # Triton is not installed everywhere.
+
+    scores = predict_triton.empty_lists(q, block_q, block_k).indices
+    blocks: dict[str, Any] = {"has_theta": True, "causal": True, "scale": 1.0, "block_q": block_q, "block_k": block_k}
+    both = predict_triton.pooled_scores(q, k, scores, **blocks)
+    shape_q, shape_k = (*q.shape[:2], scores.shape[2]), (*k.shape[:2], scores.shape[3])
+    count = math.prod(shape_q)
+    return both[:count].view(shape_q), both[count : count + math.prod(shape_k)].view(shape_k)
 
 
 def predict_mask(

@@ -1,7 +1,7 @@
 """AFBS-BO: from captured Q, K and V to validated thresholds per head.
 
 ``inputs`` the inputs of a site and passes over them · ``curves`` what a pass measures · ``explore``, ``validate`` the
-stages of ``method="afbs"`` on curves · ``lengths``, ``promise`` what they say about other inputs · ``space``, ``measure``,
+stages of ``method="afbs"`` on curves · ``lengths``, ``promise`` what they say of other inputs · ``space``, ``measure``,
 ``gp``, ``paper`` Algorithm 1 as printed, by evaluations · ``end_to_end``, ``allocate``, ``budget`` one budget for all
 heads · ``speed`` whether it pays · ``site`` one site · ``graph`` all sites of a graph.
 """

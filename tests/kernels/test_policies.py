@@ -383,3 +383,10 @@ def test_sink_window_extends_as_documented() -> None:
     assert live[100].nonzero().flatten().tolist() == [0, *range(84, 101)]
     assert live[10].all(-1) == False  # noqa: E712
     assert live[10].sum() == 11
+
+
+def test_the_predictor_s_kernel_gives_the_similarities_of_the_specification():
+    q, k = (torch.randn(2, h, 200, 40, device=TRITON_DEVICE) + h for h in (4, 2))
+    found = policy._similarities_triton(q, k, 64, 32)
+    for similarity, x, block in zip(found, (q, k), (64, 32), strict=True):
+        torch.testing.assert_close(similarity, reference.block_statistics(x, block)[1], rtol=1e-4, atol=1e-5)
