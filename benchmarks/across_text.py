@@ -9,14 +9,15 @@ attention itself (sum|O - O_dense| / sum|O_dense| per head and window), taken fo
 blocks of a query block in the order in which tau lets them in, partial sums over them are the outputs of all taus.
 
 Scores: the policies' own, and an oracle that knows the true mass of every block. Rules: "mass" and "share", see
-afbs_compile/kernels/policies/base.py. "static" is block means, mass, calibrated on the first text alone.
+afbs_compile/kernels/policies/base.py, and "floor": "share" without the root of the number of blocks. "static" is block
+means, mass, calibrated on the first text alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from afbs_compile.passes.capture import Operands, SampleRun, capture
 BLOCK = 64
 POINTS = 192
 SCORES = ("meansim", "cumulant", "antidiagonal", "vertical_slash", "oracle")
-RULES: tuple[base.Rule, ...] = ("mass", "share")
+RULES = ("mass", "share", "floor")
 STATIC = "meansim, mass"
 LIMIT = 0.85
 """Part of the tolerance that the calibration windows may use: what is left over is for text unlike them."""
@@ -72,7 +73,7 @@ def main() -> None:
         rows = table(curves, kinds, [first, *others], arguments.tolerance)
         result[str(length)] = {"rows": rows, "why": why(curves, kinds, first, arguments.tolerance)}
         show(length, rows, result[str(length)]["why"])
-    save(arguments.name, arguments.out, result)
+        save(arguments.name, arguments.out, result)
 
 
 def text_of(name: str) -> str:
@@ -118,58 +119,75 @@ def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
     diagonal = diagonal_blocks(count, count, BLOCK, BLOCK, q.device)
     weights_of = _row_softmax(q, k, sample.scale)
     blocks = {"causal": True, "block_q": BLOCK, "block_k": BLOCK}
+    levels: dict[str, dict[str, Tensor]] = {}
     for name in (*SCORES, "sink_window"):
         if name == "oracle":
-            scores = torch.cat([_block_sums(weights_of(block)).mean(-2) for block in range(count)], 2).log()
+            masses = [weights_of(block).unflatten(-1, (count, BLOCK)).sum(-1).mean(1) for block in range(count)]
+            scores = torch.stack(masses, 1).log()[None]
         else:
             scores = policy_named(name).scores(q, k, scale=sample.scale, **blocks)
-        rules = RULES if name in SCORES else ("strength",)
-        levels = [
-            torch.where(diagonal, base.ALWAYS, base.levels(scores, rule, visible)).masked_fill(~visible, torch.inf)[0]
-            for rule in rules
-        ]
-        # Both rules let blocks in by descending score.
-        error, mass, size = partial_sums(weights_of, v, levels[0].sort(dim=-1, stable=True).indices)
-        for rule, level in zip(rules, levels, strict=True):
-            yield f"{name}, {rule}", at_all_taus(level, error, mass, size)
+        levels[name] = {
+            rule: torch.where(diagonal, base.ALWAYS, levels_of(scores, rule, visible)).masked_fill(~visible, torch.inf)[
+                0
+            ]
+            for rule in (RULES if name in SCORES else ("strength",))
+        }
+    # All rules let blocks in by descending score: one order serves them.
+    orders = {
+        name: next(iter(of_rules.values())).sort(dim=-1, stable=True).indices for name, of_rules in levels.items()
+    }
+    sums, size = partial_sums(weights_of, v, orders)
+    for name, of_rules in levels.items():
+        for rule, level in of_rules.items():
+            yield f"{name}, {rule}", at_all_taus(level, *sums[name], size)
 
 
-def _row_softmax(q: Tensor, k: Tensor, scale: float) -> Any:
-    """A function of a query block: its rows' exact softmax, ``[1, H, 1, BLOCK, length]``."""
-    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+def levels_of(scores: Tensor, rule: Any, visible: Tensor) -> Tensor:
+    """:func:`base.levels`, also of the rule "floor": keep block j when ``p_j > (1 - tau) / tau``."""
+    if rule == "floor":
+        return base.levels(base.softmax(scores, visible).log(), "strength", visible)
+    return base.levels(scores, rule, visible)
+
+
+def _row_softmax(q: Tensor, k: Tensor, scale: float) -> Callable[[int], Tensor]:
+    """A function of a query block: the exact softmax of its rows, ``[H, BLOCK, length]``."""
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)[0].transpose(-1, -2)
     later = torch.arange(q.shape[2], device=q.device)
 
     def weights(block: int) -> Tensor:
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
-        scores = q[:, :, rows] @ keys.transpose(-1, -2) * scale
-        return scores.masked_fill(later > later[rows, None], -torch.inf).softmax(-1)[:, :, None]
+        scores = q[0, :, rows] @ keys * scale
+        return scores.masked_fill(later > later[rows, None], -torch.inf).softmax(-1)
 
     return weights
 
 
-def _block_sums(weights: Tensor) -> Tensor:
-    return weights.unflatten(-1, (-1, BLOCK)).sum(-1)
-
-
-def partial_sums(weights_of: Any, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Error and true mass after each block of an order, ``[H, n, n]`` each, and ``sum|O_dense|``, ``[H]``."""
-    heads, count = order.shape[:2]
+def partial_sums(
+    weights_of: Callable[[int], Tensor], v: Tensor, orders: dict[str, Tensor]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """Error and true mass after each block of every order, ``[H, n, n]`` each, and ``sum|O_dense|``, ``[H]``."""
+    heads, count = next(iter(orders.values())).shape[:2]
     values = v.repeat_interleave(heads // v.shape[1], 1)[0].unflatten(1, (count, BLOCK))
-    error, mass = torch.zeros(heads, count, count, device=v.device), torch.ones(heads, count, count, device=v.device)
     size = torch.zeros(heads, device=v.device)
+    sums = {
+        name: (torch.zeros(heads, count, count, device=v.device), torch.ones(heads, count, count, device=v.device))
+        for name in orders
+    }
     for block in range(count):
         seen = block + 1
-        weights = weights_of(block)[0, :, 0].unflatten(-1, (count, BLOCK))[:, :, :seen].transpose(1, 2)
-        parts = weights @ values[:, :seen]  # [H, seen, BLOCK, D]
-        place = order[:, block, :seen]
+        weights = weights_of(block).unflatten(-1, (count, BLOCK))[:, :, :seen].transpose(1, 2)
+        parts, totals = weights @ values[:, :seen], weights.sum(-1)  # [H, seen, BLOCK, D] and [H, seen, BLOCK]
         dense = parts.sum(1, keepdim=True)
-        # o_n = sum of the first n blocks' outputs / sum of their weights
-        sums = weights.sum(-1).gather(1, place[..., None].expand(-1, -1, BLOCK)).cumsum(1)
-        outputs = parts.gather(1, place[..., None, None].expand_as(parts)).cumsum_(1)
-        error[:, block, :seen] = (outputs / sums[..., None] - dense).abs().sum((-1, -2))
-        mass[:, block, :seen] = sums.mean(-1)
         size += dense.abs().sum((1, 2, 3))
-    return error, mass, size
+        for name, order in orders.items():
+            place = order[:, block, :seen, None].expand_as(totals)
+            # o_n = sum of the first n blocks' outputs / sum of their weights
+            total = totals.gather(1, place).cumsum(1)
+            outputs = parts.gather(1, place[..., None].expand_as(parts)).cumsum(1)
+            error, mass = sums[name]
+            error[:, block, :seen] = outputs.div_(total[..., None]).sub_(dense).abs_().sum((-1, -2))
+            mass[:, block, :seen] = total.mean(-1)
+    return sums, size
 
 
 def at_all_taus(level: Tensor, error: Tensor, mass: Tensor, size: Tensor) -> Tensor:

@@ -97,40 +97,48 @@ def levels(
     candidates, kept = visible, reference.diagonal_blocks(*counts, block_q, block_k, q.device)
     limits = [reference.THETA_OFF] * q.shape[1] if theta is None else torch.as_tensor(theta).tolist()
     check_policies([policy] * q.shape[1], limits)
-    if policy == DEFAULT and max(limits) >= 0:  # else every block is coherent
-        coherent_q, coherent_k = _coherent(q, k, limits, block_q, block_k)
-        candidates, kept = visible & coherent_k, kept | ~coherent_k | ~coherent_q
-    if q.device.type == "cuda":
-        scores = q.new_empty(*q.shape[:2], *counts, dtype=torch.int32)
-        chosen.write_scores(q, k, scores, **blocks)
-        scores = scores.view(torch.float32)
-    else:
-        scores = chosen.scores(q, k, **blocks)
+    score = scored_by_triton if q.device.type == "cuda" else _scored_by_torch
+    scores, similarities = score(chosen, q, k, has_theta=max(limits) >= 0.0, **blocks)
+    if similarities is not None:
+        similarity_q, similarity_k = similarities
+        limit = reference.per_head(limits, q)
+        coherent_k = similarity_k.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None, :] >= limit
+        candidates, kept = visible & coherent_k, kept | ~coherent_k | ~(similarity_q[..., None] >= limit)
     level = base.levels(scores, chosen.rule, candidates)
     return torch.where(kept, ALWAYS, level).masked_fill(~visible, math.inf)
 
 
-def _coherent(q: Tensor, k: Tensor, theta: Sequence[float], block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-    """Whether each query block and each key block is self-similar enough: ``[B, H, n_q, 1]``, ``[B, H, 1, n_k]``."""
-    limits = reference.per_head(theta, q)
-    if q.device.type == "cuda":
-        similarity_q, similarity_k = _similarities_triton(q, k, block_q, block_k)
-    else:
-        similarity_q, similarity_k = (reference.block_statistics(x, b)[1] for x, b in ((q, block_q), (k, block_k)))
-    similarity_k = similarity_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return similarity_q[..., None] >= limits, similarity_k[..., None, :] >= limits
+Scored = tuple[Tensor, tuple[Tensor, Tensor] | None]
+"""Scores, and for ``meansim`` the self-similarities ``[B, H, n_q]`` and ``[B, H_kv, n_k]`` that theta is about."""
 
 
-def _similarities_triton(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-    """Self-similarity of the blocks of q and of k by the predictor's kernel: it makes no fp32 copy of them."""
+def _scored_by_torch(policy: Policy, q: Tensor, k: Tensor, *, has_theta: bool, **call: Any) -> Scored:
+    scores = policy.scores(q, k, **call)
+    if policy.name != DEFAULT:
+        return scores, None
+    _, similarity_q = reference.block_statistics(q, call["block_q"])
+    _, similarity_k = reference.block_statistics(k, call["block_k"])
+    return scores, (similarity_q, similarity_k)
+
+
+def scored_by_triton(policy: Policy, q: Tensor, k: Tensor, *, has_theta: bool, **call: Any) -> Scored:
+    """Scores on Triton, whatever the device; without ``has_theta`` the self-similarities only tell what is not finite.
+
+    Args:
+        policy: which one.
+        q, k, call: as for :meth:`Policy.write_scores`.
+        has_theta: whether self-similarities are wanted.
+    """
     from afbs_compile.kernels import predict_triton  # Triton is not installed everywhere.
 
-    scores = predict_triton.empty_lists(q, block_q, block_k).indices
-    blocks: dict[str, Any] = {"has_theta": True, "causal": True, "scale": 1.0, "block_q": block_q, "block_k": block_k}
-    both = predict_triton.pooled_scores(q, k, scores, **blocks)
-    shape_q, shape_k = (*q.shape[:2], scores.shape[2]), (*k.shape[:2], scores.shape[3])
-    count = math.prod(shape_q)
-    return both[:count].view(shape_q), both[count : count + math.prod(shape_k)].view(shape_k)
+    out = predict_triton.empty_lists(q, call["block_q"], call["block_k"]).indices
+    scores = out.view(torch.float32)
+    if policy.name != DEFAULT:
+        policy.write_scores(q, k, out, **call)
+        return scores, None
+    similarity = predict_triton.pooled_scores(q, k, out, has_theta=has_theta, **call)
+    of_q, of_k = similarity.split([out[..., 0].numel(), similarity.numel() - out[..., 0].numel()])
+    return scores, (of_q.view(out.shape[:3]), of_k.view(*k.shape[:2], -1))
 
 
 def predict_mask(

@@ -169,6 +169,17 @@ def test_levels_of_meansim_with_theta_are_the_reference_mask() -> None:
     assert mask.float().mean() < 0.5
 
 
+@EACH_POLICY
+def test_levels_on_triton_are_the_levels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(length=300, heads=4, kv_heads=2, batch=2, block_q=64, block_k=32)
+    q, k, _ = inputs(shape, TRITON_DEVICE)
+    theta = [0.0, 0.02, 0.3, OFF] if name == "meansim" else None
+    expected = policy.levels(name, q.cpu(), k.cpu(), theta, **shape.call)
+    monkeypatch.setattr(policy, "_scored_by_torch", policy.scored_by_triton)
+    came = policy.levels(name, q, k, theta, **shape.call).cpu()
+    torch.testing.assert_close(came, expected, atol=1e-5, rtol=0)
+
+
 def triton_mask(name: str, q: Tensor, k: Tensor, tau: list[float], shape: Shape) -> Tensor:
     lists = lists_triton.predict_blocks(q, k, tau, [OFF] * len(tau), [name] * len(tau), **call_of(shape))
     for counts, rows in zip(lists.counts.flatten().tolist(), lists.indices.flatten(0, 2).tolist(), strict=True):
@@ -385,8 +396,13 @@ def test_sink_window_extends_as_documented() -> None:
     assert live[10].sum() == 11
 
 
-def test_the_predictor_s_kernel_gives_the_similarities_of_the_specification():
-    q, k = (torch.randn(2, h, 200, 40, device=TRITON_DEVICE) + h for h in (4, 2))
-    found = policy._similarities_triton(q, k, 64, 32)
-    for similarity, x, block in zip(found, (q, k), (64, 32), strict=True):
-        torch.testing.assert_close(similarity, reference.block_statistics(x, block)[1], rtol=1e-4, atol=1e-5)
+def test_groups_of_heads_keep_their_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(length=300, heads=4, kv_heads=2)
+    q, k, v = inputs(shape, TRITON_DEVICE)
+    tau, theta = [0.9, 0.6, 0.05, 0.8], [OFF] * 4
+    live = policy.predict_mask(q, k, tau, theta, MIXED, **shape.call)
+    monkeypatch.setattr(op, "engine_name", lambda device: "triton")
+    monkeypatch.setattr(op, "heads_at_once", lambda *_: 2)
+    out, counts = op.sparse_attention_with_counts(q, k, v, tau, theta, [NO_SKIP] * 4, causal=True, policy=MIXED)
+    assert torch.equal(counts, live.sum(-1, dtype=torch.int32))
+    torch.testing.assert_close(out.double(), exact(q, k, v, live, shape), atol=1e-5, rtol=0)
