@@ -33,9 +33,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         metavar="T",
-        type=float,
+        type=_tolerance,
         default=0.055,
-        help="largest relative L1 error of any head on any sample (default: 0.055)",
+        help="largest relative L1 error of any head on any sample (default: 0.055), or a budget on the model's output: "
+        "kl=0.01 (nats) or perplexity=0.01 (relative rise)",
     )
     parser.add_argument(
         "--method", metavar="M", choices=METHODS, default="afbs", help=f"{' or '.join(METHODS)} (default: afbs)"
@@ -49,6 +50,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", metavar="recipe.json", required=True, help="where to write the recipe")
     options.add_json(parser)
+
+
+def _tolerance(text: str) -> float | dict[str, float]:
+    """``0.055``, ``kl=0.01`` or ``perplexity=0.01``; what they may be is checked by :func:`afbs_compile.calibrate`."""
+    quantity, equals, number = text.rpartition("=")
+    try:
+        return {quantity: float(number)} if equals else float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: 0.055, kl=0.01 or perplexity=0.01") from None
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -27,10 +27,10 @@ from afbs_compile.cli.recipes import SUFFIX, load_recipe, usual_length
 from afbs_compile.cli.sources import Sample, load_samples
 from afbs_compile.errors import OptionError
 from afbs_compile.export import SUFFIXES, load
-from afbs_compile.recipe import Recipe
+from afbs_compile.recipe import BudgetRecord, Recipe
 from afbs_compile.report.applied import apply, rewritten
 from afbs_compile.report.fidelity import Closeness, HeadErrors, closeness, first_output, head_errors, run_dense
-from afbs_compile.report.inspection import weakest_promise
+from afbs_compile.report.inspection import error_limit, weakest_promise
 
 NAME = "verify"
 SHARE = 0.9
@@ -83,13 +83,16 @@ def run(arguments: argparse.Namespace) -> int:
         against_dense, against_torch = _compare(model, samples, with_torch, None)
     else:
         against_dense, against_torch = _compare(model, samples, call, with_torch)
-    checks = [_finite(against_dense), *_same(against_torch, model, call), _kept(errors, recipe, arguments.share)]
+    checks = [_finite(against_dense), *_same(against_torch, model, call)]
+    budget = None if recipe is None else recipe.budget
+    kept = _kept(errors, recipe, arguments.share) if budget is None else _inside(budget, against_dense)
+    checks.append(kept)
     report = {
         "file": arguments.file,
         "samples": len(samples),
         "against_dense": _figures(against_dense),
         "against_torch": _figures(against_torch) if against_torch else None,
-        "promise": None if errors is None or recipe is None else _spread(errors, recipe.tolerance),
+        "promise": None if errors is None or recipe is None else _spread(errors, error_limit(recipe)[0]),
         "checks": [asdict(check) for check in checks],
     }
     if arguments.json:
@@ -170,6 +173,7 @@ def _kept(errors: Sequence[HeadErrors] | None, recipe: Recipe | None, share: flo
         return Check("promise", None, "not checked: the file holds no recipe, and --recipe was not given")
     if not errors:
         return Check("promise", True, "no call is sparse, so nothing can err")
+    assert recipe.tolerance is not None  # a budget is checked on the output
     spread = _spread(errors, recipe.tolerance)
     share = _promised(recipe) if share is None else share
     detail = (
@@ -178,6 +182,19 @@ def _kept(errors: Sequence[HeadErrors] | None, recipe: Recipe | None, share: flo
         f"input {spread['worst_input']})"
     )
     return Check("promise", spread["share_within_tolerance"] >= share, detail)
+
+
+def _inside(budget: BudgetRecord, against_dense: Sequence[Closeness]) -> Check:
+    """Whether the output stays inside the recipe's budget on this data."""
+    figures = _figures(against_dense)
+    if budget.quantity == "kl":
+        cost, shown = figures["kl"], "KL {:.3g} nats, at most {:.3g} accepted"
+    else:
+        ours, theirs = figures["perplexity"], figures["perplexity_compared_with"]
+        cost, shown = None if ours is None else ours / theirs - 1, "perplexity {:+.2%}, at most {:+.2%} accepted"
+    if cost is None:
+        return Check("promise", None, "not checked: the output on this data says nothing about next tokens")
+    return Check("promise", cost <= budget.limit, shown.format(cost, budget.limit))
 
 
 def _promised(recipe: Recipe) -> float:
@@ -207,11 +224,13 @@ def _spread(errors: Sequence[HeadErrors], tolerance: float) -> dict[str, Any]:
 def _figures(found: Sequence[Closeness]) -> dict[str, Any]:
     positions = sum(one.positions for one in found)
     losses = [one.losses for one in found if one.losses is not None]
+    divergences = [one.kl for one in found if one.kl is not None]
     return {
         "relative_error_mean": statistics.mean(one.relative_error for one in found),
         "relative_error_worst": max(one.relative_error for one in found),
         "largest_difference": max(one.largest_difference for one in found),
         "positions": positions,
+        "kl": statistics.mean(divergences) if divergences else None,
         "same_first_choice": sum(one.agreeing for one in found) / positions if positions else None,
         "perplexity": math.exp(statistics.mean(ours for ours, _ in losses)) if losses else None,
         "perplexity_compared_with": math.exp(statistics.mean(theirs for _, theirs in losses)) if losses else None,

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe
 from afbs_compile.report import registry
 
 WIDTH = 130
@@ -170,13 +170,22 @@ def _note(recipe: Recipe) -> str:
     shortest, longest = min(s.lengths[0] for s in samples), max(s.lengths[1] for s in samples)
     tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     inputs = max(sample.validation_inputs for sample in samples)
+    validated = f"validated on {inputs} inputs{_validated(recipe)}: {_promised(recipe)}"
     blocks = " and ".join(sorted({f"{site.block_q}x{site.block_k}" for site in recipe.sites if site.heads}))
     return (
         f"mean sparsity {recipe.sparsity:.1%}; {recipe.goal}; method {recipe.method}; "
         f"blocks {blocks}; engine {recipe.engine}; calibrated on {samples[0].source} "
-        f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, validated on {inputs} inputs"
-        f"{_validated(recipe)}: {_promised(recipe)}"
+        f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, "
+        f"{validated if recipe.budget is None else _spent(recipe.budget)}"
     )
+
+
+def _spent(budget: BudgetRecord) -> str:
+    """How much of the budget is used, and whether samples that had no say confirm it."""
+    measured = f"{budget.measured:.3g} used on the {budget.chosen_on} samples that chose"
+    if budget.checked is None:
+        return f"{measured}, not checked on others"
+    return f"{measured}, {budget.checked:.3g} on {budget.checked_on} others: further inputs may cost more"
 
 
 def _validated(recipe: Recipe) -> str:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.recipe import SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
+from afbs_compile.tuner.end_to_end import output_change
 from afbs_compile.tuner.measure import dense_attention, relative_l1
 
 
@@ -27,6 +28,7 @@ class Closeness:
         largest_difference: ``max|a - b| / max|b|``.
         positions: places where a choice is made, 0 unless the output is logits.
         agreeing: of these, where both make the same first choice.
+        kl: mean KL(b || a) of those choices in nats, ``None`` unless the output is logits.
         losses: mean next-token loss of either form, ``None`` unless the model predicts tokens.
     """
 
@@ -34,6 +36,7 @@ class Closeness:
     largest_difference: float
     positions: int
     agreeing: int
+    kl: float | None
     losses: tuple[float, float] | None
 
 
@@ -82,15 +85,16 @@ def closeness(sparse: Tensor, dense: Tensor, sample: Mapping[str, Any], *, logit
     relative = float(difference.sum(dtype=torch.float64) / magnitude.sum(dtype=torch.float64).clamp_min(tiny))
     largest = float(difference.max() / magnitude.max().clamp_min(tiny))
     positions = agreeing = 0
-    losses = None
+    kl = losses = None
     if logits:
+        kl = output_change(dense, sparse, None).kl
         same = sparse.argmax(-1) == dense.argmax(-1)
         positions, agreeing = same.numel(), int(same.sum())
         ids = sample.get("input_ids")
         if isinstance(ids, Tensor) and sparse.shape[:-1] == ids.shape and ids.shape[-1] > 1:
             losses = _loss(sparse, ids), _loss(dense, ids)
     finite = bool(sparse.isfinite().all())
-    return Closeness(relative if finite else math.nan, largest if finite else math.nan, positions, agreeing, losses)
+    return Closeness(relative if finite else math.nan, largest if finite else math.nan, positions, agreeing, kl, losses)
 
 
 def head_errors(graphs: Sequence[AppliedGraph]) -> Iterable[HeadErrors]:

@@ -13,7 +13,7 @@ from importlib import resources
 from typing import Any
 
 from afbs_compile.recipe import Recipe, SiteRecipe
-from afbs_compile.report.inspection import policies, promise, provenance, reasons, speed, summary
+from afbs_compile.report.inspection import error_limit, policies, promise, provenance, reasons, speed, summary
 from afbs_compile.report.masks import Masks
 
 SCRIPTS = ("base.js", "heatmap.js", "charts.js", "main.js")
@@ -53,7 +53,9 @@ def _data(recipe: Recipe, masks: Masks | None) -> dict[str, Any]:
     sites = [  # names are unique within a graph only
         {"graph": number, **asdict(site)} for number, graph in enumerate(recipe.graphs) for site in graph.sites
     ]
-    return {"tolerance": recipe.tolerance, "sites": sites, "masks": None if masks is None else asdict(masks)}
+    limit, name = error_limit(recipe)
+    shown = None if masks is None else asdict(masks)
+    return {"limit": limit, "limit_name": name, "sites": sites, "masks": shown}
 
 
 def _embedded(data: dict[str, Any]) -> str:
@@ -71,7 +73,7 @@ def _lead(recipe: Recipe) -> str:
 def _tiles(recipe: Recipe) -> Iterable[str]:
     numbers = summary(recipe)
     yield _tile("mean sparsity", f"{numbers['mean_sparsity']:.1%}", "of what runs")
-    yield _tile("worst error", f"{numbers['worst_error']:.3f}", f"tolerance {recipe.tolerance:g}")
+    yield _tile("worst error", f"{numbers['worst_error']:.3f}", recipe.goal)
     yield _tile("sparse calls", str(numbers["outcomes"].get("sparse", 0)), f"of {numbers['sites']}")
     yield _tile("dense heads", str(numbers["dense_heads"]), f"of {numbers['heads']}")
     if numbers["attention_ms"]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from afbs_compile.recipe import Promise, Recipe, SiteRecipe
+from afbs_compile.recipe import BudgetRecord, Promise, Recipe, SiteRecipe
 
 OUTCOME_STYLE = {"sparse": "green", "dense": "yellow", "refused": "red"}
 SHORT_DIGEST = 12
@@ -45,6 +46,7 @@ def summary(recipe: Recipe) -> dict[str, Any]:
         "attention_dense_ms": sum(site.dense_ms or 0.0 for site in timed) if timed else None,
         "attention_ms": sum(ms or 0.0 for ms in taken) if timed else None,
         "tolerance": recipe.tolerance,
+        "budget": None if recipe.budget is None else asdict(recipe.budget),
         "promise": promise(recipe),
         "provenance": provenance(recipe),
     }
@@ -57,12 +59,34 @@ def promise(recipe: Recipe) -> list[str]:
         return ["Nothing was calibrated, so nothing is promised."]
     shortest, longest = _lengths(recipe)
     tokens = f"{longest:,} tokens" if shortest == longest else f"{shortest:,} to {longest:,} tokens"
+    if recipe.budget is not None:
+        return [*_budget(recipe.budget, tokens), "Other inputs may cost more, and no length but these was measured."]
     return [
         f"Every sparse head stayed within a relative L1 error of {recipe.tolerance:g} on each of {inputs} validation "
         f"{'input' if inputs == 1 else 'inputs'} of {tokens}.",
         *_bounds(recipe),
         "No error per head bounds the model's output, and at lengths that were not validated nothing is promised.",
     ]
+
+
+def _budget(budget: BudgetRecord, tokens: str) -> Iterator[str]:
+    """How the budget on the output was spent, and whether other samples confirmed it."""
+    what, unit = ("KL(dense || sparse)", "{:.3g} nats") if budget.quantity == "kl" else ("perplexity", "{:+.2%}")
+    yield (
+        f"The thresholds of all heads were chosen together: {what} {unit.format(budget.measured)} of at most "
+        f"{unit.format(budget.limit)} on the {budget.chosen_on} samples of {tokens} that chose them."
+    )
+    if budget.checked is None:
+        yield "No other sample checked them."
+    else:
+        yield f"On {budget.checked_on} samples that had no say it was {unit.format(budget.checked)}."
+
+
+def error_limit(recipe: Recipe) -> tuple[float, str]:
+    """What the heads' errors are drawn against, and its name: the tolerance or, of a budget, the worst head's error."""
+    if recipe.tolerance is not None:
+        return recipe.tolerance, "tolerance"
+    return max((head.error for site in recipe.sites for head in site.heads), default=0.0) or 1.0, "worst head's error"
 
 
 def weakest_promise(recipe: Recipe) -> Promise | None:
@@ -192,8 +216,8 @@ def _summary(recipe: Recipe) -> RenderableType:
     lines = [
         f"{numbers['sites']} attention calls: {outcomes}",
         f"{numbers['heads']} heads, {numbers['dense_heads']} of them dense",
-        f"mean sparsity {numbers['mean_sparsity']:.1%}, worst error {numbers['worst_error']:.3f}, "
-        f"tolerance {numbers['tolerance']:g}",
+        f"mean sparsity {numbers['mean_sparsity']:.1%}, worst error {numbers['worst_error']:.3f}",
+        recipe.goal,
     ]
     if numbers["attention_ms"]:
         dense, taken = numbers["attention_dense_ms"], numbers["attention_ms"]

@@ -56,10 +56,10 @@ function stepText(step, number) {
 
 function ceiling(steps) {
   const errors = steps.map((step) => step.error).filter((error) => error !== null);
-  return Math.max(1.15 * data.tolerance, Math.min(Math.max(0, ...errors), 6 * data.tolerance)) * 1.05;
+  return Math.max(1.15 * data.limit, Math.min(Math.max(0, ...errors), 6 * data.limit)) * 1.05;
 }
 
-/** Error against sparsity, with the tolerance and the chosen point. */
+/** Error against sparsity, with the limit and the chosen point. */
 function curve(head, steps) {
   const top = 24, bottom = 220, high = ceiling(steps);
   const x = scale(0, 1, LEFT, W - RIGHT), y = scale(0, high, bottom, top);
@@ -77,16 +77,16 @@ function curve(head, steps) {
     const sorted = [...group].sort((a, b) => a.sparsity - b.sparsity);
     drawing.append(svg("polyline", { class: "trace", points: sorted.map((s) => `${x(s.sparsity)},${y(at(s))}`).join(" ") }));
   }
-  tolerance(drawing, y);
+  limitLine(drawing, y);
   steps.forEach((step, i) => drawing.append(mark(step.stage, x(step.sparsity), y(at(step)), stepText(step, i))));
   drawing.append(svg("circle", { class: "ring", cx: x(head.sparsity), cy: y(Math.min(high, head.error)), r: 8 },
     svg("title", {}, `chosen: ${percent(head.sparsity)}, ${head.error.toFixed(4)}`)));
   return drawing;
 }
 
-function tolerance(drawing, y) {
-  drawing.append(svg("line", { class: "limit", x1: LEFT, x2: W - RIGHT, y1: y(data.tolerance), y2: y(data.tolerance) }),
-    svg("text", { class: "limit-label", x: W - RIGHT, y: y(data.tolerance) - 5, "text-anchor": "end" }, `tolerance ${short(data.tolerance)}`));
+function limitLine(drawing, y) {
+  drawing.append(svg("line", { class: "limit", x1: LEFT, x2: W - RIGHT, y1: y(data.limit), y2: y(data.limit) }),
+    svg("text", { class: "limit-label", x: W - RIGHT, y: y(data.limit) - 5, "text-anchor": "end" }, `${data.limit_name} ${short(data.limit)}`));
 }
 
 /** The search step by step (the paper's Fig. 5): its error above, below it s, or tau where the method has no s. */
@@ -109,7 +109,7 @@ function path(steps) {
   const at = (step) => error(Math.min(high, step.error === null ? high : step.error));
   drawing.append(svg("polyline", { class: "trace", points: steps.map((step, i) => `${x(i)},${at(step)}`).join(" ") }),
     svg("polyline", { class: "trace", points: shown.map((step) => `${x(step.i)},${y(value(step))}`).join(" ") }));
-  tolerance(drawing, error);
+  limitLine(drawing, error);
   steps.forEach((step, i) => drawing.append(mark(step.stage, x(i), at(step), stepText(step, i))));
   for (const step of shown) drawing.append(mark(step.stage, x(step.i), y(value(step)), stepText(step, step.i)));
   return drawing;
@@ -118,13 +118,13 @@ function path(steps) {
 /** The error on each validation input, as bars. */
 function inputsChart(head) {
   const errors = head.validation_errors, top = 24, bottom = 120;
-  const high = 1.15 * Math.max(data.tolerance, ...errors);
+  const high = 1.15 * Math.max(data.limit, ...errors);
   const x = scale(0, errors.length, LEFT, W - RIGHT), y = scale(0, high, bottom, top);
   const drawing = svg("svg", { class: "plot", viewBox: `0 0 ${W} 156`, role: "img",
     "aria-label": `Error on each of ${errors.length} validation inputs, from ${Math.min(...errors).toFixed(4)} to ${Math.max(...errors).toFixed(4)}.` });
   frame(drawing, { x, y, top, bottom, xTicks: [], yTicks: ticks(0, high, 3), xName: "validation input", yName: "error" });
   errors.forEach((error, i) => drawing.append(svg("rect", { class: "refine", x: x(i + 0.2), width: x(0.6) - x(0), y: y(error),
     height: bottom - y(error) }, svg("title", {}, `input ${i + 1}: ${error.toFixed(4)}`))));
-  tolerance(drawing, y);
+  limitLine(drawing, y);
   return drawing;
 }

@@ -28,7 +28,7 @@ function heatMap(kind, share) {
     site.heads.forEach((head, c) => {
       const x = label + c * width;
       const dense = head.outcome === "dense";
-      const over = !dense && head.error > data.tolerance;
+      const over = !dense && head.error > data.limit;
       const cell = svg("rect", { x, y, width: width - 1, height: height - 1, "data-at": `${r},${c}`,
         class: "cell " + (dense ? "keeps-all" : kind) + (over ? " over" : "") });
       cell.style.setProperty("--p", (100 * Math.min(1, share(head))).toFixed(1) + "%");
@@ -92,7 +92,7 @@ function legend(kind, low, high) {
   const heads = data.sites.flatMap((site) => site.heads);
   const swatch = (name, text) => entries.push(el("span", {}, el("span", { class: "swatch " + name }), text));
   if (heads.some((head) => head.outcome === "dense")) swatch("dense", "dense head");
-  if (heads.some((head) => head.outcome === "sparse" && head.error > data.tolerance)) swatch("over", "over the tolerance");
+  if (heads.some((head) => head.outcome === "sparse" && head.error > data.limit)) swatch("over", `over the ${data.limit_name}`);
   if (data.sites.some((site) => !site.heads.length)) swatch("refused", "refused call");
   document.getElementById("legend-" + kind).replaceChildren(...entries);
 }

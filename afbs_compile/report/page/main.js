@@ -66,7 +66,7 @@ function showHead(site, index) {
       ["policy", `${head.policy}, blocks ${site.block_q} x ${site.block_k}`],
       ["tau", short(head.tau)], ["theta", head.theta < 0 ? "off" : short(head.theta)],
       ["lambda", head.lam <= -1000 ? "off" : short(head.lam)],
-      ["sparsity", percent(head.sparsity)], ["error", `${head.error.toFixed(4)} (tolerance ${short(data.tolerance)})`],
+      ["sparsity", percent(head.sparsity)], ["error", `${head.error.toFixed(4)} (${data.limit_name} ${short(data.limit)})`],
     ]),
   ]))];
   if (!dense && head.validation_errors.length)
@@ -99,9 +99,9 @@ function headTable() {
 const first = data.sites.findIndex((site) => site.heads.length);
 if (first >= 0) {
   heatMap("sparsity", (head) => head.sparsity);
-  heatMap("error", (head) => head.error / data.tolerance);
+  heatMap("error", (head) => head.error / data.limit);
   legend("sparsity", "0 %", "100 %");
-  legend("error", "0", `${short(data.tolerance)}, the tolerance`);
+  legend("error", "0", `${short(data.limit)}, the ${data.limit_name}`);
   const heads = data.sites.flatMap((site, row) => site.heads.map((head, column) => ({ row, column, head })));
   const best = heads.reduce((a, b) => (b.head.sparsity > a.head.sparsity ? b : a));
   choose(best.row, best.column);
