@@ -182,7 +182,8 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
     curves = (*(curve for each in explored.values() for curve in each.curves), *found.curves)
     refined = [curve for curve in found.curves if curve.stage == "refine"]
     exponent = tau_exponent(refined[0], tolerance) if refined else torch.zeros(inputs.heads)
-    whole = [int(element.q.shape[2]) for element in inputs.elements for _ in range(inputs.windows)]
+    one_input = len(inputs.elements) == 1  # a short one has fewer windows than others
+    whole = [int(element.q.shape[2]) for element in inputs.elements] * (len(found.error) if one_input else 1)
     lengths = fit_lengths(whole, found.error, found.prefixes, sparse, tolerance) if refined else None
     held_out = torch.ones(len(inputs.elements), dtype=torch.bool)
     held_out[inputs.first] = False
@@ -232,7 +233,7 @@ def _confirmed(
         )  # fmt: skip
         seen = relative_l1(out, dense, windows, shape.block_q).cpu()
         inputs.evaluations += float(counts.float().mean() / counts.shape[-1]) * (2 if element.causal else 1)
-        error[index * windows : (index + 1) * windows] = seen
+        error[index : index + len(seen)] = seen  # several rows only for the windows of the only input
         failing = ~(seen.amax(0) <= tolerance) & ~thresholds.is_dense
         if not failing.any():
             break
