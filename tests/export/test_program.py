@@ -1,6 +1,7 @@
 """From a model and a recipe to a rewritten program: whose recipe it is, which call is which, what stays free."""
 
 import dataclasses
+import io
 
 import pytest
 import torch
@@ -73,8 +74,15 @@ def test_a_call_whose_result_the_model_returns():
             return F.scaled_dot_product_attention(q, q, q)
 
     model, q = Bare().eval(), torch.randn(1, 4, 130, 16)
-    program = rewritten_program(model, recipe_for(model, q, tau=1.0), q, dynamic=True)
-    torch.testing.assert_close(program.exported.module()(q), model(q))
+    program = rewritten_program(model, recipe_for(model, q, tau=1.0), q, dynamic=False)
+    assert len(calls(program, SPARSE)) == 1
+    buffer = io.BytesIO()
+    torch.export.save(program.exported, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.export.load(buffer).module()(q), model(q))
+    assert program.exported.graph_signature.user_outputs == tuple(
+        node.name for node in program.exported.graph.output_node().all_input_nodes
+    )
 
 
 def test_calls_left_alone_are_left_alone():
