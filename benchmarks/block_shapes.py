@@ -151,7 +151,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     right = left.twinx()
     right.plot(names, [row["ratio"] for row in rows], color="tab:red", marker="o")
     right.set_ylabel("times dense attention")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.15 * max(row["ratio"] for row in rows))
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
