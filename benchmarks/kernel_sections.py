@@ -26,8 +26,9 @@ PREDICTOR_SHARES = {8192: 0.08, 32768: 0.04, 131072: 0.03}
 
 LARGEST_MEMORY_SHARE = 0.05
 SMALLEST_SHORT_RATIO = 0.97
+BLOCKS: tuple[Blocks, ...] = ((128, 128), (128, 64), (64, 64))
 LAMBDAS = (-16.0, -10.0, -7.0)
-QUICK = 8
+QUICK, LONG = 8, 131072
 
 Rows = list[dict[str, Any]]
 
@@ -44,6 +45,10 @@ class Run:
         """The length as it is measured."""
         return length // QUICK if self.quick else length
 
+    def rounds_at(self, length: int) -> int:
+        """Samples of each call; half as many of calls that take a tenth of a second."""
+        return max(3, self.rounds // 2) if length >= LONG else self.rounds
+
     def case(self, case: Case) -> Case:
         """The case at the length that is measured."""
         return replace(case, length=self.length(case.length))
@@ -52,6 +57,17 @@ class Run:
 def off(case: Case) -> tuple[list[float], list[float]]:
     """theta and lambda that switch their tests off."""
     return [THETA_OFF] * case.heads, [LAMBDA_OFF] * case.heads
+
+
+def ours(
+    q: Tensor, k: Tensor, v: Tensor, case: Case, tau: list[float], blocks: Blocks, lam: float = LAMBDA_OFF
+) -> Callable[[], Tensor]:
+    """The operator: predictor, lists and attention."""
+    call: dict[str, Any] = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
+    if case.precision is not None:
+        call["precision"] = case.precision
+    constants = tau, off(case)[0], [lam] * case.heads
+    return lambda: sparse_attention_with_counts(q, k, v, *constants, **call)[0]
 
 
 def predict(q: Tensor, k: Tensor, case: Case, tau: list[float], blocks: Blocks) -> BlockLists:
@@ -81,28 +97,39 @@ def _report(rows: Rows, line: str, **row: Any) -> None:
 
 
 def predictor(run: Run) -> Rows:
-    """Predictor and lists as a share of dense SDPA: called back to back, and the device's time alone."""
+    """Predictor and lists as a share of dense SDPA.
+
+    What they add to a call (the operator's time less that of its attention alone), themselves called back to back, and
+    the device's time for them.
+    """
     rows: Rows = []
     for length in PREDICTOR_SHARES:
         for causal in (False, True):
             case = Case("predictor", run.length(length), causal, 0.7)
             q, k, v = operands(case, run.device)
             calls: dict[str, Callable[[], Any]] = {"dense": dense_sdpa(q, k, v, case)}
-            for blocks in ((128, 128), (128, 64), (64, 64)):
-                call = _predictor_call(q, k, case, thresholds_for(case, q, k, blocks)[0], blocks)
-                calls["{}x{}".format(*blocks)] = call
-                calls["{}x{} graph".format(*blocks)] = replayed(call)
-            measured = times(calls, run.rounds)
+            for blocks in BLOCKS:
+                tau, lists = thresholds_for(case, q, k, blocks)
+                call = _predictor_call(q, k, case, tau, blocks)
+                name = "{}x{}".format(*blocks)
+                calls[name], calls[name + " graph"] = call, replayed(call)
+                calls[name + " op"] = ours(q, k, v, case, tau, blocks)
+                calls[name + " attention"] = _attention(q, k, v, case, lists, blocks)
+            measured = times(calls, run.rounds_at(case.length))
             dense = measured.pop("dense").median
-            for name in [key for key in measured if "graph" not in key]:
+            for name in [key for key in measured if " " not in key]:
                 ms, device_ms = measured[name].median, measured[name + " graph"].median
+                visible_ms = measured[name + " op"].median - measured[name + " attention"].median
                 _report(
                     rows,
-                    "{length:6} causal={causal!s:5} {blocks:8} {ms:.3f} ms = {share:.1%} of dense, on the device "
-                    "{device_ms:.3f} ms = {device_share:.1%}; asked at most {asked:.0%}",
+                    "{length:6} causal={causal!s:5} {blocks:8} adds {visible_ms:.3f} ms = {visible_share:.1%} of dense "
+                    "to a call; alone {ms:.3f} ms = {share:.1%}, on the device {device_ms:.3f} ms = "
+                    "{device_share:.1%}; asked at most {asked:.0%}",
                     length=case.length,
                     causal=causal,
                     blocks=name,
+                    visible_ms=visible_ms,
+                    visible_share=visible_ms / dense,
                     ms=ms,
                     share=ms / dense,
                     device_ms=device_ms,
@@ -111,6 +138,18 @@ def predictor(run: Run) -> Rows:
                     asked=PREDICTOR_SHARES[length],
                 )
     return rows
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, case: Case, lists: BlockLists, blocks: Blocks) -> Callable[[], Tensor]:
+    """The attention that the operator would run, over given lists: the last engine that takes the call."""
+    call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
+    for attend in reversed(engines(q.device).values()):
+        try:
+            attend(q, k, v, lists, off(case)[1], **call)
+        except ValueError:
+            continue
+        return lambda attend=attend: attend(q, k, v, lists, off(case)[1], **call)
+    raise ValueError(f"no engine takes {case}")
 
 
 def _predictor_call(q: Tensor, k: Tensor, case: Case, tau: list[float], blocks: Blocks) -> Callable[[], BlockLists]:
@@ -128,7 +167,7 @@ def imbalance(run: Run) -> Rows:
             tau, lists = thresholds_for(case, q, k, blocks, wanted)
             mean = float(sparsity_of(lists, case, blocks).mean())
             even, even_lists = thresholds_for(case, q, k, blocks, [mean] * heads)
-            calls = {name: _ours(q, k, v, case, t, blocks) for name, t in (("uneven", tau), ("even", even))}
+            calls = {name: ours(q, k, v, case, t, blocks) for name, t in (("uneven", tau), ("even", even))}
             error = relative_l1(calls["uneven"](), exact_rows(q, k, v, case, blocks, lists))
             measured = times(calls, run.rounds)
             live = [float(x.counts.sum()) for x in (lists, even_lists)]
@@ -148,14 +187,6 @@ def imbalance(run: Run) -> Rows:
     return rows
 
 
-def _ours(
-    q: Tensor, k: Tensor, v: Tensor, case: Case, tau: list[float], blocks: Blocks, lam: float = LAMBDA_OFF
-) -> Callable[[], Tensor]:
-    theta, constants = off(case)[0], [lam] * case.heads
-    call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
-    return lambda: sparse_attention_with_counts(q, k, v, tau, theta, constants, **call)[0]
-
-
 def negligible_tiles(run: Run) -> Rows:
     """What lambda gains, and what it adds to the error, on operands whose tiles it can skip."""
     case = Case("lambda", run.length(32768), True, 0.7)
@@ -164,7 +195,7 @@ def negligible_tiles(run: Run) -> Rows:
     for blocks in ((128, 128), (64, 64)):
         tau, lists = thresholds_for(case, q, k, blocks)
         truth = exact_rows(q, k, v, case, blocks, lists)
-        calls = {str(lam): _ours(q, k, v, case, tau, blocks, lam) for lam in (LAMBDA_OFF, *LAMBDAS)}
+        calls = {str(lam): ours(q, k, v, case, tau, blocks, lam) for lam in (LAMBDA_OFF, *LAMBDAS)}
         measured = times(calls, run.rounds)
         without = measured[str(LAMBDA_OFF)].median
         for lam in (LAMBDA_OFF, *LAMBDAS):
@@ -187,8 +218,8 @@ def memory(run: Run) -> Rows:
     for causal in (True, False):
         case = Case("memory", run.length(131072), causal, 0.7)
         q, k, v = operands(case, run.device)
-        for blocks in ((128, 128), (128, 64), (64, 64)):
-            call = _ours(q, k, v, case, [0.5] * case.heads, blocks)
+        for blocks in BLOCKS:
+            call = ours(q, k, v, case, [0.5] * case.heads, blocks)
             call()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -39,13 +39,12 @@ from kernel_cases import (
     sparsity_of,
     thresholds_for,
 )
-from kernel_sections import Run, engines, off
+from kernel_sections import BLOCKS, Run, engines, off, ours
 from peers import dense_peers, dense_sdpa, sparse_peers
 from timing import matrix_tflops, times
 
 from afbs_compile.kernels.op import sparse_attention_with_counts
 
-BLOCKS: tuple[Blocks, ...] = ((128, 128), (128, 64), (64, 64))
 SECTIONS: dict[str, Callable[[Run], list[dict[str, Any]]]] = {
     "predictor": kernel_sections.predictor,
     "imbalance": kernel_sections.imbalance,
@@ -125,13 +124,6 @@ def measure(run: Run, case: Case, rate: float, with_peers: bool) -> dict[str, An
     return record
 
 
-def ours(q: Any, k: Any, v: Any, case: Case, tau: list[float], blocks: Blocks) -> Callable[[], torch.Tensor]:
-    """The operator: predictor, lists and attention."""
-    precision = {} if case.precision is None else {"precision": case.precision}
-    call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1], **precision}
-    return lambda: sparse_attention_with_counts(q, k, v, tau, *off(case), **call)[0]
-
-
 def engine_call(attend: Any, q: Any, k: Any, v: Any, lists: Any, case: Case, blocks: Blocks) -> Callable[[], Any]:
     """One engine over given lists."""
     call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
@@ -164,7 +156,7 @@ class Rows:
 
     def timed(self) -> list[dict[str, Any]]:
         """The finished rows, printed."""
-        measured = times(self._calls, self._run.rounds)
+        measured = times(self._calls, self._run.rounds_at(self._case.length))
         dense = measured["SDPA (default)"].median
         for key, row in self._rows.items():
             if key in measured:

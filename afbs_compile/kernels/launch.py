@@ -38,6 +38,11 @@ def device_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
         return thread.submit(torch.tensor, values, dtype=torch.float32, device=device).result()
 
 
+def padded(size: int) -> int:
+    """The power of two, at least 16, that holds ``size``: what Triton takes as an extent of a tile."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def layout(x: Tensor) -> Hashable:
     """All of a tensor but its data that Triton may compile for, and its sizes and strides."""
     return x.device.index, x.dtype, x.shape, x.stride(), x.data_ptr() % ALIGNMENT == 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from afbs_compile.kernels import flex, reference
 from afbs_compile.kernels.policy import check_policies, predict_mask
-from afbs_compile.kernels.predict import predict_blocks
+from afbs_compile.kernels.predict import BlockLists, predict_blocks
 from afbs_compile.kernels.reference import KEEP_ALL
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -125,8 +125,6 @@ def _attend_in_groups(
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     """Predict and attend on Triton for as many heads at a time as the memory of their block lists allows."""
-    from afbs_compile.kernels import block_sparse  # Triton is not installed everywhere.
-
     heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
     out, counts = _empty_output(q), []
     step = heads_at_once(q, k, call["block_q"], call["block_k"])
@@ -135,10 +133,19 @@ def _attend_in_groups(
         parts = (q, k, v, out) if step >= heads else (q[:, mine], k[:, keys], v[:, keys], out[:, mine])
         names = None if policy is None else policy[mine]
         lists = predict_blocks(*parts[:2], tau[mine], theta[mine], policy=names, **call)
-        block_sparse.attend(*parts[:3], lists, lam[mine], **call, out=parts[3])
+        _attend_on_triton(*parts[:3], lists, lam[mine], out=parts[3], **call)
         counts.append(lists.counts)
         del lists  # before the next ones are made: their memory is what the groups are for
     return out, counts[0] if len(counts) == 1 else torch.cat(counts, 1)
+
+
+def _attend_on_triton(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, lam: Sequence[float], *, out: Tensor, **call: Any
+) -> None:
+    """The kernel that serves the call; it writes into ``out``."""
+    from afbs_compile.kernels import block_sparse  # Triton is not installed everywhere.
+
+    block_sparse.attend(q, k, v, lists, lam, out=out, **call)
 
 
 def heads_at_once(q: Tensor, k: Tensor, block_q: int, block_k: int) -> int:

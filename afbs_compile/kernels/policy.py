@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import reference
+from afbs_compile.kernels import predict, reference
 from afbs_compile.kernels.policies import base
 from afbs_compile.kernels.policies.antidiagonal import Antidiagonal
 from afbs_compile.kernels.policies.base import ALWAYS, Policy
@@ -154,13 +154,13 @@ def predict_mask(
         bool ``[B, H, n_q, n_k]``.
     """
     if policy is None:
-        return reference.predict_mask(q, k, tau, theta, **call)
+        return predict.predict_mask(q, k, tau, theta, **call)
     parts = []
     for name, heads in heads_of(policy).items():
         mine = operands_of(q, k, heads)
         taus, thetas = [tau[h] for h in heads], [theta[h] for h in heads]
         if name == DEFAULT:
-            parts.append(reference.predict_mask(*mine, taus, thetas, **call))
+            parts.append(predict.predict_mask(*mine, taus, thetas, **call))
         else:
             parts.append(levels(name, *mine, **call) < reference.per_head(taus, q).clamp_max(1.0))
     return in_order(parts, policy)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels import reference
+
 
 class BlockLists(NamedTuple):
     """The live key blocks of each query block.
@@ -46,6 +48,48 @@ def lists_to_mask(lists: BlockLists, n_k: int) -> Tensor:
     return mask.scatter_(-1, place, True)[..., :-1]
 
 
+def predict_mask(
+    q: Tensor,
+    k: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> Tensor:
+    """:func:`reference.predict_mask` with less work where no head asks for self-similarity; it may wait for the device.
+
+    Arguments and result are those of the reference.
+    """
+    call = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k}
+    if max(theta) >= 0.0:
+        return reference.predict_mask(q, k, tau, theta, **call)  # type: ignore[arg-type]
+    mean_q, mean_k = _block_means(q, block_q), _block_means(k, block_k)
+    if not (mean_q.isfinite().all() and mean_k.isfinite().all()):
+        # A block with an infinite or NaN entry has no direction: it is not similar to itself.
+        return reference.predict_mask(q, k, tau, theta, **call)  # type: ignore[arg-type]
+    sizes = (mean_q.shape[2], mean_k.shape[2], block_q, block_k)
+    visible = reference.visible_blocks(*sizes, causal, q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    probability = reference.block_probabilities(mean_q, mean_k, visible, scale=scale)
+    tau_head = reference.per_head(tau, q)
+    kept = reference.select_blocks(probability, tau_head) | (tau_head >= reference.KEEP_ALL)
+    live: Tensor = (kept | reference.diagonal_blocks(*sizes, q.device)) & visible
+    return live
+
+
+def _block_means(x: Tensor, block: int) -> Tensor:
+    """Mean row of each block, fp32 ``[B, H, n, D]``; rows missing from the last block do not count."""
+    count = x.shape[2] // block
+    whole = count * block
+    means: Tensor = x[:, :, :whole].unflatten(2, (count, block)).sum(3, dtype=torch.float32) / block
+    if whole == x.shape[2]:
+        return means
+    return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], 2)
+
+
 def predict_blocks(
     q: Tensor,
     k: Tensor,
@@ -75,9 +119,9 @@ def predict_blocks(
     call: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type != "cuda":
-        from afbs_compile.kernels.policy import predict_mask  # it imports this module's lists for its kernels
+        from afbs_compile.kernels import policy as policies  # it builds on this module
 
-        return mask_to_lists(predict_mask(q, k, tau, theta, policy, scale=scale, **call))
+        return mask_to_lists(policies.predict_mask(q, k, tau, theta, policy, scale=scale, **call))
     if policy is None:
         from afbs_compile.kernels import predict_triton  # Triton is not installed everywhere.
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afbs_compile.kernels.launch import Launcher, device_constants, layout
+from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
 from afbs_compile.kernels.reference import block_count
 
@@ -272,13 +272,13 @@ def pooled_scores(
     batch, heads, length, dim = q.shape
     heads_k, (count_q, count_k) = k.shape[1], out.shape[2:]
     programs_q, programs_k = batch * heads * count_q, batch * heads_k * count_k
-    padded = max(16, triton.next_power_of_2(dim))
+    dim_pad = padded(dim)
     tile = SCORE_TILE if count_q >= MANY_BLOCKS else SCORE_TILE // 2
-    rows = STATISTICS_ELEMENTS // padded
+    rows = STATISTICS_ELEMENTS // dim_pad
     sizes = (heads, heads // heads_k, count_q, count_k, programs_q)
     # The statistics of the blocks of q, then those of the blocks of k; the means of all, then the self-similarities.
-    mean = q.new_empty((programs_q + programs_k) * (padded + 1), dtype=torch.float32)
-    similarity = mean[(programs_q + programs_k) * padded :]
+    mean = q.new_empty((programs_q + programs_k) * (dim_pad + 1), dtype=torch.float32)
+    similarity = mean[(programs_q + programs_k) * dim_pad :]
     kind = (layout(q), layout(k), block_q, block_k, causal, scale, has_theta)
     with torch.cuda.device_of(q):  # Triton launches on the current device.
         _statistics(
@@ -287,7 +287,7 @@ def pooled_scores(
             *(q, k, mean, similarity),
             *(length, heads, heads_k, count_q, count_k, programs_q),
             *(*q.stride(), *k.stride()),
-            *(dim, padded, block_q, block_k, min(block_q, rows), min(block_k, rows), has_theta),
+            *(dim, dim_pad, block_q, block_k, min(block_q, rows), min(block_k, rows), has_theta),
             warps=1,  # no barriers: 3.5 times as fast as four warps on an H200
         )
         _scores(
@@ -295,7 +295,7 @@ def pooled_scores(
             batch * heads * block_count(count_q, tile) * block_count(count_k, tile),
             *(mean, out, scale),
             *sizes,
-            *(padded, block_q, block_k, causal, tile, min(padded, 32)),
+            *(dim_pad, block_q, block_k, causal, tile, min(dim_pad, 32)),
             warps=4,
             stages=3,
         )
@@ -322,7 +322,7 @@ def select_by_mass(
         tau, theta, causal, block_q, block_k: as in :func:`predict_blocks`.
     """
     batch, heads, count_q, count_k = lists.indices.shape
-    count_pad = max(16, triton.next_power_of_2(count_k))
+    count_pad = padded(count_k)
     with torch.cuda.device_of(lists.indices):
         thresholds = device_constants((*tau, *theta), lists.indices.device)
         _selection(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import block_sparse, op, predict, predict_triton, reference
+from afbs_compile.kernels import block_sparse, op, predict, predict_triton, reference, tiling
 from tests.kernels.helpers import (
     NO_SKIP,
     Shape,
@@ -267,3 +267,19 @@ def test_the_predictor_is_captured_and_replayed(theta: float) -> None:
     expected = predict_triton.predict_blocks(q, k, *constants, **CALL.call)
     assert torch.equal(lists.counts, expected.counts)
     assert torch.equal(lists.indices, expected.indices)
+
+
+def test_off_hopper_the_first_long_call_times_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tiling.candidates(128, 128, 128, 2, tiling.Chip(163 << 10, hopper=False))
+    monkeypatch.setattr(tiling, "_shapes", lambda _: elsewhere)
+    monkeypatch.setattr(tiling, "_chosen", {})
+    shape = Shape(4000, 128, heads=2, kv_heads=1, block_q=128, block_k=128, **HALF)
+    q, k, v = inputs(shape, "cuda")
+    live = some_blocks(shape, "cuda")
+    out = attend(q, k, v, live, [NO_SKIP] * 2, shape)
+    assert error(out, exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+    (chosen,) = tiling._chosen.values()
+    assert chosen in elsewhere
+    told = block_sparse.launch_choice(q.device, q.dtype, 128, causal=True, block_q=128, block_k=128)
+    assert told == f"triton {chosen.tile_q}x{chosen.tile_k}, {chosen.warps} warps"
+    assert torch.equal(attend(q, k, v, live, [NO_SKIP] * 2, shape), out)

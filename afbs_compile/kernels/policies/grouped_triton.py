@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from afbs_compile.kernels.launch import Launcher, layout
+from afbs_compile.kernels.launch import Launcher, layout, padded
 from afbs_compile.kernels.policies.grouped import GROUP, Features
 from afbs_compile.kernels.reference import block_count
 
@@ -227,7 +227,7 @@ def moment_rows(x: Tensor, scale: float, *, of_queries: bool) -> Tensor:
             batch * heads * groups,
             *(x, out, scale, length, heads, groups),
             *x.stride(),
-            *(dim, max(16, triton.next_power_of_2(dim)), GROUP, of_queries),
+            *(dim, padded(dim), GROUP, of_queries),
             warps=1,
         )
     return out
@@ -238,8 +238,8 @@ def write_log_mass(features: Features, length: int, out: Tensor, *, causal: bool
     q, k = features.q, features.k
     batch, heads, rows_q, dim = q.shape
     groups_q, groups_k = block_count(length, GROUP), block_count(length, features.span)
-    padded = max(16, triton.next_power_of_2(dim))
-    depth = min(padded, 64)
+    dim_pad = padded(dim)
+    depth = min(dim_pad, 64)
     per_k = block_k // features.span
     with torch.cuda.device_of(q):
         _log_mass(
@@ -249,7 +249,7 @@ def write_log_mass(features: Features, length: int, out: Tensor, *, causal: bool
             *(heads, heads // k.shape[1], rows_q, k.shape[2], groups_q, groups_k, *out.shape[2:]),
             *(*q.stride(), *k.stride()),
             *(dim, features.parts, features.reverse, features.span, features.last, GROUP),
-            *(block_q // GROUP, per_k, causal, depth, padded // depth),
+            *(block_q // GROUP, per_k, causal, depth, dim_pad // depth),
             *(PRECISION if q.dtype == torch.float32 else "ieee", ROWS, max(COLS, per_k)),
             warps=4,
             stages=3,

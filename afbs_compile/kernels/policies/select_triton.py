@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from afbs_compile.kernels.launch import Launcher, device_constants, layout
+from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
 
 
@@ -82,7 +82,7 @@ def select_by_strength(
         block_q, block_k: rows per block.
     """
     batch, heads, count_q, count_k = lists.indices.shape
-    count_pad = max(16, triton.next_power_of_2(count_k))
+    count_pad = padded(count_k)
     with torch.cuda.device_of(lists.indices):
         constants = device_constants(tuple(map(odds_of, tau)), lists.indices.device)
         _selection(
