@@ -119,7 +119,7 @@ def predict_blocks(
     call: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type != "cuda":
-        from afbs_compile.kernels import policy as policies  # it imports this module
+        from afbs_compile.kernels import policy as policies  # it builds on this module
 
         return mask_to_lists(policies.predict_mask(q, k, tau, theta, policy, scale=scale, **call))
     if policy is None:
