@@ -143,9 +143,11 @@ def _attend_on_triton(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, lam: Sequence[float], *, out: Tensor, **call: Any
 ) -> None:
     """The kernel that serves the call; it writes into ``out``."""
-    from afbs_compile.kernels import block_sparse  # Triton is not installed everywhere.
+    from afbs_compile.kernels import block_sparse, hopper  # Triton is not installed everywhere.
 
-    block_sparse.attend(q, k, v, lists, lam, out=out, **call)
+    refused = hopper.refusal(q, k, v, lam, call["block_q"], call["block_k"])
+    engine = hopper if refused is None else block_sparse
+    engine.attend(q, k, v, lists, lam, out=out, **call)
 
 
 def heads_at_once(q: Tensor, k: Tensor, block_q: int, block_k: int) -> int:

@@ -1,0 +1,184 @@
+# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
+# A kernel's arguments have Triton's own types:
+# mypy: disable-error-code="no-untyped-def"
+"""The warp groups of the Hopper kernel that multiply: products with K and V, and the softmax between them."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from afbs_compile.kernels.hopper_common import NOTE, QUERY_STAGES, STEP, after, locate, read
+
+STEEP = gl.constexpr(2.0**28)
+"""Scores, in log2 units, from which on the power of two above the scale takes its place; see :func:`_softmax`."""
+
+
+@gluon.jit
+def _row_sums(x, rows_of: gl.constexpr):
+    """Sum of each row: first over every eighth column, four sums a thread that do not wait for each other."""
+    part = gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 8]), 1)
+    return gl.convert_layout(gl.sum(part, 1), rows_of, assert_trivial=True)
+
+
+@gluon.jit
+def _row_maxima(x, rows_of: gl.constexpr):
+    """Maximum of each row, in the order of :func:`_row_sums`."""
+    part = gl.max(x.reshape([x.shape[0], x.shape[1] // 8, 8]), 1)
+    return gl.convert_layout(gl.max(part, 1), rows_of, assert_trivial=True)
+
+
+@gluon.jit
+def _softmax(scores, peak, total, scale, steep):
+    """One step of the running softmax: weights, maxima, sums, and the factor of what came before."""
+    rows_of: gl.constexpr = peak.type.layout
+    new_peak = gl.maximum(peak, _row_maxima(scores, rows_of))
+    # A row that has seen no key yet has no maximum to subtract.
+    base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    # l <- l * 2^(c (m_old - m)) + rowsum(2^(c s - c m)),   c s - c m fused into one instruction.
+    # Rounding c m is a factor on the row, no larger than rounding s itself, until it is so large that it overflows.
+    # Beyond 2^28 neighbouring scores lie 16 log2 units apart and the largest take all, whatever the scale: there c is
+    # the power of two above it, which rounds nothing.
+    c = gl.where(gl.abs(base) * scale < STEEP, scale, steep)
+    weights = gl.exp2(scores * c[:, None] - (base * c)[:, None])
+    decay = gl.exp2((peak - base) * c)
+    return weights, new_peak, total * decay + _row_sums(weights, rows_of), decay
+
+
+@gluon.jit
+def _mask(scores, rows, left, right, length, BLOCK_K: gl.constexpr, CAUSAL: gl.constexpr):
+    """Hide keys past the end and, under causality, those after a row."""
+    places = gl.arange(0, STEP, layout=gl.SliceLayout(0, scores.type.layout))
+    keys = gl.where(places < BLOCK_K, left + places, right + places - BLOCK_K)
+    allowed = (keys < length)[None, :]
+    if CAUSAL:
+        allowed = allowed & (rows[:, None] >= keys[None, :])
+    return gl.where(allowed, scores, float("-inf"))
+
+
+@gluon.jit
+def _store(out, strides, acc, total, batch, head, first_row, length):
+    """Write a consumer's rows of a tile."""
+    stride_batch, stride_head, stride_row = strides
+    layout: gl.constexpr = acc.type.layout
+    inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))
+    result = (acc * inverse[:, None]).to(out.dtype.element_ty)
+    rows = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
+    out += batch.to(gl.int64) * stride_batch + head.to(gl.int64) * stride_head
+    places = rows.to(gl.int64)[:, None] * stride_row + columns[None, :]
+    gl.store(out + places, result, mask=(rows < length)[:, None])
+
+
+@gluon.jit
+def consumer(
+    out, strides, indices, rings, notes, scale, steep, sizes,
+    PART: gl.constexpr, DTYPE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Half ``PART`` of the rows of every tile that the producer tells of."""
+    query_ring, key_ring, value_ring = rings
+    query_smem, query_ready, query_free = query_ring
+    key_smem, key_ready, key_free = key_ring
+    value_smem, value_ready, value_free = value_ring
+    numbers, told = notes
+    length, heads, _, count_q, count_k, _ = sizes
+    PARTS: gl.constexpr = STEP // BLOCK_K
+    TWO_MASKS: gl.constexpr = CAUSAL and BLOCK_Q > BLOCK_K
+    ROWS: gl.constexpr = BLOCK_Q // 2
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    rows_of: gl.constexpr = gl.SliceLayout(1, score_layout)
+    out_rows_of: gl.constexpr = gl.SliceLayout(1, out_layout)
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STEP, HEAD_DIM], DTYPE)
+    half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], DTYPE)
+    keys = key_smem._reinterpret(DTYPE, [STAGES, STEP, HEAD_DIM], tile_layout)
+    values = value_smem._reinterpret(DTYPE, [STAGES, STEP, HEAD_DIM], tile_layout)
+    queries = query_smem._reinterpret(DTYPE, [2 * QUERY_STAGES, ROWS, HEAD_DIM], half_layout)
+    lines = PART * ROWS + gl.arange(0, ROWS, layout=rows_of)
+    nothing = gl.zeros([ROWS, STEP], gl.float32, layout=score_layout)
+
+    slot = 0
+    phase = 0
+    query_slot = 0
+    query_phase = 0
+    mbarrier.wait(told.index(0), 0)
+    tile = read(numbers, 0)
+    mbarrier.wait(query_ready.index(0), 0)
+    mbarrier.wait(key_ready.index(0), 0)
+    scores = warpgroup_mma(queries.index(PART), keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    while tile >= 0:
+        # ``scores`` are those of the tile's first step, the one that may need a mask.
+        mbarrier.arrive(key_free.index(slot), count=1)
+        count = read(numbers, NOTE * query_slot + 1)
+        left = read(numbers, NOTE * query_slot + 2)
+        right = read(numbers, NOTE * query_slot + 3)
+        _, _, block = locate(tile, heads, count_q, CAUSAL)
+        rows = block * BLOCK_Q + lines
+        steps = (count + PARTS - 1) // PARTS
+        scores = _mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
+        peak = gl.full([ROWS], float("-inf"), gl.float32, layout=rows_of)
+        total = gl.zeros([ROWS], gl.float32, layout=rows_of)
+        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)
+        weights, peak, total, decay = _softmax(scores, peak, total, scale, steep)
+        weight = gl.convert_layout(weights.to(DTYPE), weight_layout)
+        odd = False
+        left = 0
+        right = 0
+        if TWO_MASKS:
+            # The block before the last may lie on the diagonal too; in an odd list it belongs to the second step.
+            odd = count % 2 == 1
+            entries = indices + (tile // count_q * count_q + block).to(gl.int64) * count_k
+            left = gl.load(entries + gl.maximum(count - 3, 0)) * BLOCK_K
+            right = gl.load(entries + gl.maximum(count - 2, 0)) * BLOCK_K
+        near, near_phase = after(slot, phase, STAGES)
+        mbarrier.wait(key_ready.index(near), near_phase, pred=steps > 1)
+        for step in range(1, steps):
+            near, near_phase = after(slot, phase, STAGES)
+            query = queries.index(2 * query_slot + PART)
+            scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            # A wait for nothing: it keeps the compiler from rescaling before the product is issued.
+            decay = warpgroup_mma_wait(1, deps=[decay])
+            acc = acc * gl.convert_layout(decay, out_rows_of)[:, None]
+            mbarrier.wait(value_ready.index(slot), phase)
+            acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(key_free.index(near), count=1)
+            if TWO_MASKS:  # noqa: SIM102 (one is known to the compiler, the other is not)
+                if (step == 1) & odd:
+                    scores = _mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
+            weights, peak, total, decay = _softmax(scores, peak, total, scale, steep)
+            next_weight = gl.convert_layout(weights.to(DTYPE), weight_layout)
+            # Waiting here, not at the top: a branch that keeps the compiler from moving the next wait above the
+            # softmax. This step's keys are free already: with two stages the producer waits for them.
+            far, far_phase = after(near, near_phase, STAGES)
+            mbarrier.wait(key_ready.index(far), far_phase, pred=step + 1 < steps)
+            acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
+            mbarrier.arrive(value_free.index(slot), count=1)
+            weight = next_weight
+            slot, phase = near, near_phase
+
+        # The last product with V, and the first with K of the next tile.
+        acc = acc * gl.convert_layout(decay, out_rows_of)[:, None]
+        mbarrier.wait(value_ready.index(slot), phase)
+        acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
+        mbarrier.arrive(query_free.index(query_slot), count=1)
+        last_slot = slot
+        last_tile = tile
+        query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
+        slot, phase = after(slot, phase, STAGES)
+        mbarrier.wait(told.index(query_slot), query_phase)
+        tile = read(numbers, NOTE * query_slot)
+        mbarrier.wait(query_ready.index(query_slot), query_phase, pred=tile >= 0)
+        mbarrier.wait(key_ready.index(slot), phase, pred=tile >= 0)
+        # After the last tile there is no next one: a product of what lies there, which nobody reads.
+        query = queries.index(2 * query_slot + PART)
+        scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        acc, weight = warpgroup_mma_wait(1, deps=[acc, weight])
+        mbarrier.arrive(value_free.index(last_slot), count=1)
+        batch, head, block = locate(last_tile, heads, count_q, CAUSAL)
+        _store(out, strides, acc, total, batch, head, block * BLOCK_Q + PART * ROWS, length)
+        scores = warpgroup_mma_wait(0, deps=[scores])

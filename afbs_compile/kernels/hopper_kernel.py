@@ -1,0 +1,100 @@
+# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
+# A kernel's arguments have Triton's own types:
+# mypy: disable-error-code="no-untyped-def"
+"""Block-sparse attention forward for Hopper, in Gluon: three warp groups that run at the same time.
+
+    producer (one warp)      TMA: the next tile's queries, then keys and values along its list, into rings
+    consumers 0 and 1        64 rows each: wgmma and softmax
+
+A tile is one block of 128 query rows of one head. Programs stay on their multiprocessor and draw tiles from a counter.
+A step is 128 keys: one block, or two blocks of 64 that need not be neighbours.
+
+A consumer issues the product of step s with K and, at once, that of step s - 1 with V, so that its softmax runs while
+the tensor cores still work; across tiles, the first product of the next one runs while the last one is stored. A list
+is walked from its end: only its last entries can need a mask, so the loop over the others has none.
+
+Every wait is on an mbarrier's phase, a bit: a ring's reader waits for its own phase, and its writer for the opposite
+one, which a fresh barrier has behind it.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from afbs_compile.kernels.hopper_common import CHUNK, NOTE, QUERY_STAGES, STEP, ring
+from afbs_compile.kernels.hopper_consumer import consumer
+from afbs_compile.kernels.hopper_producer import producer
+
+
+# One compilation for all sizes; strides stay apart, for stores are wide only where they are multiples of 16.
+@gluon.jit(do_not_specialize=["length", "heads", "groups", "count_q", "count_k", "tiles"])
+def forward_kernel(
+    query_desc,
+    key_desc,
+    value_desc,
+    out,
+    counts,
+    indices,
+    counter,
+    scale,
+    steep,
+    length,
+    heads,
+    groups,
+    count_q,
+    count_k,
+    tiles,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_row,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    """Tiles drawn from ``counter``, which starts at zero, until there are none."""
+    DTYPE: gl.constexpr = query_desc.dtype
+    PIECES: gl.constexpr = STAGES * (STEP // BLOCK_K) * (HEAD_DIM // CHUNK)
+    query_smem = gl.allocate_shared_memory(DTYPE, [2 * QUERY_STAGES, 1, 1, BLOCK_Q // 2, HEAD_DIM], query_desc.layout)
+    key_smem = gl.allocate_shared_memory(DTYPE, [PIECES, 1, 1, BLOCK_K, CHUNK], key_desc.layout)
+    value_smem = gl.allocate_shared_memory(DTYPE, [PIECES, 1, 1, BLOCK_K, CHUNK], value_desc.layout)
+    numbers = gl.allocate_shared_memory(gl.int32, [NOTE * QUERY_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    notes = (numbers, ring(QUERY_STAGES, 1))
+    rings = (
+        (query_smem, ring(QUERY_STAGES, 1), ring(QUERY_STAGES, 2)),
+        (key_smem, ring(STAGES, 1), ring(STAGES, 2)),
+        (value_smem, ring(STAGES, 1), ring(STAGES, 2)),
+    )
+    sizes = (length, heads, groups, count_q, count_k, tiles)
+    strides = (stride_out_batch, stride_out_head, stride_out_row)
+    gl.warp_specialize(
+        [
+            (
+                consumer,
+                (
+                    out, strides, indices, rings, notes, scale, steep, sizes,
+                    0, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, CAUSAL,
+                ),
+            ),
+            (
+                consumer,
+                (
+                    out, strides, indices, rings, notes, scale, steep, sizes,
+                    1, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, CAUSAL,
+                ),
+            ),
+            (
+                producer,
+                (
+                    (query_desc, key_desc, value_desc), (counts, indices), counter, rings, notes, sizes,
+                    HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, CAUSAL,
+                ),
+            ),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
+# A kernel's arguments have Triton's own types:
+# mypy: disable-error-code="no-untyped-def"
+"""The warp of the Hopper kernel that draws tiles and starts the copies of what they need."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from afbs_compile.kernels.hopper_common import CHUNK, NOTE, QUERY_STAGES, STEP, after, locate, tell
+
+
+@gluon.jit
+def _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL: gl.constexpr, PARTS: gl.constexpr):
+    """Length of a tile's list and its last two entries (where two make a step; one entry twice where there is one)."""
+    tile = gl.minimum(tile, tiles - 1)
+    block = tile % count_q
+    if CAUSAL:
+        block = count_q - 1 - block
+    row = tile // count_q * count_q + block
+    count = gl.load(counts + row)
+    end = indices + row.to(gl.int64) * count_k + count
+    last = gl.load(end - 1)
+    before = last
+    if PARTS == 2:
+        before = gl.load(end - 1 - gl.minimum(count - 1, 1))
+    return count, last, before
+
+
+@gluon.jit
+def _copy(desc, batch, head, left, right, ring, slot, PARTS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Start the copy of a step: ``STEP`` rows from ``left``, or half from ``left`` and half from ``right``."""
+    smem, ready, _ = ring
+    mbarrier.expect(ready.index(slot), STEP * HEAD_DIM * 2)
+    for column in gl.static_range(HEAD_DIM // CHUNK):
+        chunk = (slot * (HEAD_DIM // CHUNK) + column) * PARTS
+        tma.async_copy_global_to_shared(desc, [batch, head, left, CHUNK * column], ready.index(slot), smem.index(chunk))
+        if PARTS == 2:
+            tma.async_copy_global_to_shared(
+                desc, [batch, head, right, CHUNK * column], ready.index(slot), smem.index(chunk + 1)
+            )
+
+
+@gluon.jit
+def producer(
+    descriptors, lists, counter, rings, notes, sizes,
+    HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Draw tiles and copy what they need, as far ahead as the rings allow."""
+    query_desc, key_desc, value_desc = descriptors
+    counts, indices = lists
+    query_ring, key_ring, value_ring = rings
+    query_smem, query_ready, query_free = query_ring
+    _, _, key_free = key_ring
+    _, _, value_free = value_ring
+    numbers, told = notes
+    _, heads, groups, count_q, count_k, tiles = sizes
+    PARTS: gl.constexpr = STEP // BLOCK_K
+    HALF: gl.constexpr = BLOCK_Q // 2
+
+    slot = 0
+    phase = 1
+    query_slot = 0
+    query_phase = 1
+    tile = gl.program_id(0)
+    count, last, before = _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL, PARTS)
+    while tile < tiles:
+        batch, head, block = locate(tile, heads, count_q, CAUSAL)
+        head_k = head // groups
+        entries = indices + (tile // count_q * count_q + block).to(gl.int64) * count_k
+        steps = (count + PARTS - 1) // PARTS
+        left = last * BLOCK_K
+        right = left
+        entry = count - 1
+        if PARTS == 2:
+            # The last block of an odd list is paired with one past the end: zeros, which the mask hides.
+            odd = count % 2
+            left = gl.where(odd == 1, last, before) * BLOCK_K
+            right = gl.where(odd == 1, count_k, last) * BLOCK_K
+            entry = count - 2 + odd
+
+        mbarrier.wait(query_free.index(query_slot), query_phase)
+        tell(numbers, NOTE * query_slot, tile)
+        tell(numbers, NOTE * query_slot + 1, count)
+        tell(numbers, NOTE * query_slot + 2, left)
+        tell(numbers, NOTE * query_slot + 3, right)
+        mbarrier.arrive(told.index(query_slot), count=1)
+        ready = query_ready.index(query_slot)
+        mbarrier.expect(ready, BLOCK_Q * HEAD_DIM * 2)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                query_desc,
+                [batch, head, block * BLOCK_Q + half * HALF, 0],
+                ready,
+                query_smem.index(2 * query_slot + half),
+            )
+        query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
+        for step in range(steps):
+            # The next entry is on its way while this one waits for its place.
+            entry -= PARTS
+            next_left = gl.load(entries + gl.maximum(entry, 0)) * BLOCK_K
+            next_right = next_left
+            if PARTS == 2:
+                next_right = gl.load(entries + gl.maximum(entry + 1, 0)) * BLOCK_K
+            mbarrier.wait(key_free.index(slot), phase)
+            _copy(key_desc, batch, head_k, left, right, key_ring, slot, PARTS, HEAD_DIM)
+            mbarrier.wait(value_free.index(slot), phase)
+            _copy(value_desc, batch, head_k, left, right, value_ring, slot, PARTS, HEAD_DIM)
+            left, right = next_left, next_right
+            slot, phase = after(slot, phase, STAGES)
+            if step == 0:
+                # The rings are filling: time to find out what comes after this tile.
+                tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+                count, last, before = _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL, PARTS)
+
+    mbarrier.wait(query_free.index(query_slot), query_phase)
+    tell(numbers, NOTE * query_slot, -1)
+    tell(numbers, NOTE * query_slot + 1, 0)
+    mbarrier.arrive(told.index(query_slot), count=1)

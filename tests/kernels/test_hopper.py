@@ -1,0 +1,123 @@
+"""The Hopper kernel without a GPU: when it may be used, and what the compiler makes of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from afbs_compile.kernels import hopper
+from tests.kernels.helpers import NO_SKIP
+
+OFF = [NO_SKIP] * 4
+
+
+def operands(length: int = 300, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    return [torch.zeros(2, heads, length, dim, dtype=dtype) for heads in (4, 2, 2)]
+
+
+def refusal(tensors: list[torch.Tensor], lam: list[float] = OFF, blocks: tuple[int, int] = (128, 128)) -> str | None:
+    return hopper.refusal(*tensors, lam, *blocks)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+
+
+def test_other_devices_are_refused() -> None:
+    assert refusal(operands()) == "cpu is no NVIDIA GPU of compute capability 9.x"
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_it_takes() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for dim in (64, 128):
+            for blocks in ((128, 128), (128, 64)):
+                assert refusal(operands(dim=dim, dtype=dtype), blocks=blocks) is None
+    as_models_have_it = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in operands()]
+    assert refusal(as_models_have_it) is None
+    assert refusal(operands(length=1)) is None
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("reason", "case"),
+    [
+        ("dtype is torch.float32; accepted", {"tensors": operands(dtype=torch.float32)}),
+        ("head_dim is 96; accepted", {"tensors": operands(dim=96)}),
+        ("blocks are 64x64; accepted: 128x128, 128x64", {"tensors": operands(), "blocks": (64, 64)}),
+        ("lam is .*; accepted: at most -1000", {"tensors": operands(), "lam": [NO_SKIP, -8.0, NO_SKIP, NO_SKIP]}),
+        ("k starts at .* multiples of 16 bytes", {"tensors": [operands()[0], operands(301)[1][:, :, :, 1:], None]}),
+        ("q starts at .* the last stride 1", {"tensors": [operands(dim=256)[0][..., ::2], None, None]}),
+        ("q starts at .* the others positive", {"tensors": [operands(1)[0].expand(2, 4, 300, 128), None, None]}),
+        ("q starts at", {"tensors": [torch.zeros(2, 4, 300, 132, dtype=torch.half)[..., :128], None, None]}),
+    ],
+)
+def test_what_it_refuses_and_why(reason: str, case: dict[str, Any]) -> None:
+    case["tensors"] = [x if x is not None else operands()[2] for x in case["tensors"]]
+    if case["tensors"][1].shape[3] == 127:  # one column in: the address is no multiple of 16
+        case["tensors"][1] = torch.zeros(2, 2, 300, 136, dtype=torch.bfloat16)[..., 1:129]
+    said = refusal(**case)
+    assert said is not None
+    assert re.search(reason, said)
+
+
+# A driver that stands for a Hopper GPU: launches compile, and go no further.
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Hopper:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Hopper())
+from afbs_compile.kernels import hopper, predict
+from tests.kernels.helpers import NO_SKIP, Shape, all_blocks, inputs
+
+def compile_only(*args, run=hopper.forward_kernel.run, warmup, **kwargs):
+    kernel = run(*args, warmup=True, **kwargs)
+    print(f"=== {shape} grid {kwargs['grid']} shared {kernel.metadata.shared}")
+    print(kernel.asm["sass"])
+
+hopper._processors = lambda device: 132
+hopper.forward_kernel.run = compile_only
+common = dict(heads=4, kv_heads=2, batch=2, block_q=128, layout="bnhd")
+for shape in (
+    Shape(300, 128, dtype=torch.bfloat16, block_k=128, causal=False, **common),
+    Shape(9000, 128, dtype=torch.float16, block_k=64, **common),
+):
+    q, k, v = inputs(shape)
+    out = hopper.attend(q, k, v, predict.mask_to_lists(all_blocks(shape)), [NO_SKIP] * 4, **shape.call)
+    assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()
+"""
+
+
+def test_the_compiled_kernel_keeps_its_promises() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    cases = run.stdout.split("=== ")[1:]
+    assert [case.split(" grid ")[1].split(" shared")[0] for case in cases] == ["(24,)", "(132,)"]
+    for case in cases:
+        title, sass = case.split("\n", 1)
+        assert int(title.split()[-1]) <= 227 << 10, title
+        assert "HGMMA" in sass, title
+        # Registers spilt to memory cost more than the whole design gains.
+        assert not re.search(r"\b(LDL|STL)\b", sass), title
+        # The softmax of a step runs while the product with V does: its exponentials, 64 a thread, stand between the
+        # wait for the scores and the wait for that product. (With two masks, one consumer's loop lies in two pieces.)
+        between = re.findall(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", sass, re.DOTALL)
+        assert sum(part.count("MUFU.EX2") >= 64 for part in between) == (1 if "causal" in title else 2), title
