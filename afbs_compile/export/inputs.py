@@ -54,7 +54,8 @@ class Inputs:
         for name, value in kwargs.items():
             if not isinstance(value, Tensor) and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
                 raise OptionError(f"example[{name!r}]: got tensors inside a {type(value).__name__}; accepted: a tensor")
-        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        args = tuple(value.contiguous() for value in args)  # compiled files expect the layout of the example
+        tensors = {name: value.contiguous() for name, value in kwargs.items() if isinstance(value, Tensor)}
         constants = {name: value for name, value in kwargs.items() if name not in tensors}
         if not args and not tensors:
             raise OptionError("example: got no tensor; accepted: one input of the model, with at least one")

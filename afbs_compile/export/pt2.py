@@ -97,4 +97,5 @@ def _load_package(path: Path) -> Runner:
 
     package = aoti_load_package(str(path))
     note = Note.from_json(package.get_metadata()[NOTE])
-    return Runner(note, lambda tensors: call_as_exported(package, note, tensors))
+    # A package reads its inputs with the strides they were exported with, contiguous ones, and does not check them.
+    return Runner(note, lambda tensors: call_as_exported(package, note, [t.contiguous() for t in tensors]))
