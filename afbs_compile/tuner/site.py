@@ -73,7 +73,7 @@ class SiteResult:
         speed: ``None`` where every head is DENSE.
         dense_reason: why the whole site stays dense, or ``None`` if it is rewritten.
         evaluations: cost in dense equivalents.
-        curves: all that was measured on the way; empty where ``searched`` tells it.
+        curves: all that was measured on the way; empty for ``method="paper"``, whose ``trials`` tell it.
         lengths: what was learnt about other lengths; tau_exponent: ``[H]``, as in :class:`HeadRecipe`.
         deciding: bool ``[inputs]``, inputs that kept a head from a bolder threshold; held_out: bool ``[inputs]``, those
             that had no say in theta, policy and block shape.
