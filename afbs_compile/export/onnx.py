@@ -36,8 +36,8 @@ LARGEST_FILE = 2**31
 
 OPSETS = range(18, 24)
 DEFAULT_POLICY = "meansim"
-POLICIES = {"meansim": 0, "meanshare": 1}
-"""Policies that the body computes, and whether they select by share."""
+POLICIES = {"meansim": 0, "meanshare": 1, "cumulant": 2}
+"""Policies that the body computes, and the number by which it knows them."""
 
 FLOATS, FLOAT, INTS, INT, STRINGS = "FLOATS", "FLOAT", "INTS", "INT", "STRINGS"
 ATTRIBUTES = {
@@ -45,7 +45,7 @@ ATTRIBUTES = {
     "theta": (FLOATS, "per head: a block less self-similar than this is always kept; negative is off"),
     "lam": (FLOATS, "per head: how far (log2) under the running maximum a product with V may be skipped; -1000 is off"),
     "policy": (STRINGS, "per head: the rule that scores and selects the key blocks"),
-    "share": (INTS, "per head: 1 where the policy selects by share, 0 where by mass"),
+    "policy_code": (INTS, "per head: the policy as the number by which the body knows it"),
     "is_causal": (INT, "1 where row r attends keys 0..r only"),
     "scale": (FLOAT, "softmax scale"),
     "block_q": (INT, "rows of a query block"),
@@ -137,12 +137,7 @@ def _translated(program: Program, opset: int) -> Any:
         torch.ops.afbs.sparse_attention.default: _sparse_attention_node()
     }
     try:
-        with (
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):  # it prints its progress
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quiet():
             exported = torch.onnx.export(
                 program.exported,
                 dynamo=True,
@@ -219,7 +214,7 @@ def _sparse_attention_node() -> Callable[..., Any]:
             block_k=block_k,
             min_length=min_length,
             policy=names,
-            share=[POLICIES[name] for name in names],
+            policy_code=[POLICIES[name] for name in names],
             predictor_version=PREDICTOR_VERSION,
         )
 

@@ -87,7 +87,7 @@ def test_one_node_for_each_call_that_says_how_to_claim_it(causal_file):
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert node.op_type == "SparseAttention"
     assert given["policy"] == [b"meansim"] * 4
-    assert given["share"] == [0] * 4
+    assert given["policy_code"] == [0] * 4
     assert given["predictor_version"] == PREDICTOR_VERSION
     assert given["tau"] == pytest.approx([0.6] * 4)
     assert given["theta"] == pytest.approx([0.3] * 4)

@@ -41,7 +41,7 @@ def run(made, **tensors):
 
 def settings(causal, block_q, block_k, min_length=0):
     return {
-        "tau": TAU, "theta": THETA, "share": [0] * 4, "is_causal": int(causal), "scale": 0.25,
+        "tau": TAU, "theta": THETA, "policy_code": [0] * 4, "is_causal": int(causal), "scale": 0.25,
         "block_q": block_q, "block_k": block_k, "min_length": min_length,
     }  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_blocks_that_are_equally_probable_stay_or_go_together():
 def test_heads_that_select_by_share(causal):
     """Keep block j when p_j * sqrt(n) > (1 - tau) / tau, n the visible blocks; diagonal ones always."""
     tau = [0.3, 0.5, 0.6, 1.0]
-    attributes = settings(causal, 64, 64) | {"tau": tau, "theta": [-1.0] * 4, "share": [1, 1, 0, 1]}
+    attributes = settings(causal, 64, 64) | {"tau": tau, "theta": [-1.0] * 4, "policy_code": [1, 1, 0, 1]}
     made = session("PredictMask", ["q", "k"], ["live"], attributes, {"live": BOOL})
     q, k, _ = operands(777)
     (found,) = run(made, q=q, k=k)
