@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from afbs_compile.errors import RecipeError
 from afbs_compile.found import FoundGraph
@@ -137,6 +138,9 @@ def _constants(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SiteCo
     assert row.block_q is not None, "only refused rows lack a block shape"
     assert row.block_k is not None
     shortest, longest = row.min_length or 0, 0
+    if isinstance(site.length, torch.SymInt) and statically_known_true(site.length >= shortest):
+        # A guard says so. A graph without it must not look the same: inductor's cache would bring the guard back.
+        shortest = 0
     if outside != "extrapolate" and row.validated_lengths is not None and not isinstance(site.length, int):
         shortest, longest = max(shortest, row.validated_lengths[0]), row.validated_lengths[1]
     return SiteConstants(

@@ -115,7 +115,7 @@ def test_constants_stand_in_the_call(look, qkv):
 @pytest.mark.parametrize("names", [(), ("meansim",) * 4, ("meansim", "cumulant", "meansim", "sink_window")])
 def test_policies_stand_in_the_call_where_they_are_not_the_default(look, qkv, names):
     def constants(site):
-        return SiteConstants((0.5,) * 4, (-1.0,) * 4, (-1000.0,) * 4, 64, 64, 0, names)
+        return SiteConstants((0.5,) * 4, (-1.0,) * 4, (-1000.0,) * 4, 64, 64, 0, policy=names)
 
     gm, _ = rewritten(look, lambda q, k, v: sdpa(q, k, v, is_causal=True), *qkv, constants=constants)
     (call,) = [node for node in gm.graph.nodes if node.target is OP]
