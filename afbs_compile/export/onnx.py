@@ -51,6 +51,7 @@ ATTRIBUTES = {
     "block_q": (INT, "rows of a query block"),
     "block_k": (INT, "rows of a key block; block_q is a multiple of it"),
     "min_length": (INT, "shorter sequences keep every block"),
+    "max_length": (INT, "longer sequences keep every block; 0 for no limit"),
     "predictor_version": (INT, "version of the selection rule; a native kernel must implement this one"),
 }
 
@@ -198,6 +199,7 @@ def _sparse_attention_node() -> Callable[..., Any]:
         block_q: int = 64,
         block_k: int = 64,
         min_length: int = 0,
+        max_length: int = 0,
         policy: Sequence[str] | None = None,
     ) -> Any:
         names = list(policy or [DEFAULT_POLICY] * len(tau))
@@ -213,6 +215,7 @@ def _sparse_attention_node() -> Callable[..., Any]:
             block_q=block_q,
             block_k=block_k,
             min_length=min_length,
+            max_length=max_length,
             policy=names,
             policy_code=[POLICIES[name] for name in names],
             predictor_version=PREDICTOR_VERSION,

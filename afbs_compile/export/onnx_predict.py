@@ -157,13 +157,15 @@ HeadsWith (code, first, last, selects) => (heads, some)
     mine = And (inside, selects)
     found = NonZero (mine)
     heads = Squeeze (found, zero1)
-    number = Size (heads)
+    # not the size of heads, which no runtime knows before it runs: of this it drops the branch not taken when it loads
+    mine_int = Cast <to = 7> (mine)
+    number = ReduceSum <keepdims = 0> (mine_int)
     some = Greater (number, zero)
 }
 """
 
 PREDICT_MASK = """
-PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_length>
+PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_length, max_length>
     (q, k) => (live)
 {
     head_axes = Constant <value = int64[2] {1, 2}> ()
@@ -224,7 +226,12 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
     keep = Gather <axis = 1> (keep_parts, place)
     shortest = Constant <value_int: int = @min_length> ()
     short = Less (length, shortest)
-    always = Or (diagonal, short)
+    longest = Constant <value_int: int = @max_length> ()
+    limited = Greater (longest, zero)
+    past = Greater (length, longest)
+    long = And (limited, past)
+    outside = Or (short, long)
+    always = Or (diagonal, outside)
     kept = Or (keep, always)
     live = And (kept, visible)
 }

@@ -15,6 +15,7 @@ from afbs_compile.calibration import record_programs
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels import reference
 from afbs_compile.kernels.op import engine_name
+from afbs_compile.kernels.policy import predict_mask
 from afbs_compile.kernels.reference import LAMBDA_OFF, PREDICTOR_VERSION, THETA_OFF
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SampleRecord, SiteRecipe
 
@@ -29,12 +30,16 @@ def recipe_for(
     theta: float = THETA_OFF,
     block: tuple[int, int] = (64, 64),
     min_length: int = 1,
+    policy: str | Sequence[str] = "meansim",
 ) -> Recipe:
-    """A recipe that belongs to the model, with the thresholds given and nothing measured."""
+    """A recipe that belongs to the model, with the thresholds given and nothing measured.
+
+    ``tau`` and ``policy`` may be one for each head.
+    """
     graphs = []
     for program in record_programs(model, [example]):
         found = FoundGraph.of(program.gm, program.samples[0], 1)
-        sites = tuple(_site_recipe(site, tau, theta, block, min_length) for site in found.sites)
+        sites = tuple(_site_recipe(site, tau, theta, policy, block, min_length) for site in found.sites)
         record = SampleRecord("samples", 1, 1, (1, 1), "")
         graphs.append(GraphRecipe(found.graph, found.weights, found.source, record, 0.0, 0.0, sites))
     device = torch.device("cpu")
@@ -51,12 +56,18 @@ def recipe_for(
 
 
 def _site_recipe(
-    site: Any, tau: float | Sequence[float], theta: float, block: tuple[int, int], min_length: int
+    site: Any,
+    tau: float | Sequence[float],
+    theta: float,
+    policy: str | Sequence[str],
+    block: tuple[int, int],
+    min_length: int,
 ) -> SiteRecipe:
     taus = [tau] * site.heads if isinstance(tau, float) else list(tau)
+    names = [policy] * site.heads if isinstance(policy, str) else list(policy)
     heads = tuple(
-        HeadRecipe("dense" if value >= DENSE else "sparse", "meansim", value, theta, LAMBDA_OFF, 0.5, 0.01, (0.01,))
-        for value in taus
+        HeadRecipe("dense" if value >= DENSE else "sparse", name, value, theta, LAMBDA_OFF, 0.5, 0.01, (0.01,))
+        for value, name in zip(taus, names, strict=True)
     )
     return SiteRecipe(
         name=site.name,
@@ -112,15 +123,17 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 def reference_by_hand(recipe: Recipe) -> Iterator[None]:
     """While open, every attention call is the reference operator with the thresholds of the recipe's first call."""
     site = recipe.sites[0]
-    thresholds = [[getattr(head, name) for head in site.heads] for name in ("tau", "theta", "lam")]
+    tau, theta, lam, names = (
+        [getattr(head, name) for head in site.heads] for name in ("tau", "theta", "lam", "policy")
+    )
     original = F.scaled_dot_product_attention
 
     def sparse(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
         if q.shape[2] < (site.min_length or 0):
             return original(q, k, v, is_causal=is_causal)
-        return reference.sparse_attention(
-            q, k, v, *thresholds, causal=is_causal, block_q=site.block_q, block_k=site.block_k
-        )
+        call = {"causal": is_causal, "block_q": site.block_q, "block_k": site.block_k}
+        live = predict_mask(q, k, tau, theta, names, **call, scale=q.shape[-1] ** -0.5)
+        return reference.masked_attention(q, k, v, live, lam, **call)
 
     F.scaled_dot_product_attention = sparse
     try:

@@ -13,7 +13,7 @@ import torch
 from afbs_compile.errors import ExportError, OptionError
 from afbs_compile.export import load, to_onnx
 from afbs_compile.export.files import NOTE
-from afbs_compile.export.onnx import OPSETS, no_form
+from afbs_compile.export.onnx import OPSETS, POLICIES, no_form
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from tests.export.helpers import Grouped, all_left_alone, recipe_for, reference_by_hand, relative_difference, wandering
 
@@ -66,6 +66,21 @@ def test_one_file_for_every_batch_and_length(causal_file, batch, length):
         assert relative_difference(out, dense) < TOLERANCE
     if length > 128:
         assert relative_difference(out, dense) > 0.01, "nothing was skipped, so nothing was tested"
+
+
+@pytest.mark.parametrize("names", [list(POLICIES)[:4], list(POLICIES)[-4:]], ids=["first", "last"])
+def test_heads_of_several_policies(tmp_path, names):
+    model, names = Grouped().eval(), (names * 2)[:4]
+    recipe = recipe_for(model, wandering(130), tau=[0.7, 0.8, 0.85, 0.75], policy=names)
+    written = to_onnx(model, recipe, wandering(130), tmp_path / "model.onnx", dynamic=True)
+    assert [row.outcome for row in written.rows] == ["sparse"]
+    for length in (65, 300, 577):
+        x = wandering(length, batch=2, seed=1)
+        (out,) = load(tmp_path / "model.onnx")(x)
+        with reference_by_hand(recipe):
+            assert relative_difference(out, model(x)) < TOLERANCE
+    with torch.no_grad():
+        assert relative_difference(out, model(x)) > 0.01, "nothing was skipped, so nothing was tested"
 
 
 def test_all_dense_is_the_original_model(tmp_path, grouped):
@@ -144,9 +159,9 @@ class TestRefusals:
             to_onnx(Grouped().eval(), None, wandering(130), tmp_path / "model.onnx", opset=opset)
 
     def test_a_policy_without_a_form_stays_dense(self):
-        assert no_form(types.SimpleNamespace(policy=("meansim", "meanshare"))) is None
-        reason = no_form(types.SimpleNamespace(policy=("meansim", "sink_window")))
-        assert reason == "no form in ONNX: policy sink_window; meansim, meanshare have one"
+        assert no_form(types.SimpleNamespace(policy=tuple(POLICIES))) is None
+        reason = no_form(types.SimpleNamespace(policy=("meansim", "of_tomorrow")))
+        assert reason == f"no form in ONNX: policy of_tomorrow; {', '.join(POLICIES)} have one"
 
     def test_without_the_extra_it_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)

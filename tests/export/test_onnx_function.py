@@ -18,7 +18,7 @@ OPSET = 18
 FLOAT, HALF, BOOL = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BOOL"))
 
 
-def session(name, inputs, outputs, attributes, kinds):
+def session(name, inputs, outputs, attributes, kinds, opset=OPSET, optimized=None):
     """A session of one node."""
     node = onnx.helper.make_node(name, inputs, outputs, domain=DOMAIN, **attributes)
     value = onnx.helper.make_tensor_value_info
@@ -28,10 +28,12 @@ def session(name, inputs, outputs, attributes, kinds):
         [value(x, kinds.get(x, FLOAT), [None] * 4) for x in inputs],
         [value(x, kinds.get(x, FLOAT), None) for x in outputs],
     )
-    imports = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
-    model = onnx.helper.make_model(graph, opset_imports=imports, functions=function_protos(OPSET), ir_version=10)
+    imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, functions=function_protos(opset), ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # idle threads of onnxruntime spin, which slows a busy machine down
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
@@ -39,10 +41,10 @@ def run(made, **tensors):
     return [torch.from_numpy(x) for x in made.run(None, {name: x.numpy() for name, x in tensors.items()})]
 
 
-def settings(causal, block_q, block_k, min_length=0):
+def settings(causal, block_q, block_k, min_length=0, max_length=0):
     return {
         "tau": TAU, "theta": THETA, "policy_code": [0] * 4, "is_causal": int(causal), "scale": 0.25,
-        "block_q": block_q, "block_k": block_k, "min_length": min_length,
+        "block_q": block_q, "block_k": block_k, "min_length": min_length, "max_length": max_length,
     }  # fmt: skip
 
 
@@ -50,8 +52,8 @@ def predictor(causal, block_q, block_k):
     return session("PredictMask", ["q", "k"], ["live"], settings(causal, block_q, block_k), {"live": BOOL})
 
 
-def attention(causal, block_q, block_k, kind=None, min_length=0):
-    attributes = settings(causal, block_q, block_k, min_length)
+def attention(causal, block_q, block_k, kind=None, **limits):
+    attributes = settings(causal, block_q, block_k, **limits)
     attributes.update(lam=LAM, policy=["meansim"] * 4, predictor_version=1)
     kinds = dict.fromkeys(("q", "k", "v", "out"), kind or FLOAT)
     return session("SparseAttention", ["q", "k", "v"], ["out"], attributes, kinds)
@@ -145,12 +147,18 @@ def test_no_token_of_the_future_is_seen():
     assert torch.equal(before[:, :, :192], poisoned[:, :, :192])
 
 
-def test_below_min_length_everything_is_kept():
+@pytest.mark.parametrize(
+    ("limits", "dense"), [({"min_length": 201}, True), ({"max_length": 199}, True), ({"max_length": 200}, False)]
+)
+def test_outside_its_lengths_everything_is_kept(limits, dense):
     q, k, v = operands(200)
-    (out,) = run(attention(True, 64, 64, min_length=201), q=q, k=k, v=v)
+    (out,) = run(attention(True, 64, 64, **limits), q=q, k=k, v=v)
+    if not dense:
+        torch.testing.assert_close(out, expected_output(q, k, v, True, 64, 64), rtol=1e-4, atol=1e-5)
+        return
     k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25)
-    torch.testing.assert_close(out, dense)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25)
+    torch.testing.assert_close(out, expected)
 
 
 def test_half_precision_is_computed_in_single():
