@@ -184,4 +184,30 @@ KeepByCumulant <scale, is_causal, block_q, block_k> (q, k, heads, tau, visible) 
 }
 """
 
-GROUPED = (BLOCK_MASS, IN_GROUPS, GROUP_MOMENTS, KEEP_BY_CUMULANT)
+KEEP_BY_ANTIDIAGONAL = """
+KeepByAntidiagonal <scale, is_causal, block_q, block_k> (q, k, heads, tau, visible) => (keep)
+{
+    # logit_ab = scale / 16 * sum_t <q[a 16 + 15 - t], k[b 16 + t]>
+    scale_flat = Constant <value_float: float = @scale> ()
+    sixteen = Constant <value = float {16}> ()
+    scaling = Div (scale_flat, sixteen)
+    backwards = Constant <value = int64[16] {15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0}> ()
+    row_shape = Constant <value = int64[4] {0, 0, 0, -1}> ()
+    q_mine = Gather <axis = 1> (q, heads)
+    q_groups, length = afbs.InGroups (q_mine)
+    k_groups, same_length = afbs.InGroups (k)
+    q_reversed = Gather <axis = 3> (q_groups, backwards)
+    rows = Reshape (q_reversed, row_shape)
+    cols_kv = Reshape (k_groups, row_shape)
+    key_heads = afbs.KeyHeads (q, k, heads)
+    cols = Gather <axis = 1> (cols_kv, key_heads)
+    mass = afbs.BlockMass <is_causal: int = @is_causal, block_q: int = @block_q, block_k: int = @block_k,
+        span = 16, last = 15> (rows, cols, length, scaling)
+    scores = Log (mass)
+    probability = afbs.BlockProbability (scores, visible)
+    tau_mine = Gather <axis = 0> (tau, heads)
+    keep = afbs.SelectByMass (probability, tau_mine)
+}
+"""
+
+GROUPED = (BLOCK_MASS, IN_GROUPS, GROUP_MOMENTS, KEEP_BY_CUMULANT, KEEP_BY_ANTIDIAGONAL)

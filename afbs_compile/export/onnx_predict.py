@@ -172,6 +172,7 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
     two = Constant <value = int64 {2}> ()
+    three = Constant <value = int64 {3}> ()
     zero1 = Constant <value = int64[1] {0}> ()
     minus_one = Constant <value = int64[1] {-1}> ()
     one_float = Constant <value = float {1}> ()
@@ -217,10 +218,19 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
         },
         else_branch = no_cumulant () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
     >
+    heads_antidiagonal, some_antidiagonal = afbs.HeadsWith (code, three, three, selects)
+    keep_antidiagonal = If (some_antidiagonal) <
+        then_branch = by_antidiagonal () => (bool[batch, mine, n_q, n_k] keep)
+        {
+            keep = afbs.KeepByAntidiagonal <scale: float = @scale, is_causal: int = @is_causal, block_q: int = @block_q,
+                block_k: int = @block_k> (q, k, heads_antidiagonal, tau3, visible)
+        },
+        else_branch = no_antidiagonal () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
+    >
 
     # back into the order of the heads
-    order = Concat <axis = 0> (heads_dense, heads_means, heads_cumulant)
-    keep_parts = Concat <axis = 1> (keep_dense, keep_means, keep_cumulant)
+    order = Concat <axis = 0> (heads_dense, heads_means, heads_cumulant, heads_antidiagonal)
+    keep_parts = Concat <axis = 1> (keep_dense, keep_means, keep_cumulant, keep_antidiagonal)
     numbers = Range (zero, count, one)
     place = ScatterElements <axis = 0> (order, order, numbers)
     keep = Gather <axis = 1> (keep_parts, place)

@@ -14,6 +14,7 @@ TAU = {
     "meansim": [0.6, 0.8, 0.95, 1.0],
     "meanshare": [0.6, 0.75, 0.85, 1.0],
     "cumulant": [0.5, 0.7, 0.85, 1.0],
+    "antidiagonal": [0.6, 0.8, 0.95, 1.0],
 }
 """For each of four heads, so that a good part of the blocks goes; 1 keeps them all."""
 
