@@ -5,9 +5,9 @@ select the same blocks: ``PredictMask`` is :func:`afbs_compile.kernels.policy.pr
 ``SelectByMass`` are ``block_statistics`` and ``select_blocks`` of :mod:`afbs_compile.kernels.reference`, ``BlockMass``
 is ``block_mass`` of :mod:`afbs_compile.kernels.policies.grouped`. ``SparseAttention`` walks over batch, heads and query
 blocks, gathers the live key blocks of each, and attends to those alone: what is not live is not computed, and no N x N
-tensor exists. ``lam`` is carried for runtimes with a kernel of their own; like the CPU engine, the body skips no product
-with V, which is never less accurate. The attribute ``policy_code`` says the policy of each head (strings cannot be
-compared before opset 19).
+tensor exists. ``lam`` is carried for runtimes with a kernel of their own; like the CPU engine, the body skips no
+product with V, which is never less accurate. The attribute ``policy_code`` says the policy of each head (strings cannot
+be compared before opset 19).
 """
 
 from __future__ import annotations

@@ -210,4 +210,59 @@ KeepByAntidiagonal <scale, is_causal, block_q, block_k> (q, k, heads, tau, visib
 }
 """
 
-GROUPED = (BLOCK_MASS, IN_GROUPS, GROUP_MOMENTS, KEEP_BY_CUMULANT, KEEP_BY_ANTIDIAGONAL)
+WITH_PREVIOUS = """
+WithPrevious <block_q, block_k> (mass) => (total)
+{
+    # plus half of what the query block before saw in the same column, and half of what it saw at the same distance
+    half = Constant <value = float {0.5}> ()
+    one1 = Constant <value = int64[1] {1}> ()
+    shape1 = Constant <value = int64[1] {1}> ()
+    starts = Constant <value = int64[2] {0, 0}> ()
+    axes = Constant <value = int64[2] {2, 3}> ()
+    no_start = Constant <value = int64[2] {0, 0}> ()
+    no_end = Constant <value = int64[4] {0, 0, 0, 0}> ()
+    zero1 = Constant <value = int64[1] {0}> ()
+    size_q = Constant <value_int: int = @block_q> ()
+    size_k = Constant <value_int: int = @block_k> ()
+    step = Div (size_q, size_k)
+    step1 = Reshape (step, shape1)
+    counts = Shape <start = 2, end = 4> (mass)
+    half_mass = Mul (mass, half)
+    down = Concat <axis = 0> (no_start, one1, zero1, no_end)
+    column_padded = Pad (half_mass, down)
+    same_column = Slice (column_padded, starts, counts, axes)
+    down_and_right = Concat <axis = 0> (no_start, one1, step1, no_end)
+    slash_padded = Pad (half_mass, down_and_right)
+    same_distance = Slice (slash_padded, starts, counts, axes)
+    with_column = Add (mass, same_column)
+    total = Add (with_column, same_distance)
+}
+"""
+
+KEEP_BY_SLASH = """
+KeepBySlash <scale, is_causal, block_q, block_k> (q, k, heads, tau, visible) => (keep)
+{
+    # the first query of every group against every key that it sees
+    scaling = Constant <value_float: float = @scale> ()
+    start = Constant <value = int64[1] {0}> ()
+    row_axis = Constant <value = int64[1] {2}> ()
+    group1 = Constant <value = int64[1] {16}> ()
+    length1 = Shape <start = 2, end = 3> (q)
+    length = Squeeze (length1)
+    q_mine = Gather <axis = 1> (q, heads)
+    rows = Slice (q_mine, start, length1, row_axis, group1)
+    key_heads = afbs.KeyHeads (q, k, heads)
+    cols = Gather <axis = 1> (k, key_heads)
+    mass = afbs.BlockMass <is_causal: int = @is_causal, block_q: int = @block_q, block_k: int = @block_k,
+        span = 1, last = 0> (rows, cols, length, scaling)
+    total = afbs.WithPrevious <block_q: int = @block_q, block_k: int = @block_k> (mass)
+    scores = Log (total)
+    probability = afbs.BlockProbability (scores, visible)
+    tau_mine = Gather <axis = 0> (tau, heads)
+    keep = afbs.SelectByMass (probability, tau_mine)
+}
+"""
+
+GROUPED = (
+    BLOCK_MASS, IN_GROUPS, GROUP_MOMENTS, KEEP_BY_CUMULANT, KEEP_BY_ANTIDIAGONAL, WITH_PREVIOUS, KEEP_BY_SLASH,
+)  # fmt: skip

@@ -121,6 +121,47 @@ KeepByMeans <theta, policy_code, scale, block_q, block_k> (q, k, heads, tau, vis
 }
 """
 
+KEEP_BY_WINDOW = """
+KeepByWindow <block_q, block_k> (q, heads, tau, visible) => (keep)
+{
+    # strength = 1024 / distance, infinite for the first block; distance: tokens between the blocks' nearest rows
+    zero = Constant <value = int64 {0}> ()
+    one = Constant <value = int64 {1}> ()
+    column = Constant <value = int64[1] {-1}> ()
+    log_window = Constant <value = float {6.93147182}> ()
+    infinite = Constant <value = float {inf}> ()
+    lowest = Constant <value = float {-inf}> ()
+    size_q = Constant <value_int: int = @block_q> ()
+    size_k = Constant <value_int: int = @block_k> ()
+    length1 = Shape <start = 2, end = 3> (q)
+    length = Squeeze (length1)
+    first_q_flat = Range (zero, length, size_q)
+    first_q = Unsqueeze (first_q_flat, column)
+    first_k = Range (zero, length, size_k)
+    end_q = Add (first_q, size_q)
+    end_k = Add (first_k, size_k)
+    last_q = Sub (end_q, one)
+    last_k = Sub (end_k, one)
+    behind = Sub (first_q, last_k)
+    ahead = Sub (first_k, last_q)
+    distance_int = Max (behind, ahead, one)
+    distance = Cast <to = 1> (distance_int)
+    log_distance = Log (distance)
+    by_distance = Sub (log_window, log_distance)
+    is_first = Equal (first_k, zero)
+    log_strength = Where (is_first, infinite, by_distance)
+    masked = Where (visible, log_strength, lowest)
+    strength_2d = Exp (masked)
+    batch1 = Shape <start = 0, end = 1> (q)
+    number = Shape (heads)
+    blocks = Shape (visible)
+    shape = Concat <axis = 0> (batch1, number, blocks)
+    strength = Expand (strength_2d, shape)
+    tau_mine = Gather <axis = 0> (tau, heads)
+    keep = afbs.SelectByStrength (strength, tau_mine)
+}
+"""
+
 BLOCKS_IN_REACH = """
 BlocksInReach <is_causal, block_q, block_k> (length) => (visible, diagonal)
 {
@@ -173,6 +214,7 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
     one = Constant <value = int64 {1}> ()
     two = Constant <value = int64 {2}> ()
     three = Constant <value = int64 {3}> ()
+    four = Constant <value = int64 {4}> ()
     zero1 = Constant <value = int64[1] {0}> ()
     minus_one = Constant <value = int64[1] {-1}> ()
     one_float = Constant <value = float {1}> ()
@@ -227,10 +269,18 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
         },
         else_branch = no_antidiagonal () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
     >
+    heads_window, some_window = afbs.HeadsWith (code, four, four, selects)
+    keep_window = If (some_window) <
+        then_branch = by_window () => (bool[batch, mine, n_q, n_k] keep)
+        {
+            keep = afbs.KeepByWindow <block_q: int = @block_q, block_k: int = @block_k> (q, heads_window, tau3, visible)
+        },
+        else_branch = no_window () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
+    >
 
     # back into the order of the heads
-    order = Concat <axis = 0> (heads_dense, heads_means, heads_cumulant, heads_antidiagonal)
-    keep_parts = Concat <axis = 1> (keep_dense, keep_means, keep_cumulant, keep_antidiagonal)
+    order = Concat <axis = 0> (heads_dense, heads_means, heads_cumulant, heads_antidiagonal, heads_window)
+    keep_parts = Concat <axis = 1> (keep_dense, keep_means, keep_cumulant, keep_antidiagonal, keep_window)
     numbers = Range (zero, count, one)
     place = ScatterElements <axis = 0> (order, order, numbers)
     keep = Gather <axis = 1> (keep_parts, place)
@@ -247,4 +297,4 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
 }
 """
 
-PREDICTION = (BLOCK_STATISTICS, KEY_HEADS, KEEP_BY_MEANS, BLOCKS_IN_REACH, HEADS_WITH, PREDICT_MASK)
+PREDICTION = (BLOCK_STATISTICS, KEY_HEADS, KEEP_BY_MEANS, KEEP_BY_WINDOW, BLOCKS_IN_REACH, HEADS_WITH, PREDICT_MASK)

@@ -15,6 +15,7 @@ TAU = {
     "meanshare": [0.6, 0.75, 0.85, 1.0],
     "cumulant": [0.5, 0.7, 0.85, 1.0],
     "antidiagonal": [0.6, 0.8, 0.95, 1.0],
+    "sink_window": [0.03, 0.1, 0.2, 1.0],
 }
 """For each of four heads, so that a good part of the blocks goes; 1 keeps them all."""
 
@@ -68,13 +69,12 @@ def test_the_same_blocks_and_the_same_output(name, causal, block_q, block_k):
         live += int((found[:, :3] & distant).sum())
         skipped += int((~found[:, :3] & distant).sum())
     assert live > 5
-    assert skipped > 100
+    assert skipped > 50
 
 
 @EACH_DIRECTION
-@pytest.mark.parametrize("order", [1, -1])
-def test_each_head_of_a_call_has_its_own_policy(causal, order):
-    names = (list(POLICIES) * 4)[:4][::order]
+@pytest.mark.parametrize("names", [list(POLICIES)[:4], list(POLICIES)[:1:-1]], ids=["first", "last"])
+def test_each_head_of_a_call_has_its_own_policy(causal, names):
     tau = [0.5, 0.6, 1.0, 0.7]
     masks, outputs = predictor(names, tau, causal), attention(names, tau, causal)
     for seed, (batch, length, kv_heads) in enumerate(SIZES):
