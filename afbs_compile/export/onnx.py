@@ -36,7 +36,9 @@ LARGEST_FILE = 2**31
 
 OPSETS = range(18, 24)
 DEFAULT_POLICY = "meansim"
-POLICIES = {"meansim": 0, "meanshare": 1, "cumulant": 2, "antidiagonal": 3, "sink_window": 4}
+POLICIES = {
+    "meansim": 0, "meanshare": 1, "cumulant": 2, "antidiagonal": 3, "sink_window": 4, "vertical_slash": 5,
+}  # fmt: skip
 """Policies that the body computes, and the number by which it knows them."""
 
 FLOATS, FLOAT, INTS, INT, STRINGS = "FLOATS", "FLOAT", "INTS", "INT", "STRINGS"

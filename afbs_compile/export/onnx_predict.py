@@ -215,6 +215,7 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
     two = Constant <value = int64 {2}> ()
     three = Constant <value = int64 {3}> ()
     four = Constant <value = int64 {4}> ()
+    five = Constant <value = int64 {5}> ()
     zero1 = Constant <value = int64[1] {0}> ()
     minus_one = Constant <value = int64[1] {-1}> ()
     one_float = Constant <value = float {1}> ()
@@ -277,10 +278,21 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
         },
         else_branch = no_window () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
     >
+    heads_slash, some_slash = afbs.HeadsWith (code, five, five, selects)
+    keep_slash = If (some_slash) <
+        then_branch = by_slash () => (bool[batch, mine, n_q, n_k] keep)
+        {
+            keep = afbs.KeepBySlash <scale: float = @scale, is_causal: int = @is_causal, block_q: int = @block_q,
+                block_k: int = @block_k> (q, k, heads_slash, tau3, visible)
+        },
+        else_branch = no_slash () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
+    >
 
     # back into the order of the heads
-    order = Concat <axis = 0> (heads_dense, heads_means, heads_cumulant, heads_antidiagonal, heads_window)
-    keep_parts = Concat <axis = 1> (keep_dense, keep_means, keep_cumulant, keep_antidiagonal, keep_window)
+    order = Concat <axis = 0> (heads_dense, heads_means, heads_cumulant, heads_antidiagonal, heads_window,
+        heads_slash)
+    keep_parts = Concat <axis = 1> (keep_dense, keep_means, keep_cumulant, keep_antidiagonal, keep_window,
+        keep_slash)
     numbers = Range (zero, count, one)
     place = ScatterElements <axis = 0> (order, order, numbers)
     keep = Gather <axis = 1> (keep_parts, place)

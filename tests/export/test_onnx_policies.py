@@ -16,6 +16,7 @@ TAU = {
     "cumulant": [0.5, 0.7, 0.85, 1.0],
     "antidiagonal": [0.6, 0.8, 0.95, 1.0],
     "sink_window": [0.03, 0.1, 0.2, 1.0],
+    "vertical_slash": [0.6, 0.8, 0.95, 1.0],
 }
 """For each of four heads, so that a good part of the blocks goes; 1 keeps them all."""
 
