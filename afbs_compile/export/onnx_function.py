@@ -57,7 +57,6 @@ SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q
 {
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
-    shape1 = Constant <value = int64[1] {1}> ()
     zero1 = Constant <value = int64[1] {0}> ()
     minus_one = Constant <value = int64[1] {-1}> ()
     row_axis = Constant <value = int64[1] {2}> ()

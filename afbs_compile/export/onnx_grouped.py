@@ -1,5 +1,6 @@
 """Policies by groups of 16 tokens, in standard ONNX operators: :mod:`afbs_compile.kernels.policies.grouped`.
 
+``KeepByCumulant`` is ``cumulant``, ``KeepByAntidiagonal`` is ``antidiagonal``, ``KeepBySlash`` is ``vertical_slash``.
 The coarse attention is computed for one query block at a time, so that nothing grows with the square of the length but
 the block mask.
 """
@@ -216,7 +217,6 @@ WithPrevious <block_q, block_k> (mass) => (total)
     # plus half of what the query block before saw in the same column, and half of what it saw at the same distance
     half = Constant <value = float {0.5}> ()
     one1 = Constant <value = int64[1] {1}> ()
-    shape1 = Constant <value = int64[1] {1}> ()
     starts = Constant <value = int64[2] {0, 0}> ()
     axes = Constant <value = int64[2] {2, 3}> ()
     no_start = Constant <value = int64[2] {0, 0}> ()
@@ -225,7 +225,7 @@ WithPrevious <block_q, block_k> (mass) => (total)
     size_q = Constant <value_int: int = @block_q> ()
     size_k = Constant <value_int: int = @block_k> ()
     step = Div (size_q, size_k)
-    step1 = Reshape (step, shape1)
+    step1 = Reshape (step, one1)
     counts = Shape <start = 2, end = 4> (mass)
     half_mass = Mul (mass, half)
     down = Concat <axis = 0> (no_start, one1, zero1, no_end)

@@ -1,6 +1,7 @@
-"""Which key blocks each query block attends, in standard ONNX operators: ``PredictMask`` and the block means.
+"""Which key blocks each query block attends, in standard ONNX operators: ``PredictMask``, block means and distances.
 
-Only what some head of a call uses is computed: a head goes to the predictor of its policy, a predictor without heads is
+``KeepByMeans`` is ``meansim`` and ``meanshare``, ``KeepByWindow`` is ``sink_window``; the other policies are in
+:mod:`afbs_compile.export.onnx_grouped`. Only what some head of a call uses is computed: a head goes to the predictor of its policy, a predictor without heads is
 the branch not taken of an ``If`` whose condition is a constant of the call, and a head with ``tau >= 1`` goes to none.
 """
 
@@ -217,7 +218,6 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
     four = Constant <value = int64 {4}> ()
     five = Constant <value = int64 {5}> ()
     zero1 = Constant <value = int64[1] {0}> ()
-    minus_one = Constant <value = int64[1] {-1}> ()
     one_float = Constant <value = float {1}> ()
     no = Constant <value = bool {0}> ()
     yes = Constant <value = bool {1}> ()
