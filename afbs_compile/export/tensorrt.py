@@ -172,7 +172,10 @@ def sparse_attention_plugin(
         ValueError: as the operator it calls.
     """
     thresholds = (from_text(text) for text in (tau, theta, lam))
-    out = afbs_compile.kernels.op.sparse_attention(q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length)
+    names = policy.split(",") if policy else None
+    out = afbs_compile.kernels.op.sparse_attention(
+        q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length, policy=names
+    )
     result: Tensor = out.contiguous()
     return result
 

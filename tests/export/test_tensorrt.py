@@ -73,6 +73,16 @@ def test_the_program_that_the_library_gets(library, tmp_path, grouped):
             assert relative_difference(out, grouped(x)) < 1e-5
 
 
+def test_each_head_keeps_its_policy(library, tmp_path, grouped):
+    names = ["meansim", "cumulant", "sink_window", "meanshare"]
+    recipe = recipe_for(grouped, wandering(130), tau=[0.6, 0.8, 0.05, 0.8], policy=names)
+    to_tensorrt(grouped, recipe, wandering(500), tmp_path / "model.ep")
+    x = wandering(500, seed=1)
+    (out,) = load(tmp_path / "model.ep")(x)
+    with reference_by_hand(recipe):
+        assert relative_difference(out, grouped(x)) < 1e-5
+
+
 def test_a_program_of_fixed_size(library, tmp_path):
     model, x = Grouped().eval(), wandering(130)
     to_tensorrt(model, recipe_for(model, x), {"x": x}, tmp_path / "model.ep")
