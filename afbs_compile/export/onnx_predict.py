@@ -1,9 +1,9 @@
 """Which key blocks each query block attends, in standard ONNX operators: ``PredictMask``, block means and distances.
 
 ``KeepByMeans`` is ``meansim`` and ``meanshare``, ``KeepByWindow`` is ``sink_window``; the other policies are in
-:mod:`afbs_compile.export.onnx_grouped`. Only what some head of a call uses is computed: a head goes to the predictor of
-its policy, a predictor without heads is the branch not taken of an ``If`` whose condition is a constant of the call, and
-a head with ``tau >= 1`` goes to none.
+:mod:`afbs_compile.export.onnx_grouped`. Only what some head of a call uses is computed: a head goes to the predictor
+of its policy, a predictor without heads is the branch not taken of an ``If`` whose condition is a constant of the call,
+and a head with ``tau >= 1`` goes to none.
 """
 
 from __future__ import annotations
