@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SHIPPED_MODEL, load, save, settings
+from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings
 from torch import Tensor
 
-from afbs_compile.calibration import record_programs
-from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.policies import base
 from afbs_compile.kernels.policy import policy_named
 from afbs_compile.kernels.reference import diagonal_blocks, visible_blocks
-from afbs_compile.passes.capture import Operands, SampleRun, capture
+from afbs_compile.passes.capture import Operands, capture
 
 BLOCK = 64
 POINTS = 192
@@ -94,10 +92,7 @@ Curves = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 def measure(model: Any, windows: list[Tensor]) -> Curves:
     """The curves of every score and rule on every window."""
-    runs: list[SampleRun] = []
-    for program in record_programs(model, windows):  # Dynamo may capture the first call apart from the others
-        found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
-        runs += [SampleRun(found.gm, found.sites, inputs) for inputs in program.samples]
+    runs = sample_runs(model, windows)
     for run, window in zip(runs, windows, strict=True):
         assert any(isinstance(x, Tensor) and torch.equal(x, window) for x in run.inputs), "windows in another order"
     sites: dict[str, list[Tensor]] = {}

@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
+from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings, text_windows
 from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
-from afbs_compile.calibration import record_programs
-from afbs_compile.found import FoundGraph
-from afbs_compile.passes.capture import SampleRun, capture
-from afbs_compile.recipe import SiteRecipe
+from afbs_compile.passes.capture import capture
 from afbs_compile.tuner.measure import Meter
 from afbs_compile.tuner.space import Thresholds
 
@@ -119,22 +116,13 @@ def kept(recipe: Recipe, errors: Tensor, tolerance: float) -> dict[str, float]:
 def errors_on(recipe: Recipe, model: Any, windows: Sequence[Tensor]) -> Tensor:
     """Error of every (site, window, head) at the recipe's thresholds: ``[sites, windows, H]``."""
     by_name = {site.name: site for site in recipe.sites}
-    (program,) = record_programs(model, list(windows))
-    found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
-    runs = [SampleRun(found.gm, found.sites, inputs) for inputs in program.samples]
     errors = []
-    for name, operands in capture(runs):
+    for name, operands in capture(sample_runs(model, windows)):
         site = by_name[name]
         policy = [head.policy for head in site.heads]
         meter = Meter(operands, block_q=site.block_q, block_k=site.block_k, windows=1, policy=policy)
-        errors.append(meter(thresholds_of(site)).error)
+        errors.append(meter(Thresholds.of(site.heads)).error)
     return torch.stack(errors)
-
-
-def thresholds_of(site: SiteRecipe) -> Thresholds:
-    """The recipe's constants as the tuner holds them."""
-    columns = zip(*((head.tau, head.theta, head.lam) for head in site.heads), strict=True)
-    return Thresholds(*(torch.tensor(column) for column in columns))
 
 
 if __name__ == "__main__":

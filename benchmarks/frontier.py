@@ -20,16 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from calibration import thresholds_of
-from common import RESULTS, ROOT, SHIPPED_MODEL, load, save, settings, text_windows
+from common import RESULTS, ROOT, SHIPPED_MODEL, load, sample_runs, save, settings, text_windows
 from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
-from afbs_compile.calibration import record_programs
-from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.reference import block_count, diagonal_blocks, masked_attention, select_blocks, visible_blocks
 from afbs_compile.passes.capture import Attention, Operands, SampleRun, run_with
 from afbs_compile.tuner.end_to_end import SiteThresholds, find_logits, next_tokens, output_change
+from afbs_compile.tuner.space import Thresholds
 
 sys.path.append(str(ROOT / "examples"))
 import passkey
@@ -66,7 +64,7 @@ def main() -> None:
     else:
         samples = text_windows(tokenizer, arguments.calibrate, arguments.length, count, device)
         test = text_windows(tokenizer, arguments.test, arguments.length, unseen, device)
-    unseen_runs = runs_of(model, test)
+    unseen_runs = sample_runs(model, test)
 
     curves: dict[str, list[dict[str, float]]] = {"uniform": [], "budget": [], "oracle": []}
     recipes: dict[float, Recipe] = {}
@@ -90,18 +88,11 @@ def main() -> None:
     )
 
 
-def runs_of(model: Any, texts: Sequence[Tensor]) -> list[SampleRun]:
-    """The model's graph with each text as its input."""
-    (program,) = record_programs(model, list(texts))
-    found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
-    return [SampleRun(found.gm, found.sites, inputs) for inputs in program.samples]
-
-
 def sites_of(recipe: Recipe) -> dict[str, SiteThresholds]:
     """The recipe's thresholds, whether or not the site was faster."""
     return {
         site.name: SiteThresholds(
-            thresholds_of(site), site.block_q, site.block_k, tuple(head.policy for head in site.heads)
+            Thresholds.of(site.heads), site.block_q, site.block_k, tuple(head.policy for head in site.heads)
         )
         for site in recipe.sites
         if site.heads
@@ -198,7 +189,7 @@ def passkeys(
         tests = passkey.prompts(tokenizer, filler[0].tolist(), length, arguments.passkeys)
         tests = [(ids.to(device), answer) for ids, answer in tests]
         row = {"tokens": length, "prompts": len(tests), "dense": passkey.recall(model, tests)}
-        replay = Replay(runs_of(model, [ids for ids, _ in tests]), attention)
+        replay = Replay(sample_runs(model, [ids for ids, _ in tests]), attention)
         row["sparse"] = passkey.recall(replay, tests)
         print("passkeys at {tokens:,} tokens: dense {dense:.0%}, sparse {sparse:.0%} of {prompts}".format(**row))
         rows.append(row)

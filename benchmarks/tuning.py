@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
+from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings, text_windows
 from searches import PEERS, Search
 from torch import Tensor
 
-from afbs_compile.calibration import record_programs
 from afbs_compile.found import FoundGraph
 from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.rewrite import SiteConstants, rewrite
@@ -97,7 +96,7 @@ def compare(
     model: Any, windows: Sequence[Tensor], unseen: Sequence[Tensor], methods: Sequence[str], tolerance: float
 ) -> dict[str, Outcome]:
     """Run the searches site by site, then the rewritten model on the unseen windows."""
-    runs = [*recorded(model, windows), *recorded(model, unseen)]
+    runs = [*sample_runs(model.model, windows), *sample_runs(model.model, unseen)]
     outcomes = {name: Outcome() for name in methods}
     stopwatch = Stopwatch()
     with closing(capture(runs)) as walk:
@@ -118,17 +117,6 @@ def compare(
         sparse = loss(model, rewritten(tests, outcome.constants), tests, unseen)
         outcome.perplexity = math.exp(sparse - dense) - 1
     return outcomes
-
-
-def recorded(model: Any, windows: Sequence[Tensor]) -> list[SampleRun]:
-    """Each window as the graph with the model's attention calls sees it."""
-    runs = []
-    for ids in windows:  # one at a time: Dynamo may capture again in between
-        for program in record_programs(model.model, [ids]):
-            found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
-            if found.sites:
-                runs.append(SampleRun(found.gm, found.sites, program.samples[0]))
-    return runs
 
 
 def rewritten(runs: Sequence[SampleRun], constants: Sequence[SiteConstants]) -> list[Any]:

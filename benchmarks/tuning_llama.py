@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
+from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings, text_windows
 from torch import Tensor
-from tuning import now, recorded
+from tuning import now
 
 from afbs_compile.passes.capture import Operands, capture
 from afbs_compile.tuner.site import TuneSettings, tune_site
@@ -49,7 +49,7 @@ def main() -> None:
 
 def llama(model: Any, windows: Sequence[Tensor], layers: Sequence[int], tolerance: float) -> list[dict[str, Any]]:
     """Cost of the default search on operands of Llama-2-7B's shape."""
-    with closing(capture(recorded(model, windows))) as walk:
+    with closing(capture(sample_runs(model.model, windows))) as walk:
         captured = [[replace(o, q=o.q.cpu(), k=o.k.cpu(), v=o.v.cpu()) for o in operands] for _, operands in walk]
     rows = []
     for name, split in {

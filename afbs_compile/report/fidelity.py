@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.recipe import SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
 from afbs_compile.tuner.end_to_end import output_change
-from afbs_compile.tuner.measure import dense_attention, relative_l1
+from afbs_compile.tuner.measure import dense_attention, relative_l1, sparse_attention
+from afbs_compile.tuner.space import Thresholds
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,8 @@ def head_errors(graphs: Sequence[AppliedGraph]) -> Iterable[HeadErrors]:
 def _errors(row: SiteRecipe, sample: Any) -> Tensor:
     assert row.block_q is not None
     assert row.block_k is not None
-    out, _ = sparse_attention_with_counts(
-        sample.q,
-        sample.k,
-        sample.v,
-        [head.tau for head in row.heads],
-        [head.theta for head in row.heads],
-        [head.lam for head in row.heads],
-        causal=sample.causal,
-        scale=sample.scale,
-        block_q=row.block_q,
-        block_k=row.block_k,
-        policy=[head.policy for head in row.heads],
-    )
+    policy = [head.policy for head in row.heads]
+    out, _ = sparse_attention(sample, Thresholds.of(row.heads), policy, row.block_q, row.block_k)
     return relative_l1(out, dense_attention(sample)).cpu()
 
 

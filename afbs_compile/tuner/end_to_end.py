@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from afbs_compile.errors import OptionError
-from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.passes.capture import Operands, SampleRun, run_with
+from afbs_compile.tuner.measure import sparse_attention
 from afbs_compile.tuner.space import Thresholds
 
 CHUNK_ELEMENTS = 2**25
@@ -33,20 +33,7 @@ class SiteThresholds:
         """Sparse attention on a site's operands; ``None`` where every head is DENSE."""
         if self.thresholds.is_dense.all():
             return None
-        t = self.thresholds
-        return sparse_attention_with_counts(
-            operands.q,
-            operands.k,
-            operands.v,
-            t.tau.tolist(),
-            t.theta.tolist(),
-            t.lam.tolist(),
-            causal=operands.causal,
-            scale=operands.scale,
-            block_q=self.block_q,
-            block_k=self.block_k,
-            policy=self.policy,
-        )[0]
+        return sparse_attention(operands, self.thresholds, self.policy, self.block_q, self.block_k)[0]
 
 
 @dataclass(frozen=True)

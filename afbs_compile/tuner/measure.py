@@ -108,19 +108,7 @@ class Meter:
         """Run every sample at these thresholds."""
         errors, sparsities = [], []
         for sample, dense in zip(self.samples, self._dense, strict=True):
-            out, counts = sparse_attention_with_counts(
-                sample.q,
-                sample.k,
-                sample.v,
-                thresholds.tau.tolist(),
-                thresholds.theta.tolist(),
-                thresholds.lam.tolist(),
-                causal=sample.causal,
-                scale=sample.scale,
-                block_q=self.block_q,
-                block_k=self.block_k,
-                policy=self.policy,
-            )
+            out, counts = sparse_attention(sample, thresholds, self.policy, self.block_q, self.block_k)
             errors.append(relative_l1(out, dense, self.windows, self.block_q))
             sparsities.append(self._sparsity(sample, counts))
             self.calls += self._cost(sample)
@@ -152,6 +140,25 @@ def dense_attention(sample: Operands) -> Tensor:
     """The dense output ``[B, H, N, D]`` that errors are measured against, in the operands' dtype."""
     return F.scaled_dot_product_attention(
         sample.q, sample.k, sample.v, is_causal=sample.causal, scale=sample.scale, enable_gqa=True
+    )
+
+
+def sparse_attention(
+    sample: Operands, thresholds: Thresholds, policy: Sequence[str] | None, block_q: int, block_k: int
+) -> tuple[Tensor, Tensor]:
+    """The output ``[B, H, N, D]`` of the operator at a site's thresholds, and its live blocks per query block."""
+    return sparse_attention_with_counts(
+        sample.q,
+        sample.k,
+        sample.v,
+        thresholds.tau.tolist(),
+        thresholds.theta.tolist(),
+        thresholds.lam.tolist(),
+        causal=sample.causal,
+        scale=sample.scale,
+        block_q=block_q,
+        block_k=block_k,
+        policy=policy,
     )
 
 

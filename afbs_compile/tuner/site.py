@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.op import engine_name, sparse_attention_with_counts
+from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
 from afbs_compile.passes.capture import Operands
 from afbs_compile.recipe import Policy
@@ -19,7 +19,7 @@ from afbs_compile.tuner.curves import Curves, tau_exponent
 from afbs_compile.tuner.explore import Explored, explore
 from afbs_compile.tuner.inputs import BlockShape, Inputs
 from afbs_compile.tuner.lengths import Lengths, fit_lengths
-from afbs_compile.tuner.measure import WINDOWS, Measurement, Meter, low_fidelity, relative_l1
+from afbs_compile.tuner.measure import WINDOWS, Measurement, Meter, low_fidelity, relative_l1, sparse_attention
 from afbs_compile.tuner.paper import Trial, algorithm_1
 from afbs_compile.tuner.space import Parameterization, Thresholds
 from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
@@ -227,10 +227,7 @@ def _confirmed(
         thresholds = Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF))
         if thresholds.is_dense.all():
             break
-        out, counts = sparse_attention_with_counts(
-            element.q, element.k, element.v, tau.tolist(), theta.tolist(), thresholds.lam.tolist(),
-            causal=element.causal, scale=element.scale, policy=choice.policy, **shape._asdict(),
-        )  # fmt: skip
+        out, counts = sparse_attention(element, thresholds, choice.policy, *shape)
         seen = relative_l1(out, dense, windows, shape.block_q).cpu()
         inputs.evaluations += float(counts.float().mean() / counts.shape[-1]) * (2 if element.causal else 1)
         error[index : index + len(seen)] = seen  # several rows only for the windows of the only input

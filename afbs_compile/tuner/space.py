@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF, THETA_OFF
+from afbs_compile.recipe import HeadRecipe
 
 Parameterization = Literal["corrected", "paper"]
 PARAMETERIZATIONS: tuple[str, ...] = get_args(Parameterization)
@@ -35,6 +36,12 @@ class Thresholds:
         return Thresholds(
             torch.full((heads,), KEEP_ALL), torch.full((heads,), THETA_OFF), torch.full((heads,), LAMBDA_OFF)
         )
+
+    @staticmethod
+    def of(heads: Sequence[HeadRecipe]) -> Thresholds:
+        """A recipe's constants as the tuner holds them."""
+        columns = zip(*((head.tau, head.theta, head.lam) for head in heads), strict=True)
+        return Thresholds(*(torch.tensor(column, dtype=torch.float32) for column in columns))
 
     @property
     def is_dense(self) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.passes.capture import Operands
-from afbs_compile.tuner.measure import dense_attention
+from afbs_compile.tuner.measure import dense_attention, sparse_attention
 from afbs_compile.tuner.space import Thresholds
 
 WORTHWHILE = 0.97
@@ -43,7 +42,7 @@ class Stopwatch:
         """Milliseconds of a sparse call on the sample per (query, key) pair of its live blocks."""
         key = (_kind(sample), tuple(sorted(set(policy))), block_q, block_k)
         if key not in self._block_ms:
-            _, counts = _call(sample, thresholds, policy, block_q, block_k)
+            _, counts = sparse_attention(sample, thresholds, policy, block_q, block_k)
             (ms,) = best_ms([sparse_call(sample, thresholds, policy, block_q, block_k)])
             self._block_ms[key] = ms / (float(counts.sum()) * block_q * block_k)
         return self._block_ms[key]
@@ -130,29 +129,11 @@ def _times(
     return dense, sparse
 
 
-def _call(
-    sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
-) -> tuple[Tensor, Tensor]:
-    return sparse_attention_with_counts(
-        sample.q,
-        sample.k,
-        sample.v,
-        thresholds.tau.tolist(),
-        thresholds.theta.tolist(),
-        thresholds.lam.tolist(),
-        causal=sample.causal,
-        scale=sample.scale,
-        block_q=block_q,
-        block_k=block_k,
-        policy=policy,
-    )
-
-
 def sparse_call(
     sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
 ) -> Callable[[], Tensor]:
     """Predictor and block-sparse attention on a sample, ready to be timed."""
-    return lambda: _call(sample, thresholds, policy, block_q, block_k)[0]
+    return lambda: sparse_attention(sample, thresholds, policy, block_q, block_k)[0]
 
 
 def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:

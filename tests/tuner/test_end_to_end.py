@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 
-from afbs_compile.calibration import record_programs
+from afbs_compile.calibration import calibrate, record_programs
 from afbs_compile.errors import OptionError
 from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.passes.capture import SampleRun, capture, run_with
 from afbs_compile.passes.find import find
 from afbs_compile.tuner.end_to_end import EndToEnd, SiteThresholds, find_logits, next_tokens, output_change
+from afbs_compile.tuner.site import tune_site
 from afbs_compile.tuner.space import Thresholds
-from tests.toy import HEADS, TOKENS, LanguageToy, token_ids
+from tests.toy import HEADS, TOKENS, LanguageToy, always_faster, token_ids
 
 LENGTH = 256
 
@@ -127,3 +128,30 @@ def test_caches_and_hidden_states_are_not_logits():
 def test_no_clear_logits_are_refused(outputs):
     with pytest.raises(OptionError, match="tolerance: a budget on the output needs logits"):
         find_logits(outputs)
+
+
+def test_a_calibration_captures_later_sites_on_what_sparse_earlier_ones_make(runs, monkeypatch):
+    monkeypatch.setattr("afbs_compile.tuner.speed.SiteSpeed.measure", always_faster)
+    seen = []
+    tuned = tune_site
+
+    def spy(samples, *arguments, **keywords):
+        result = tuned(samples, *arguments, **keywords)
+        seen.append((samples[0], result))
+        return result
+
+    monkeypatch.setattr("afbs_compile.tuner.graph.tune_site", spy)
+    model, samples = runs
+    calibrate(model, [token_ids(LENGTH, seed=0)], tolerance=0.3, min_length=1)
+    (_, first), (second, _) = seen
+    assert first.measured.sparsity.mean() > 0
+    here = SiteThresholds(first.thresholds, *first.shape, first.policy)
+    expected = {
+        name: operands[0]
+        for name, operands in capture(
+            samples[:1], lambda name, operands: here.attend(operands) if name == names(samples)[0] else None
+        )
+    }
+    torch.testing.assert_close(second.q, expected[names(samples)[1]].q)
+    dense = {name: operands[0] for name, operands in capture(samples[:1])}
+    assert not torch.allclose(second.q, dense[names(samples)[1]].q)
