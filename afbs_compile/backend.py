@@ -51,7 +51,7 @@ def afbs(
     if found.sites:
         recipe = _recipe(found, example_inputs, settings)
         guard_parameters(gm, example_inputs)
-    plan = Plan.of(found, recipe)
+    plan = Plan.of(found, recipe, settings.outside)
     rewritten = rewrite(gm, plan.constants)
     if settings.dump is not None:
         dump(rewritten, settings.dump, f"graph_{registry.compile_id()}")
@@ -115,9 +115,11 @@ def _conditions(
         "dtypes": sorted({str(site.dtype) for site in found.sites}),
         "device": torch.cuda.get_device_name(device) if on_gpu else [device.type, torch.get_num_threads()],
         "torch": torch.__version__,
-        "tolerance": tuning.tolerance,
+        "tolerance": tuning.tolerance if tuning.budget is None else [tuning.budget.quantity, tuning.budget.limit],
         "method": tuning.method,
         "parameterization": tuning.parameterization,
-        "block": [tuning.block_q, tuning.block_k],
+        "shapes": tuning.shapes_on(device),
         "samples": calibrated_on,
+        # Lengths are calibrated one by one only where the user asks for it.
+        "lengths": [str(site.length) for site in found.sites] if settings.outside == "recalibrate" else None,
     }

@@ -26,7 +26,7 @@ def calibrate(
     model: Callable[..., Any],
     samples: Iterable[Any],
     *,
-    tolerance: float = 0.055,
+    tolerance: float | Mapping[str, float] = 0.055,
     method: Method = "afbs",
     parameterization: Parameterization = "corrected",
     min_length: int = 1024,
@@ -39,7 +39,10 @@ def calibrate(
             (a tokenizer's output, say). Lengths may differ. A single sample of batch 1 has its queries split into
             five disjoint windows that are validated each.
         tolerance: largest relative L1 error ``sum|O - O_dense| / sum|O_dense|`` of any head on any validation input
-            (paper, Eq. 1).
+            (paper, Eq. 1). Or a budget on the model's output that all heads share, spent where it costs least:
+            ``{"kl": x}``, mean KL(dense || sparse) of the next-token distributions in nats, or ``{"perplexity": x}``,
+            relative rise of the perplexity on the samples' own tokens. Half of the samples choose, the others check.
+            The model must return logits, in one graph; calibration takes one forward pass per head.
         method: ``"afbs"``: largest sparsity within the tolerance, validated until it passes, else DENSE.
             ``"paper"``: Algorithm 1 as printed.
         parameterization: reading of the paper's Eq. 2 for ``method="paper"``.
@@ -75,6 +78,11 @@ def calibrate(
         raise OptionError(
             "samples: no attention call ran on them; accepted: at least one input of a model that calls "
             "torch.nn.functional.scaled_dot_product_attention"
+        )
+    if options.tuning.budget is not None and len(with_sites) > 1:
+        raise OptionError(
+            f"tolerance: a budget on the output needs the model in one graph, and Dynamo made {len(with_sites)} of it; "
+            "accepted: a number, or a model without graph breaks"
         )
     recipes = []
     for key in dict.fromkeys((found.graph, found.source) for found, _ in graphs):

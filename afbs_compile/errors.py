@@ -13,5 +13,9 @@ class RecipeError(AfbsError, ValueError):
     """A recipe is damaged, foreign, from a newer version, or belongs to another model; one sentence says which."""
 
 
+class ExportError(AfbsError, RuntimeError):
+    """A model could not be exported, or a file not be loaded; one sentence says why and what would help."""
+
+
 class AfbsWarning(UserWarning):
     """Something stayed dense, or was not done, that the user may have expected."""

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from afbs_compile.errors import OptionError
 from afbs_compile.recipe import Recipe
+from afbs_compile.tuner.budget import QUANTITIES, Budget, Quantity
+from afbs_compile.tuner.lengths import OUTSIDE, Outside
 from afbs_compile.tuner.site import METHODS, Method, TuneSettings
 from afbs_compile.tuner.space import PARAMETERIZATIONS, Parameterization
 
@@ -22,22 +24,29 @@ class Options:
     """Options of ``torch.compile(model, backend="afbs", options={...})``.
 
     Attributes:
-        tolerance: largest relative L1 error of a head's output, on every validation input; in (0, 1).
+        tolerance: largest relative L1 error of a head's output, on every validation input, in (0, 1); or a budget on
+            the model's output that all heads share: ``{"kl": nats}`` or ``{"perplexity": relative rise}``.
         method: ``"afbs"`` or ``"paper"`` (Algorithm 1 as printed).
         parameterization: reading of the paper's Eq. 2, used by ``method="paper"``: ``"corrected"`` or ``"paper"``.
         min_length: attention over fewer tokens is refused as too short.
         samples: model inputs to calibrate on; by default the inputs of the first call. Each is a mapping of argument
             names to tensors or, for a model that is called with one tensor, that tensor.
         recipe: a :class:`Recipe` or its file; nothing is calibrated then.
+        outside: what runs at a length at which the thresholds were not validated (``validated_lengths`` in the recipe).
+            ``"extrapolate"``: block-sparse attention; where the error was seen to grow that way, tau is raised by as
+            much as the measured law says it takes to keep the error. ``"dense"``: dense attention. ``"recalibrate"``:
+            that length is calibrated on its own, on the inputs of its first call or on the samples cut to it. A graph
+            compiled for all lengths keeps its thresholds for the first, and runs dense outside for the others.
         dump: folder for the text of every graph before and after the rewrite.
     """
 
-    tolerance: float = 0.055
+    tolerance: float | Mapping[str, float] = 0.055
     method: Method = "afbs"
     parameterization: Parameterization = "corrected"
     min_length: int = 1024
     samples: Iterable[Any] | None = None
     recipe: str | os.PathLike[str] | Recipe | None = None
+    outside: Outside = "extrapolate"
     dump: str | os.PathLike[str] | None = None
 
     @classmethod
@@ -60,12 +69,18 @@ class Options:
     @property
     def tuning(self) -> TuneSettings:
         """The part that the tuner needs."""
-        return TuneSettings(tolerance=float(self.tolerance), method=self.method, parameterization=self.parameterization)
+        searched: dict[str, Any] = {"method": self.method, "parameterization": self.parameterization}
+        if isinstance(self.tolerance, Mapping):
+            ((quantity, limit),) = self.tolerance.items()
+            return TuneSettings(budget=Budget(cast(Quantity, quantity), float(limit)), **searched)
+        return TuneSettings(tolerance=float(self.tolerance), **searched)
 
     def _check(self) -> None:
-        number = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)
-        _accept("tolerance", self.tolerance, number and 0 < self.tolerance < 1, "a number between 0 and 1")
+        accepted = f"a number between 0 and 1, or one of {_one_of(QUANTITIES)} mapped to one"
+        _accept("tolerance", self.tolerance, _is_tolerance(self.tolerance), accepted)
         _accept("method", self.method, self.method in METHODS, _one_of(METHODS))
+        budget_on_paper = isinstance(self.tolerance, Mapping) and self.method == "paper"
+        _accept("method", self.method, not budget_on_paper, "'afbs' with a budget on the output")
         _accept(
             "parameterization",
             self.parameterization,
@@ -77,6 +92,9 @@ class Options:
         one_input = isinstance(self.samples, str | Mapping | Tensor)
         iterable = isinstance(self.samples, Iterable) and not one_input
         _accept("samples", self.samples, self.samples is None or iterable, "an iterable of model inputs, e.g. a list")
+        _accept("outside", self.outside, self.outside in OUTSIDE, _one_of(OUTSIDE))
+        named = self.recipe is not None and self.outside == "recalibrate"
+        _accept("outside", self.outside, not named, "'extrapolate' or 'dense' where a recipe is named")
         path = isinstance(self.recipe, str | os.PathLike | Recipe)
         _accept("recipe", self.recipe, self.recipe is None or path, "a Recipe or the path of one")
         folder = self.dump is None or isinstance(self.dump, str | os.PathLike)
@@ -86,6 +104,16 @@ class Options:
 
 
 _CALIBRATION_OPTIONS = {"tolerance", "method", "parameterization", "samples"}
+
+
+def _is_tolerance(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return len(value) == 1 and set(value) <= set(QUANTITIES) and all(map(_is_share, value.values()))
+    return _is_share(value)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
 
 
 def _accept(name: str, value: object, accepted: bool, what: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from afbs_compile.errors import RecipeError
 from afbs_compile.found import FoundGraph
@@ -14,7 +15,9 @@ from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from afbs_compile.passes.rewrite import SiteConstants
 from afbs_compile.passes.site import AttentionSite
-from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
+from afbs_compile.passes.sizes import holds, shown
+from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SiteRecipe
+from afbs_compile.tuner.lengths import Outside, extrapolated_tau
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,15 @@ class Plan:
     covered: bool = True
 
     @classmethod
-    def of(cls, found: FoundGraph, recipe: Recipe | None) -> Plan:
+    def of(cls, found: FoundGraph, recipe: Recipe | None, outside: Outside = "extrapolate") -> Plan:
         """Match a graph with a recipe; without one every call stays dense.
+
+        Args:
+            found: the graph.
+            recipe: what was calibrated.
+            outside: what runs at lengths that were not validated. A graph whose length is fixed obeys it here. One
+                graph for all lengths has one set of constants: with ``"extrapolate"`` they stay as validated, else the
+                operator runs dense outside (it cannot calibrate).
 
         Raises:
             RecipeError: the recipe was made for another model, device, dtype or predictor. The message lacks its
@@ -44,9 +54,9 @@ class Plan:
             return cls({}, refused)
         graph = _matching_graph(found, recipe)
         by_name = {site.name: site for site in graph.sites}
-        rows = [_applied(site, by_name.get(site.name), recipe) for site in found.sites]
+        rows = [_applied(site, by_name.get(site.name), outside) for site in found.sites]
         constants = {
-            site: _constants(row, recipe)
+            site: _constants(site, row, outside)
             for site, row in zip(found.sites, rows, strict=True)
             if row.outcome == "sparse"
         }
@@ -90,7 +100,7 @@ def _size(length: int | torch.SymInt) -> int:
     return int(length) if isinstance(length, int) else int(length.node.hint)
 
 
-def _applied(site: AttentionSite, recorded: SiteRecipe | None, recipe: Recipe) -> SiteRecipe:
+def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside) -> SiteRecipe:
     """The recorded decision, as it applies to a site at this graph's length."""
     if recorded is None or recorded.outcome == "refused":
         return SiteRecipe(site.name, "dense", "not calibrated: it was refused when the recipe was made")
@@ -100,19 +110,46 @@ def _applied(site: AttentionSite, recorded: SiteRecipe | None, recipe: Recipe) -
         raise RecipeError(
             f"does not fit {site.name}: (causal, heads, kv heads, head_dim, dtype) is {here}, not {there}."
         )
-    short = isinstance(site.length, int) and recorded.min_length is not None and site.length < recorded.min_length
-    if recorded.outcome == "sparse" and short:
-        reason = f"too short: {site.length} tokens, sparse was measured to pay from {recorded.min_length}"
+    if recorded.outcome != "sparse":
+        return recorded
+    # Of a symbolic length this makes a guard, so that Dynamo compiles again for the other side and short sequences keep
+    # the real call, at its real cost. Where no guard can be made the operator decides at run time.
+    if recorded.min_length is not None and holds(site.length < recorded.min_length):
+        reason = f"too short: {shown(site.length)} tokens, sparse was measured to pay from {recorded.min_length}"
         return replace(recorded, outcome="dense", reason=reason)
-    return recorded
+    validated = recorded.validated_lengths
+    if validated is None or not isinstance(site.length, int):
+        return recorded
+    if validated[0] <= site.length <= validated[1]:
+        return recorded
+    if outside == "extrapolate":
+        heads = [_extrapolated(head, validated, site.length) for head in recorded.heads]
+        return replace(recorded, heads=tuple(heads))
+    reason = f"outside the validated lengths: {site.length} tokens, validated from {validated[0]} to {validated[1]}"
+    return replace(recorded, outcome="dense", reason=reason)
 
 
-def _constants(row: SiteRecipe, recipe: Recipe) -> SiteConstants:
+def _extrapolated(head: HeadRecipe, validated: tuple[int, int], length: int) -> HeadRecipe:
+    tau = extrapolated_tau(head.tau, head.tau_exponent, head.length_exponent, validated, length)
+    return replace(head, tau=tau)
+
+
+def _constants(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SiteConstants:
+    assert row.block_q is not None, "only refused rows lack a block shape"
+    assert row.block_k is not None
+    shortest, longest = row.min_length or 0, 0
+    if isinstance(site.length, torch.SymInt) and statically_known_true(site.length >= shortest):
+        # A guard says so. A graph without it must not look the same: inductor's cache would bring the guard back.
+        shortest = 0
+    if outside != "extrapolate" and row.validated_lengths is not None and not isinstance(site.length, int):
+        shortest, longest = max(shortest, row.validated_lengths[0]), row.validated_lengths[1]
     return SiteConstants(
         tau=tuple(head.tau for head in row.heads),
         theta=tuple(head.theta for head in row.heads),
         lam=tuple(head.lam for head in row.heads),
-        block_q=recipe.block_q,
-        block_k=recipe.block_k,
-        min_length=row.min_length or 0,
+        block_q=row.block_q,
+        block_k=row.block_k,
+        min_length=shortest,
+        max_length=longest,
+        policy=tuple(head.policy for head in row.heads),
     )

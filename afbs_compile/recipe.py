@@ -15,7 +15,35 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from afbs_compile.errors import RecipeError
 
 FORMAT = "afbs-recipe"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+Stage = Literal["explore", "refine", "validate"]
+Policy = Literal["meansim", "meanshare", "cumulant", "antidiagonal", "vertical_slash", "sink_window"]
+
+
+@dataclass(frozen=True)
+class SearchPath:
+    """Thresholds that one stage of the search measured on a head, in the order in which it tried them.
+
+    Attributes:
+        stage: ``"explore"``, ``"refine"`` or ``"validate"``; length: tokens it was measured at.
+        policy, block_q, block_k: as in :class:`HeadRecipe` and :class:`SiteRecipe`.
+        s: the latent of Eq. 2 where the method searches over it, else empty.
+        tau, theta, lam: what was tried; sparsity: what it skipped; error: relative L1, worst of the inputs, infinite
+            or NaN ones as -1. All of the same length.
+    """
+
+    stage: Stage
+    length: int
+    policy: str
+    block_q: int
+    block_k: int
+    s: tuple[float, ...]
+    tau: tuple[float, ...]
+    theta: tuple[float, ...]
+    lam: tuple[float, ...]
+    sparsity: tuple[float, ...]
+    error: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -24,20 +52,29 @@ class HeadRecipe:
 
     Attributes:
         outcome: ``"dense"`` heads keep every block.
+        policy: what scores the key blocks, by name (:mod:`afbs_compile.kernels.policies`): ``"meansim"``, say, the
+            softmax of block means (SpargeAttn).
         tau: pooled-softmax mass kept; theta: self-similarity below which a block is always kept (negative: off);
             lam: skip threshold in log2 units (-1000: off).
         sparsity: 1 - live / causally valid blocks, mean of the samples.
         error: relative L1 (Eq. 1), worst of ``validation_errors``.
         validation_errors: one per validation input.
+        search: how the thresholds were found; empty where that was not recorded.
+        tau_exponent, length_exponent: a and b of ``error ~ (1 - tau) ** a * length ** b`` about the operating point;
+            both 0 where they were not measured.
     """
 
     outcome: Literal["sparse", "dense"]
+    policy: Policy
     tau: float
     theta: float
     lam: float
     sparsity: float
     error: float
     validation_errors: tuple[float, ...]
+    search: tuple[SearchPath, ...] = ()
+    tau_exponent: float = 0.0
+    length_exponent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,9 +87,11 @@ class SiteRecipe:
             ``"refused"`` ones could not be rewritten.
         reason: why a call is not sparse; ``None`` for sparse ones.
         causal, head_dim, kv_heads: of the call; dtype: of q, k and v, e.g. ``"bfloat16"``; ``None`` for refused ones.
+        block_q, block_k: rows per block of queries and of keys; ``None`` for refused calls.
         heads: one entry per query head; empty for refused calls.
         dense_ms, sparse_ms: milliseconds at the calibrated length; ``None`` where not measured.
         min_length: shortest length at which sparse is worthwhile; shorter inputs run dense.
+        validated_lengths: shortest and longest length at which the thresholds were validated.
     """
 
     name: str
@@ -62,10 +101,13 @@ class SiteRecipe:
     head_dim: int | None = None
     kv_heads: int | None = None
     dtype: str | None = None
+    block_q: int | None = None
+    block_k: int | None = None
     heads: tuple[HeadRecipe, ...] = ()
     dense_ms: float | None = None
     sparse_ms: float | None = None
     min_length: int | None = None
+    validated_lengths: tuple[int, int] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -99,6 +141,52 @@ class SampleRecord:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """An upper bound, at a confidence, on the chance that a new input exceeds the tolerance.
+
+    It holds for inputs exchangeable with those it was derived from, over the draw of the latter;
+    :mod:`afbs_compile.tuner.promise` says why.
+
+    Attributes:
+        confidence: of either bound.
+        inputs: n, those that had no say in theta, policy and block shape; 0 promises nothing.
+        head_bound: chance that a given head exceeds the tolerance on a new input.
+        deciding: those of the n inputs that kept any head from a bolder threshold.
+        model_bound: chance that any head of the graph does.
+    """
+
+    confidence: float
+    inputs: int
+    head_bound: float
+    deciding: int
+    model_bound: float
+
+
+@dataclass(frozen=True)
+class BudgetRecord:
+    """A budget on the model's output, and what the chosen thresholds were measured to cost of it.
+
+    Attributes:
+        quantity: ``"kl"``: mean KL(dense || sparse) of the next-token distributions, in nats; ``"perplexity"``: its
+            relative rise.
+        limit: largest accepted value.
+        measured: cost on the samples that the thresholds were chosen on; chosen_on: how many these are.
+        checked: cost on samples that were not used to choose, ``None`` where there were none; checked_on: how many.
+        steps_back: times that the check failed and the thresholds were chosen more carefully.
+        forward_passes: of the model on one sample, all that it took.
+    """
+
+    quantity: Literal["kl", "perplexity"]
+    limit: float
+    measured: float
+    chosen_on: int
+    checked: float | None
+    checked_on: int
+    steps_back: int
+    forward_passes: int
+
+
+@dataclass(frozen=True)
 class GraphRecipe:
     """One graph of the model: a model with graph breaks has several.
 
@@ -107,8 +195,9 @@ class GraphRecipe:
             values; source: fingerprint of the code that makes the calls, to tell apart graphs that are alike otherwise.
         samples: what it was calibrated on.
         seconds: wall-clock time of the calibration.
-        evaluations: its cost in sparse attention calls at full length on one sample, summed over the sites.
+        evaluations: its attention work in dense calls over one input of full length, summed over the sites.
         sites: in graph order.
+        promise: what the validation says about inputs that were not seen; ``None`` where nothing was calibrated.
     """
 
     graph: str
@@ -118,36 +207,49 @@ class GraphRecipe:
     seconds: float
     evaluations: float
     sites: tuple[SiteRecipe, ...]
+    promise: Promise | None = None
+
+
+_NOT_IN_RECORDS = {"name", "outcome", "reason", "heads"}
+"""Fields of a site that :meth:`Recipe.to_records` writes under another name, or one head at a time."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything needed to rewrite a model again without calibrating, and to know when that would be wrong.
 
-    Thresholds hold for one block shape, dtype and predictor; a recipe that does not fit is refused, never bent.
+    Thresholds hold for one policy, block shape, dtype and predictor; a recipe that does not fit is refused, never bent.
 
     Attributes:
-        tolerance: largest relative L1 error per head and validation input.
+        tolerance: largest relative L1 error per head and validation input; ``None`` where a budget was given instead.
         method, parameterization: how the thresholds were searched.
-        block_q, block_k: block shape.
         device: device type the speeds were measured on; engine: kernel that ran there.
         predictor_version: version of the selection rule.
         versions: of afbs_compile, torch, triton and python.
         graphs: one per captured graph that has attention calls.
+        budget: of the model's output, where that was given instead of a tolerance.
     """
 
-    tolerance: float
+    tolerance: float | None
     method: Literal["afbs", "paper"]
     parameterization: Literal["corrected", "paper"]
-    block_q: int
-    block_k: int
     device: str
     engine: str
     predictor_version: int
     versions: dict[str, str]
     graphs: tuple[GraphRecipe, ...]
+    budget: BudgetRecord | None = None
     format: str = field(default=FORMAT)
     schema_version: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def goal(self) -> str:
+        """What the thresholds had to hold, in words."""
+        if self.budget is not None:
+            what = {"kl": "KL at most {:g} nats", "perplexity": "perplexity at most {:+.3g} %"}[self.budget.quantity]
+            unit = 100 if self.budget.quantity == "perplexity" else 1
+            return f"budget on the output: {what.format(self.budget.limit * unit)}"
+        return f"tolerance {self.tolerance:g} on every head"
 
     @property
     def sites(self) -> tuple[SiteRecipe, ...]:
@@ -160,6 +262,28 @@ class Recipe:
         calibrated = [(site.sparsity, len(site.heads)) for site in self.sites if site.heads]
         heads = sum(count for _, count in calibrated)
         return sum(sparsity * count for sparsity, count in calibrated) / heads if heads else 0.0
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One flat dictionary per head, e.g. for ``pandas.DataFrame(recipe.to_records())``.
+
+        Each has the fields of :class:`HeadRecipe` but ``search``, of its :class:`SiteRecipe` (its ``name`` as
+        ``site``, its ``outcome`` and ``reason`` as ``site_outcome`` and ``site_reason``), and the numbers ``graph`` and
+        ``head``. Calls that were refused have no heads; ``explain(recipe).to_records()`` has a row for every call.
+        """
+        return [
+            {
+                "graph": number,
+                "site": site.name,
+                "head": index,
+                **{f.name: getattr(head, f.name) for f in fields(head) if f.name != "search"},
+                "site_outcome": site.outcome,
+                "site_reason": site.reason,
+                **{f.name: getattr(site, f.name) for f in fields(site) if f.name not in _NOT_IN_RECORDS},
+            }
+            for number, graph in enumerate(self.graphs)
+            for site in graph.sites
+            for index, head in enumerate(site.heads)
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as JSON; the file appears whole or not at all.
@@ -218,19 +342,27 @@ class _DamagedError(Exception):
 
 def _check(recipe: Recipe) -> None:
     """Refuse values that no calibration writes."""
-    if not 0 < recipe.tolerance < math.inf:
+    if (recipe.tolerance is None) == (recipe.budget is None):
+        raise _DamagedError("it needs either a tolerance or a budget")
+    if recipe.tolerance is not None and not 0 < recipe.tolerance < math.inf:
         raise _DamagedError(f"tolerance is {recipe.tolerance}")
-    if recipe.block_q < 1 or recipe.block_k < 1 or not recipe.graphs:
-        raise _DamagedError("it has no graph, or a block of no rows")
+    if not recipe.graphs:
+        raise _DamagedError("it has no graph")
     for site in recipe.sites:
-        if site.outcome != "refused" and not site.heads:
-            raise _DamagedError(f"{site.name} is {site.outcome} and has no heads")
+        if site.outcome != "refused" and not (site.heads and site.block_q and site.block_k):
+            raise _DamagedError(f"{site.name} is {site.outcome} and has no heads, or no block shape")
         for index, head in enumerate(site.heads):
             numbers = [head.tau, head.theta, head.lam, head.sparsity, head.error, *head.validation_errors]
             if not all(math.isfinite(number) for number in numbers):
                 raise _DamagedError(f"head {index} of {site.name} has a number that is not finite")
             if head.tau < 0 or not 0 <= head.sparsity <= 1 or head.lam > 0:
                 raise _DamagedError(f"head {index} of {site.name} has tau, sparsity or lam out of range")
+            for path in head.search:
+                columns = {
+                    len(c) for c in (path.tau, path.theta, path.lam, path.sparsity, path.error, path.s or path.tau)
+                }
+                if len(columns) != 1:
+                    raise _DamagedError(f"head {index} of {site.name} has a search path whose columns differ in length")
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:

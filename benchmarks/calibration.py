@@ -4,25 +4,24 @@
     python benchmarks/calibration.py --model M --calibrate A.txt --test B.txt --length 16384 --windows 3
 
 Every number is per head: mean sparsity, worst error over the calibration's own validation inputs, and the share of
-(head, window) pairs of the test text whose error stays within the tolerance and within 0.07.
+(head, window) pairs of the test text whose error stays within the tolerance and within 0.07. ``promise`` holds the
+bounds of the recipe and the rates seen on the test text; the bounds are for inputs drawn like the calibration's.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
+from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings, text_windows
 from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
-from afbs_compile.calibration import record_programs
-from afbs_compile.found import FoundGraph
-from afbs_compile.passes.capture import SampleRun, capture
-from afbs_compile.recipe import SiteRecipe
+from afbs_compile.passes.capture import capture
 from afbs_compile.tuner.measure import Meter
 from afbs_compile.tuner.space import Thresholds
 
@@ -33,9 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SHIPPED_MODEL, help="folder of a causal language model")
     parser.add_argument("--calibrate", default="topics", help="text file to calibrate on")
-    parser.add_argument("--test", help="text file of another kind; by default no other text is measured")
+    parser.add_argument(
+        "--test", help="text file of another kind, or the same one; by default nothing unseen is measured"
+    )
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--windows", type=int, default=5, help="windows of either text")
+    parser.add_argument("--windows", type=int, default=5, help="windows to calibrate on")
+    parser.add_argument("--test-windows", type=int, help="windows to test on, as many by default")
     parser.add_argument("--tolerance", type=float, default=0.055)
     parser.add_argument("--method", default="afbs", choices=("afbs", "paper"))
     parser.add_argument("--parameterization", default="corrected", choices=("corrected", "paper"))
@@ -46,11 +48,19 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
+    count = arguments.test_windows or arguments.windows
     samples = text_windows(tokenizer, arguments.calibrate, arguments.length, arguments.windows, device)
+    if arguments.test == arguments.calibrate:  # one draw of windows, of which some calibrate
+        drawn = text_windows(tokenizer, arguments.test, arguments.length, arguments.windows + count, device)
+        random.Random(0).shuffle(drawn)
+        samples, windows = drawn[: arguments.windows], drawn[arguments.windows :]
+    elif arguments.test is not None:
+        windows = text_windows(tokenizer, arguments.test, arguments.length, count, device)
     recipe = calibrate(
         model.model,
         samples,
         tolerance=arguments.tolerance,
+        min_length=min(1024, arguments.length),
         method=arguments.method,
         parameterization=arguments.parameterization,
     )
@@ -70,8 +80,9 @@ def main() -> None:
         "error_per_head": worst,
     }
     if arguments.test is not None:
-        windows = text_windows(tokenizer, arguments.test, arguments.length, arguments.windows, device)
-        result["other_text"] = spread(errors_on(recipe, model.model, windows), arguments.tolerance)
+        errors = errors_on(recipe, model.model, windows)
+        result["other_text"] = spread(errors, arguments.tolerance)
+        result["promise"] = kept(recipe, errors, arguments.tolerance)
     print({key: value for key, value in result.items() if not key.endswith("per_head")})
     save(arguments.name, arguments.out, result)
 
@@ -86,23 +97,32 @@ def spread(errors: Tensor, tolerance: float) -> dict[str, float]:
     }
 
 
+def kept(recipe: Recipe, errors: Tensor, tolerance: float) -> dict[str, float]:
+    """The recipe's bounds beside the rates at which the windows of the test text exceeded the tolerance."""
+    promise = recipe.graphs[0].promise
+    beyond = (errors > tolerance).float()
+    return {
+        "inputs": promise.inputs,
+        "confidence": promise.confidence,
+        "head_bound": promise.head_bound,
+        "head_rate_mean": float(beyond.mean()),
+        "head_rate_worst": float(beyond.mean(1).max()),
+        "heads_inside_bound": float((beyond.mean(1) <= promise.head_bound).float().mean()),
+        "model_bound": promise.model_bound,
+        "model_rate": float(beyond.amax((0, 2)).mean()),
+    }
+
+
 def errors_on(recipe: Recipe, model: Any, windows: Sequence[Tensor]) -> Tensor:
     """Error of every (site, window, head) at the recipe's thresholds: ``[sites, windows, H]``."""
     by_name = {site.name: site for site in recipe.sites}
-    (program,) = record_programs(model, list(windows))
-    found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
-    runs = [SampleRun(found.gm, found.sites, inputs) for inputs in program.samples]
     errors = []
-    for name, operands in capture(runs):
-        meter = Meter(operands, block_q=recipe.block_q, block_k=recipe.block_k, windows=1)
-        errors.append(meter(thresholds_of(by_name[name])).error)
+    for name, operands in capture(sample_runs(model, windows)):
+        site = by_name[name]
+        policy = [head.policy for head in site.heads]
+        meter = Meter(operands, block_q=site.block_q, block_k=site.block_k, windows=1, policy=policy)
+        errors.append(meter(Thresholds.of(site.heads)).error)
     return torch.stack(errors)
-
-
-def thresholds_of(site: SiteRecipe) -> Thresholds:
-    """The recipe's constants as the tuner holds them."""
-    columns = zip(*((head.tau, head.theta, head.lam) for head in site.heads), strict=True)
-    return Thresholds(*(torch.tensor(column) for column in columns))
 
 
 if __name__ == "__main__":

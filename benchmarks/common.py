@@ -8,6 +8,8 @@ import os
 import platform
 import pydoc_data.topics
 import subprocess
+import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.modules["kernels"] = None  # type: ignore[assignment]  # else kernels.py here passes for Hugging Face's package
+
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from afbs_compile.calibration import record_programs  # noqa: E402
+from afbs_compile.found import FoundGraph  # noqa: E402
+from afbs_compile.passes.capture import SampleRun  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,6 +45,17 @@ def text_windows(tokenizer: Any, source: str, length: int, count: int, device: s
         raise SystemExit(f"{source} has {len(tokens)} tokens, fewer than {count} windows of {length}")
     starts = torch.linspace(0, len(tokens) - length, count).long().tolist()
     return [tokens[None, start : start + length].to(device) for start in starts]
+
+
+def sample_runs(model: Any, windows: Sequence[Tensor]) -> list[SampleRun]:
+    """Each window as the graph with the model's attention calls sees it."""
+    runs = []
+    for ids in windows:  # one at a time: Dynamo may capture again in between
+        for program in record_programs(model, [ids]):
+            found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
+            if found.sites:
+                runs.append(SampleRun(found.gm, found.sites, program.samples[0]))
+    return runs
 
 
 def environment() -> dict[str, Any]:

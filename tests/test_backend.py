@@ -129,6 +129,44 @@ def test_below_the_crossover_the_model_is_the_dense_one(never_calibrates, monkey
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("first", [LENGTH, 512], ids=["long-first", "short-first"])
+def test_free_lengths_below_the_crossover_keep_the_real_call(first, monkeypatch):
+    crossover = tuner_site.SiteSpeed(2.0, 1.0, LENGTH)
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(lambda *_, **__: crossover))
+    model = Toy().eval()
+    recipe = afbs_compile.calibrate(model, [drifting(LENGTH)], min_length=128)
+    sparse = torch.compile(model, backend="afbs", dynamic=True, fullgraph=True, options={**OPTIONS, "recipe": recipe})
+    sparse(drifting(first))
+    for length in (512, 600, 1023):
+        x = drifting(length)
+        assert torch.allclose(sparse(x), model(x), atol=1e-5)
+    for length in (LENGTH, 1301):
+        assert relative_l1(sparse(drifting(length)), model(drifting(length))) > 1e-4
+    explanation = afbs_compile.explain(sparse)
+    assert len(explanation.after) == 2, "each side of the crossover is one graph"
+    outcomes = [{row.outcome for row in explanation.rows if row.graph == graph} for graph in range(2)]
+    assert outcomes == ([{"sparse"}, {"dense"}] if first == LENGTH else [{"dense"}, {"sparse"}])
+    dense_graph = explanation.after[outcomes.index({"dense"})]
+    assert "afbs.sparse_attention" not in dense_graph
+    assert dense_graph.count("_nn.scaled_dot_product_attention") == 2
+
+
+@torch.no_grad()
+def test_a_length_that_the_user_keeps_free_is_decided_by_the_operator(monkeypatch):
+    crossover = tuner_site.SiteSpeed(2.0, 1.0, LENGTH)
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(lambda *_, **__: crossover))
+    model = Toy().eval()
+    sparse = compiled(model)
+    for length in (LENGTH, 512, 1301):
+        x = drifting(length)
+        torch._dynamo.mark_dynamic(x, 1, min=128, max=4096)  # a guard inside these bounds would be an error
+        difference = relative_l1(sparse(x), model(x))
+        assert difference < 1e-5 if length < LENGTH else difference > 1e-4
+    (after,) = afbs_compile.explain(sparse).after
+    assert "min_length = 1024" in after
+
+
+@torch.no_grad()
 def test_a_site_that_is_not_faster_stays_dense(monkeypatch):
     slow = tuner_site.SiteSpeed(1.0, 1.1, None)
     monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(lambda *_, **__: slow))
@@ -337,7 +375,9 @@ def test_modes_of_inductor_are_passed_on():
 
 
 @torch.no_grad()
-def test_dynamic_shapes_from_the_first_call(never_calibrates):
+def test_dynamic_shapes_from_the_first_call(never_calibrates, monkeypatch):
+    # A crossover between the lengths would make a graph for either side of it.
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
     model = Toy().eval()
     sparse = torch.compile(model, backend="afbs", dynamic=True, fullgraph=True, options=OPTIONS)
     x = drifting(LENGTH)

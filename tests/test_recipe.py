@@ -10,19 +10,22 @@ import pytest
 
 from afbs_compile import Recipe
 from afbs_compile.errors import RecipeError
-from afbs_compile.recipe import GraphRecipe, HeadRecipe, SampleRecord, SiteRecipe
+from afbs_compile.recipe import GraphRecipe, HeadRecipe, SampleRecord, SearchPath, SiteRecipe
 
 
 @pytest.fixture
 def recipe() -> Recipe:
-    sparse = HeadRecipe("sparse", 0.9, -1.0, -1000.0, 0.7, 0.05, (0.04, 0.05))
-    dense = HeadRecipe("dense", 1.0, -1.0, -1000.0, 0.0, 0.0, (0.0, 0.0))
-    site = SiteRecipe("layers.0.attn", "sparse", None, True, 64, 1, "float32", (sparse, dense), 2.0, 1.0, 2048)
+    path = SearchPath(
+        "refine", 4096, "meansim", 64, 64, (), (0.8, 0.9), (-1.0,) * 2, (-1000.0,) * 2, (0.8, 0.7), (-1.0, 0.05)
+    )
+    sparse = HeadRecipe("sparse", "meansim", 0.9, -1.0, -1000.0, 0.7, 0.05, (0.04, 0.05), (path,))
+    dense = HeadRecipe("dense", "meansim", 1.0, -1.0, -1000.0, 0.0, 0.0, (0.0, 0.0))
+    site = SiteRecipe("layers.0.attn", "sparse", None, True, 64, 1, "float32", 64, 64, (sparse, dense), 2.0, 1.0, 2048)
     refused = SiteRecipe("layers.1.attn", "refused", "dropout in effect: 0.1")
     samples = SampleRecord("samples", 2, 2, (4096, 4096), "d1")
     graph = GraphRecipe("g1", "w1", "s1", samples, 1.5, 12.25, (site, refused))
     versions = {"torch": "2.13.0"}
-    return Recipe(0.055, "afbs", "corrected", 64, 64, "cpu", "flex", 1, versions, (graph,))
+    return Recipe(0.055, "afbs", "corrected", "cpu", "flex", 1, versions, (graph,))
 
 
 def test_saved_and_loaded_is_the_same(recipe, tmp_path):
@@ -67,12 +70,13 @@ def edited(path: Path, **changes: object) -> str:
         (lambda p: edited(p, extra=1), "lacks or has too much: extra"),
         (lambda p: edited(p, graphs={}), "recipe.graphs is not a list"),
         (lambda p: edited(p, graphs=[]), "it has no graph"),
-        (lambda p: edited(p, block_q=0), "a block of no rows"),
+        (lambda p: p.read_text().replace('"block_q": 64', '"block_q": 0'), "no block shape"),
         (lambda p: "[" * 100_000, "damaged: it is not JSON"),
         (lambda p: p.read_text().replace('"tau": 0.9', '"tau": null'), "tau is None"),
         (lambda p: p.read_text().replace('"tau": 0.9', '"tau": NaN'), "not finite"),
         (lambda p: p.read_text().replace('"sparsity": 0.7', '"sparsity": 1.7'), "out of range"),
         (lambda p: p.read_text().replace('"lam": -1000.0', '"lam": 3.0', 1), "out of range"),
+        (lambda p: p.read_text().replace('"s": []', '"s": [0.5]'), "search path"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_sentence(recipe, tmp_path, damage, sentence):

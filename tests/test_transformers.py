@@ -42,7 +42,7 @@ def llama():
 def test_llama_is_rewritten_with_its_kv_heads_unrepeated(llama, arguments, monkeypatch):
     monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
     ids = torch.randint(64, (1, 512))
-    sparse = torch.compile(llama, backend="afbs", fullgraph=True, options={"min_length": 128, "tolerance": 0.3})
+    sparse = torch.compile(llama, backend="afbs", fullgraph=True, options={"min_length": 128, "tolerance": 0.5})
     logits = sparse(ids, **arguments).logits
     explanation = afbs_compile.explain(sparse)
     assert [row.site for row in explanation.rows] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]

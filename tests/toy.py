@@ -10,6 +10,7 @@ from afbs_compile.tuner.speed import SiteSpeed
 
 HEADS, HEAD_DIM = 4, 32
 WIDTH = HEADS * HEAD_DIM
+TOKENS = 50
 
 
 class Attention(nn.Module):
@@ -54,6 +55,28 @@ def drifting(length: int, batch: int = 1, seed: int = 0) -> Tensor:
     path = F.interpolate(anchors.transpose(1, 2), size=length, mode="linear", align_corners=True).transpose(1, 2)
     noise = torch.randn(batch, length, WIDTH, generator=generator)
     return F.normalize(path + 0.2 * noise, dim=-1) * WIDTH**0.5 / 2
+
+
+class LanguageToy(nn.Module):
+    """Tokens in, logits out; the positions drift so that attention is sparse."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = Toy()
+        self.embed = nn.Embedding(TOKENS, WIDTH)
+        self.head = nn.Linear(WIDTH, TOKENS)
+        self.register_buffer("positions", drifting(length))
+        with torch.no_grad():
+            self.head.weight.mul_(20)  # a small change of the output shows
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.body(self.positions + 0.1 * self.embed(input_ids)))
+
+
+def token_ids(length: int, seed: int = 0) -> Tensor:
+    """``[1, length]`` random tokens."""
+    return torch.randint(0, TOKENS, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def always_faster(*_: object, **__: object) -> SiteSpeed:

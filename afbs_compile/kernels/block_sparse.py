@@ -9,36 +9,20 @@ mask (those on the diagonal, or the partial one at the end) are the last entries
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.predict_triton import device_constants
 from afbs_compile.kernels.reference import LAMBDA_OFF, LOG2_E, block_count
+from afbs_compile.kernels.tiling import Kind, LaunchShape, choose, describe
 
 LARGEST_ROW_STRIDE = 2**31 // 256
 """Offsets inside a tile of at most 256 rows are 32 bits wide; the start of a tile is 64 bits wide."""
-
-
-class LaunchShape(NamedTuple):
-    """How a block shape is laid on the machine.
-
-    Attributes:
-        tile_q, tile_k: rows of queries and keys that a program holds; they divide the block.
-        warps: warps per program.
-        stages: depth of the software pipeline over key blocks.
-    """
-
-    tile_q: int
-    tile_k: int
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -137,6 +121,9 @@ def _forward_kernel(
     stride_value_batch,
     stride_value_head,
     stride_value_row,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_row,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -202,51 +189,12 @@ def _forward_kernel(
                 length, lam_head, HEAD_DIM, DIM_PAD, TILE_K, CAUSAL, True, HAS_LAMBDA, PRECISION,
             )  # fmt: skip
 
-    # The output is [B, N, H, HEAD_DIM] in memory.
-    place = (batch * length + rows) * heads + head
+    out += batch * stride_out_batch + head.to(tl.int64) * stride_out_head
     result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] * HEAD_DIM + cols[None, :], result, mask=inside)
+    tl.store(out + rows.to(tl.int64)[:, None] * stride_out_row + cols[None, :], result, mask=inside)
 
 
-@functools.cache
-def launch_shape(block_q: int, block_k: int, dim_pad: int, itemsize: int, shared_memory: int) -> LaunchShape:
-    """The largest tiles that divide the blocks and fit the machine, with the deepest pipeline that still fits.
-
-    Args:
-        block_q, block_k: rows per block.
-        dim_pad: columns that a tile holds.
-        itemsize: bytes per element.
-        shared_memory: bytes that one program may use.
-    """
-    # Measured on an H200: a program is best left one block, cut only where its registers spill. fp32 operands are twice
-    # as wide and multiplied three times.
-    widest_q, widest_k = 128, (128 if dim_pad <= 128 else 64)
-    if itemsize == 4:
-        widest_q = widest_k = 64 if dim_pad <= 64 else 32
-    tile_q, tile_k = min(block_q, widest_q), min(block_k, widest_k)
-    row = dim_pad * itemsize
-
-    def needed(stages: int) -> int:
-        """Bytes for the query tile, a pipeline of key and value tiles, and the weights on their way to a product."""
-        return row * (tile_q + 2 * stages * tile_k) + tile_q * tile_k * itemsize
-
-    while needed(1) > shared_memory and max(tile_q, tile_k) > 16:
-        if tile_k >= tile_q:
-            tile_k //= 2
-        else:
-            tile_q //= 2
-    stages = 2 if needed(2) <= shared_memory else 1
-    warps = 8 if tile_q * dim_pad >= 128 * 128 else 4
-    return LaunchShape(tile_q, tile_k, warps, stages)
-
-
-@functools.cache  # the driver takes a millisecond to answer
-def _launch_shape_on(device: torch.device, block_q: int, block_k: int, dim_pad: int, itemsize: int) -> LaunchShape:
-    """:func:`launch_shape` for a device; whole blocks where Triton only interprets."""
-    if device.type != "cuda":
-        return LaunchShape(block_q, block_k, 4, 1)
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return launch_shape(block_q, block_k, dim_pad, itemsize, int(properties["max_shared_mem"]))
+_forward = Launcher(_forward_kernel)
 
 
 def _precision(device: torch.device) -> str:
@@ -274,6 +222,7 @@ def attend(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention over the live blocks of ``lists``; nothing else of k and v is read.
 
@@ -289,53 +238,66 @@ def attend(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two; ``block_q`` is a multiple of ``block_k``.
+        out: ``[B, H, N, D]`` to write into, its last dimension contiguous; by default a new tensor, in memory
+            ``[B, N, H, D]``.
 
     Returns:
-        ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
+        ``out``, in the dtype of ``q``.
     """
     batch, heads, length, dim = q.shape
-    out = q.new_empty(batch, length, heads, dim)
+    if out is None:
+        out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     if out.numel() == 0:
-        return out.transpose(1, 2)
+        return out
     scale = dim**-0.5 if scale is None else scale
     if scale <= 0:
         # The kernel takes the row maximum before it multiplies by the scale.
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = (_addressable(x) for x in (q, k, v))
-    dim_pad = max(16, triton.next_power_of_2(dim))
-    shape = _launch_shape_on(q.device, block_q, block_k, dim_pad, q.element_size())
-    whole = (shape.tile_q, shape.tile_k) == (block_q, block_k)
-    has_lambda = whole and any(value > LAMBDA_OFF for value in lam)
+    wants_lambda = any(value > LAMBDA_OFF for value in lam)
+    kind = _kind(q.device, q.dtype, dim, causal=causal, block_q=block_q, block_k=block_k, uses_lambda=wants_lambda)
     count_q = block_count(length, block_q)
-    with torch.cuda.device_of(q):  # Triton launches on the current device.
-        _forward_kernel[(batch * heads * count_q * (block_q // shape.tile_q),)](
-            q,
-            k,
-            v,
-            out,
-            lists.counts,
-            lists.indices,
+    layouts = tuple(map(layout, (q, k, v, out, *lists)))
+
+    def launch(shape: LaunchShape) -> None:
+        has_lambda = wants_lambda and (shape.tile_q, shape.tile_k) == (block_q, block_k)
+        _forward(
+            (layouts, block_q, block_k, causal, scale, has_lambda, shape),
+            batch * heads * count_q * (block_q // shape.tile_q),
+            *(q, k, v, out, lists.counts, lists.indices),
             device_constants(tuple(lam), q.device) if has_lambda else lists.counts,
-            scale * LOG2_E,
-            length,
-            heads,
-            heads // k.shape[1],
-            count_q,
-            lists.indices.shape[-1],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            HEAD_DIM=dim,
-            DIM_PAD=dim_pad,
-            BLOCK_Q=block_q,
-            BLOCK_K=block_k,
-            TILE_Q=shape.tile_q,
-            TILE_K=shape.tile_k,
-            CAUSAL=causal,
-            HAS_MASKED=causal or length % block_k != 0,
-            HAS_LAMBDA=has_lambda,
-            PRECISION=_precision(q.device),
-            num_warps=shape.warps,
-            num_stages=shape.stages,
+            *(scale * LOG2_E, length, heads, heads // k.shape[1], count_q, lists.indices.shape[-1]),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
+            *(dim, kind.dim_pad, block_q, block_k, shape.tile_q, shape.tile_k),
+            *(causal, causal or length % block_k != 0, has_lambda, _precision(q.device)),
+            warps=shape.warps,
+            stages=shape.stages,
         )
-    return out.transpose(1, 2)
+
+    with torch.cuda.device_of(q):  # Triton launches on the current device.
+        launch(choose(kind, length, launch))
+    return out
+
+
+def launch_choice(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, causal: bool, block_q: int, block_k: int
+) -> str:
+    """What :func:`attend` launches for a kind of call without lambda, e.g. ``"triton 128x64, 4 warps"``.
+
+    On GPUs other than Hopper this is the first guess until a call of at least
+    :data:`afbs_compile.kernels.tiling.SHORTEST_TIMED` tokens has timed it against its neighbours.
+    """
+    return describe(_kind(device, dtype, head_dim, causal=causal, block_q=block_q, block_k=block_k, uses_lambda=False))
+
+
+def _kind(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    causal: bool,
+    block_q: int,
+    block_k: int,
+    uses_lambda: bool,
+) -> Kind:
+    return Kind(device, block_q, block_k, padded(head_dim), dtype.itemsize, causal, uses_lambda)

@@ -7,6 +7,7 @@ PyTorch predictor and FlexAttention.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afbs_compile.kernels import flex, reference
-from afbs_compile.kernels.predict import predict_blocks
+from afbs_compile.kernels.policy import check_policies, predict_mask
+from afbs_compile.kernels.predict import BlockLists, predict_blocks
 from afbs_compile.kernels.reference import KEEP_ALL
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
 BLOCKS = (16, 32, 64, 128)
+
+HOPPER = os.environ.get("AFBS_HOPPER") == "1"
+"""Whether calls that suit it run on the Hopper kernel. Off unless ``AFBS_HOPPER=1``: its prototype was measured and
+tested on an H200, but its own tests (``tests/gpu/test_hopper.py``) have not run on the chip yet."""
+
+LISTS_SHARE = 0.035
+"""Largest part of the memory of q, k, v and the output that block lists may take; at 128K tokens they and the block
+means then stay under a twentieth of it. One key head's lists are the least that is held at a time."""
 
 
 def engine_name(device: torch.device) -> str:
@@ -41,12 +51,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} has dtype {x.dtype}; accepted: {', '.join(map(str, DTYPES))}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; accepted: the same")
-    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
+    (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
     if not SMALLEST_HEAD_DIM <= dim <= LARGEST_HEAD_DIM:
         raise ValueError(f"q has head_dim {dim}; accepted: {SMALLEST_HEAD_DIM} to {LARGEST_HEAD_DIM}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads and k has {kv_heads}; accepted: a multiple of k's heads")
-    for name, x, shape in (("k", k, (q.shape[0], kv_heads, q.shape[2], dim)), ("v", v, k.shape)):
+    if {type(batch), type(length), type(dim)} == {int} and (batch, kv_heads, length, dim) == k.shape == v.shape:
+        return  # the checks below also take symbolic sizes, and time
+    for name, x, shape in (("k", k, (batch, kv_heads, length, dim)), ("v", v, k.shape)):
         for axis, (came, wanted) in enumerate(zip(x.shape, shape, strict=True)):
             torch._check_value(
                 came == wanted,
@@ -58,7 +70,13 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_constants(
-    heads: int, tau: Sequence[float], theta: Sequence[float], lam: Sequence[float], block_q: int, block_k: int
+    heads: int,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    lam: Sequence[float],
+    block_q: int,
+    block_k: int,
+    policy: Sequence[str] | None,
 ) -> None:
     """Refuse constants that do not fit the call.
 
@@ -70,6 +88,8 @@ def _check_constants(
             raise ValueError(f"{name} has {len(values)} constants; accepted: one for each of the {heads} query heads")
         if not all(map(math.isfinite, values)):
             raise ValueError(f"{name} is {list(values)}; accepted: finite numbers")
+    if policy is not None:
+        check_policies(policy, theta)
     if max(lam, default=0.0) > 0.0:
         raise ValueError(f"lam is {list(lam)}; accepted: numbers at most 0 (log2 units under the running maximum)")
     for name, block in (("block_q", block_q), ("block_k", block_k)):
@@ -99,6 +119,59 @@ def _own_precision(q: Tensor) -> torch.autocast:
     return torch.autocast(q.device.type, enabled=False)
 
 
+def _attend_in_groups(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    lam: Sequence[float],
+    policy: Sequence[str] | None,
+    **call: Any,
+) -> tuple[Tensor, Tensor]:
+    """Predict and attend on Triton for as many heads at a time as the memory of their block lists allows."""
+    heads, repeats = q.shape[1], q.shape[1] // k.shape[1]
+    out, counts = _empty_output(q), []
+    step = heads_at_once(q, k, call["block_q"], call["block_k"])
+    for first in range(0, heads, step):
+        mine, keys = slice(first, first + step), slice(first // repeats, (first + step) // repeats)
+        parts = (q, k, v, out) if step >= heads else (q[:, mine], k[:, keys], v[:, keys], out[:, mine])
+        names = None if policy is None else policy[mine]
+        lists = predict_blocks(*parts[:2], tau[mine], theta[mine], policy=names, **call)
+        _attend_on_triton(*parts[:3], lists, lam[mine], out=parts[3], **call)
+        counts.append(lists.counts)
+        del lists  # before the next ones are made: their memory is what the groups are for
+    return out, counts[0] if len(counts) == 1 else torch.cat(counts, 1)
+
+
+def _attend_on_triton(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, lam: Sequence[float], *, out: Tensor, **call: Any
+) -> None:
+    """The kernel that serves the call; it writes into ``out``."""
+    from afbs_compile.kernels import block_sparse, hopper  # Triton is not installed everywhere.
+
+    if HOPPER and hopper.refusal(q, k, v, lam, call["block_q"], call["block_k"]) is None:
+        hopper.attend(q, k, v, lists, lam, out=out, **call)
+    else:
+        block_sparse.attend(q, k, v, lists, lam, out=out, **call)
+
+
+def heads_at_once(q: Tensor, k: Tensor, block_q: int, block_k: int) -> int:
+    """Query heads whose block lists take at most :data:`LISTS_SHARE` of the memory of q, k, v and the output.
+
+    All of them at moderate lengths: the lists of a head grow with the square of the length.
+
+    Returns:
+        A multiple of the query heads per key head, at least one of it.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    count_q, count_k = (reference.block_count(q.shape[2], block) for block in (block_q, block_k))
+    lists = q.shape[0] * repeats * count_q * count_k * torch.int32.itemsize
+    operands = 2 * (q.numel() + k.numel()) * q.element_size()
+    groups = -(-k.shape[1] // max(1, int(LISTS_SHARE * operands / lists)))
+    return repeats * -(-k.shape[1] // groups)
+
+
 def _sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -106,18 +179,14 @@ def _sparse_attention(
     tau: Sequence[float],
     theta: Sequence[float],
     lam: Sequence[float],
+    policy: Sequence[str] | None,
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_attention_with_counts` on checked arguments that hold at least one element."""
     with _own_precision(q):
         if engine_name(q.device) == "triton":
-            from afbs_compile.kernels import block_sparse, hopper  # Triton is not installed everywhere.
-
-            lists = predict_blocks(q, k, tau, theta, **call)
-            portable = hopper.refusal(q, k, v, lam, call["block_q"], call["block_k"]) is not None
-            engine = block_sparse if portable else hopper
-            return engine.attend(q, k, v, lists, lam, **call), lists.counts
-        live = reference.predict_mask(q, k, tau, theta, **call)
+            return _attend_in_groups(q, k, v, tau, theta, lam, policy, **call)
+        live = predict_mask(q, k, tau, theta, policy, **call)
         return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
 
 
@@ -133,6 +202,7 @@ def sparse_attention_with_counts(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    policy: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sparse engine of the device, whatever the length and the constants, and how much it computed.
 
@@ -142,6 +212,8 @@ def sparse_attention_with_counts(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
+        policy: one name per query head, of :data:`afbs_compile.kernels.policy.POLICIES`; ``None`` is ``meansim`` for
+            all. Only ``meansim`` has a theta; other heads need a negative one.
 
     Returns:
         The output ``[B, H, N, D]``, which lies in memory as ``[B, N, H, D]``, and the number of live key blocks of
@@ -151,11 +223,12 @@ def sparse_attention_with_counts(
         ValueError: naming the argument, what came and what is accepted.
     """
     _check_tensors(q, k, v)
-    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
+    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     if q.numel() == 0:
         count_q = reference.block_count(q.shape[2], block_q)
         return _empty_output(q), q.new_zeros(*q.shape[:2], count_q, dtype=torch.int32)
-    return _sparse_attention(q, k, v, tau, theta, lam, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+    call = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k}
+    return _sparse_attention(q, k, v, tau, theta, lam, policy, **call)
 
 
 @torch.library.custom_op(
@@ -163,7 +236,7 @@ def sparse_attention_with_counts(
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, bool is_causal, float? scale=None, "
-        "int block_q=64, int block_k=64, int min_length=0) -> Tensor"
+        "int block_q=64, int block_k=64, int min_length=0, int max_length=0, str[]? policy=None) -> Tensor"
     ),
 )
 def sparse_attention(
@@ -178,6 +251,8 @@ def sparse_attention(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    max_length: int = 0,
+    policy: Sequence[str] | None = None,
 ) -> Tensor:
     """Block-sparse attention with each head's constants; dense where that is what they say.
 
@@ -185,6 +260,7 @@ def sparse_attention(
 
     Args:
         min_length: sequences shorter than this run dense, and so does a call whose heads are all DENSE.
+        max_length: sequences longer than this run dense; 0 for no limit.
 
     Returns:
         ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
@@ -194,13 +270,14 @@ def sparse_attention(
         RuntimeError: a gradient is asked for.
     """
     _check_tensors(q, k, v)
-    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
+    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     if q.numel() == 0:
         return _empty_output(q)
-    if q.shape[2] < min_length or all(value >= KEEP_ALL for value in tau):
+    too_long = 0 < max_length < q.shape[2]
+    if q.shape[2] < min_length or too_long or all(value >= KEEP_ALL for value in tau):
         return _dense_attention(q, k, v, is_causal, scale)
     call = {"causal": is_causal, "scale": scale, "block_q": block_q, "block_k": block_k}
-    out, _ = _sparse_attention(q, k, v, tau, theta, lam, **call)
+    out, _ = _sparse_attention(q, k, v, tau, theta, lam, policy, **call)
     return out
 
 
@@ -217,10 +294,12 @@ def _(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    max_length: int = 0,
+    policy: Sequence[str] | None = None,
 ) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""
     _check_tensors(q, k, v)
-    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k)
+    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     return _empty_output(q)
 
 

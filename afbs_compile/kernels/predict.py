@@ -1,13 +1,13 @@
 """Which key blocks each query block attends, as lists: the form that the attention kernels read.
 
-The rule is :func:`afbs_compile.kernels.reference.predict_mask`. On CUDA and ROCm it runs as four Triton kernels
+The rule is :func:`afbs_compile.kernels.policy.predict_mask`. On CUDA and ROCm it runs as three Triton kernels
 (:mod:`afbs_compile.kernels.predict_triton`), everywhere else in PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,12 +48,55 @@ def lists_to_mask(lists: BlockLists, n_k: int) -> Tensor:
     return mask.scatter_(-1, place, True)[..., :-1]
 
 
+def predict_mask(
+    q: Tensor,
+    k: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> Tensor:
+    """:func:`reference.predict_mask` with less work where no head asks for self-similarity; it may wait for the device.
+
+    Arguments and result are those of the reference.
+    """
+    call = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k}
+    if max(theta) >= 0.0:
+        return reference.predict_mask(q, k, tau, theta, **call)  # type: ignore[arg-type]
+    mean_q, mean_k = _block_means(q, block_q), _block_means(k, block_k)
+    if not (mean_q.isfinite().all() and mean_k.isfinite().all()):
+        # A block with an infinite or NaN entry has no direction: it is not similar to itself.
+        return reference.predict_mask(q, k, tau, theta, **call)  # type: ignore[arg-type]
+    sizes = (mean_q.shape[2], mean_k.shape[2], block_q, block_k)
+    visible = reference.visible_blocks(*sizes, causal, q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    probability = reference.block_probabilities(mean_q, mean_k, visible, scale=scale)
+    tau_head = reference.per_head(tau, q)
+    kept = reference.select_blocks(probability, tau_head) | (tau_head >= reference.KEEP_ALL)
+    live: Tensor = (kept | reference.diagonal_blocks(*sizes, q.device)) & visible
+    return live
+
+
+def _block_means(x: Tensor, block: int) -> Tensor:
+    """Mean row of each block, fp32 ``[B, H, n, D]``; rows missing from the last block do not count."""
+    count = x.shape[2] // block
+    whole = count * block
+    means: Tensor = x[:, :, :whole].unflatten(2, (count, block)).sum(3, dtype=torch.float32) / block
+    if whole == x.shape[2]:
+        return means
+    return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], 2)
+
+
 def predict_blocks(
     q: Tensor,
     k: Tensor,
     tau: Sequence[float],
     theta: Sequence[float],
     *,
+    policy: Sequence[str] | None = None,
     causal: bool,
     scale: float | None = None,
     block_q: int = 64,
@@ -64,6 +107,7 @@ def predict_blocks(
     Args:
         q: ``[B, H, N, D]``; k: ``[B, H_kv, N, D]``; any strides.
         tau, theta: one number per query head.
+        policy: one name per query head (:data:`afbs_compile.kernels.policy.POLICIES`); ``None`` is ``meansim`` for all.
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two; ``block_q`` is a multiple of ``block_k``.
@@ -72,11 +116,16 @@ def predict_blocks(
         The lists. Engines agree up to fp32 rounding: a block whose preceding mass lies within about 1e-5 of ``tau``
         may be live on one and not on the other.
     """
-    if q.device.type == "cuda":
+    call: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.device.type != "cuda":
+        from afbs_compile.kernels import policy as policies  # it builds on this module
+
+        return mask_to_lists(policies.predict_mask(q, k, tau, theta, policy, scale=scale, **call))
+    if policy is None:
         from afbs_compile.kernels import predict_triton  # Triton is not installed everywhere.
 
-        return predict_triton.predict_blocks(
-            q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k
-        )
-    mask = reference.predict_mask(q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
-    return mask_to_lists(mask)
+        return predict_triton.predict_blocks(q, k, tau, theta, scale=scale, **call)
+    from afbs_compile.kernels.policies import lists_triton
+
+    return lists_triton.predict_blocks(q, k, tau, theta, policy, scale=scale, **call)

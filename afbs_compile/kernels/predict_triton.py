@@ -1,7 +1,7 @@
 # ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
-"""The predictor on the GPU: four Triton kernels, fp32 throughout, no host synchronisation.
+"""The predictor on the GPU: three Triton kernels, fp32 throughout, no host synchronisation.
 
     q, k ─▶ block means, self-similarity ─▶ pooled scores ─▶ top-CDF selection ─▶ BlockLists
 
@@ -11,51 +11,40 @@ at 128K tokens they would otherwise cost another half gigabyte for 32 heads.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
 from afbs_compile.kernels.reference import block_count
 
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 SCORE_TILE = 64
-"""Query and key blocks per program of the score kernel."""
+"""Query and key blocks per program of the score kernel; half as many where there are few."""
+
+MANY_BLOCKS = 128
+"""Query blocks from which the score kernel fills a large GPU with whole tiles."""
 
 STATISTICS_ELEMENTS = 2048
 """Elements that a program of the statistics kernel holds in registers at a time: 64 for each thread of its one warp."""
 
 
-@functools.cache
-def device_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Copy per-head constants to the device, once for each distinct tuple.
-
-    The tensors are never evicted: a captured CUDA graph may hold their address. The first call for a tuple
-    synchronises with the device, so it must not fall into a CUDA graph capture (run the function once before).
-
-    Returns:
-        fp32 ``[len(values)]``.
-    """
-    # On a thread of its own, because during the warm-up of its CUDA graphs inductor sends every allocation of the
-    # calling thread to the graph's pool, and takes a tensor that outlives the call for an error.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(torch.tensor, values, dtype=torch.float32, device=device).result()
-
-
 @triton.jit
-def _statistics_kernel(
+def _block_statistics(
     x,
     mean,
     similarity,
+    program,
+    block,
+    batch,
+    head,
     length,
-    heads,
-    count,
     stride_batch,
     stride_head,
     stride_row,
@@ -64,45 +53,99 @@ def _statistics_kernel(
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_THETA: tl.constexpr,
 ):
-    """One block of rows: its mean ``[DIM_PAD]`` (zeros past HEAD_DIM) and its self-similarity."""
-    program = tl.program_id(0)
-    block = program % count
-    batch = (program // count) // heads
-    head = (program // count) % heads
+    """One block of rows: its mean ``[DIM_PAD]`` (zeros past HEAD_DIM) and its self-similarity.
+
+    Where no head asks for it the self-similarity is 1; either way it is NaN where an entry is not finite.
+    """
     first = block * BLOCK
     size = tl.minimum(BLOCK, length - first)
     cols = tl.arange(0, DIM_PAD)
     base = x + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head + first.to(tl.int64) * stride_row
     total = tl.zeros([DIM_PAD], tl.float32)
     units = tl.zeros([DIM_PAD], tl.float32)
+    flaws = tl.zeros([ROWS, DIM_PAD], tl.float32)
     for start in range(0, BLOCK, ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = (rows < size)[:, None] & (cols < HEAD_DIM)[None, :]
         offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_dim
         tile = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(tile, 0)
-        # unit = (x / max|x|) / ||x / max|x|||: dividing by the largest entry first keeps the squares finite.
-        peak = tl.max(tl.abs(tile), 1)
-        scaled = tile * tl.math.div_rn(1.0, tl.maximum(peak, SMALLEST_NORMAL))[:, None]
-        norm = tl.sqrt(tl.sum(scaled * scaled, 1))
-        units += tl.sum(scaled * tl.math.div_rn(1.0, tl.maximum(norm, SMALLEST_NORMAL))[:, None], 0)
+        if HAS_THETA:
+            # unit = (x / max|x|) / ||x / max|x|||: dividing by the largest entry first keeps the squares finite.
+            peak = tl.max(tl.abs(tile), 1)
+            scaled = tile * tl.math.div_rn(1.0, tl.maximum(peak, SMALLEST_NORMAL))[:, None]
+            norm = tl.sqrt(tl.sum(scaled * scaled, 1))
+            units += tl.sum(scaled * tl.math.div_rn(1.0, tl.maximum(norm, SMALLEST_NORMAL))[:, None], 0)
+        else:
+            flaws += tile * 0.0  # NaN where the entry is infinite or NaN
     tl.store(mean + program.to(tl.int64) * DIM_PAD + cols, total / size)
-    # Mean pairwise cosine: 1/n^2 sum_ab cos(x_a, x_b) = ||mean of unit rows||^2.
-    direction = units / size
-    tl.store(similarity + program, tl.sum(direction * direction, 0))
+    if HAS_THETA:
+        # Mean pairwise cosine: 1/n^2 sum_ab cos(x_a, x_b) = ||mean of unit rows||^2.
+        direction = units / size
+        tl.store(similarity + program, tl.sum(direction * direction, 0))
+    else:
+        tl.store(similarity + program, 1.0 + tl.sum(tl.sum(flaws, 1), 0))
+
+
+@triton.jit
+def _statistics_kernel(
+    query,
+    key,
+    mean,
+    similarity,
+    length,
+    heads,
+    heads_k,
+    count_q,
+    count_k,
+    programs_q,
+    stride_query_batch,
+    stride_query_head,
+    stride_query_row,
+    stride_query_dim,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_row,
+    stride_key_dim,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS_Q: tl.constexpr,
+    ROWS_K: tl.constexpr,
+    HAS_THETA: tl.constexpr,
+):
+    """The statistics of all blocks: first those of q, then those of k."""
+    program = tl.program_id(0)
+    if program < programs_q:
+        plane = program // count_q
+        _block_statistics(
+            query, mean, similarity, program, program % count_q, plane // heads, plane % heads, length,
+            stride_query_batch, stride_query_head, stride_query_row, stride_query_dim,
+            HEAD_DIM, DIM_PAD, BLOCK_Q, ROWS_Q, HAS_THETA,
+        )  # fmt: skip
+    else:
+        place = program - programs_q
+        plane = place // count_k
+        _block_statistics(
+            key, mean, similarity, program, place % count_k, plane // heads_k, plane % heads_k, length,
+            stride_key_batch, stride_key_head, stride_key_row, stride_key_dim,
+            HEAD_DIM, DIM_PAD, BLOCK_K, ROWS_K, HAS_THETA,
+        )  # fmt: skip
 
 
 @triton.jit
 def _score_kernel(
-    mean_q,
-    mean_k,
+    mean,
     scores,
     scale,
     heads,
     groups,
     count_q,
     count_k,
+    programs_q,
     DIM_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -124,8 +167,8 @@ def _score_kernel(
     rows_q = first_q + tl.arange(0, TILE)
     rows_k = first_k + tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH)
-    base_q = mean_q + (head.to(tl.int64) * count_q + rows_q)[:, None] * DIM_PAD
-    base_k = mean_k + (head_k.to(tl.int64) * count_k + rows_k)[:, None] * DIM_PAD
+    base_q = mean + (head.to(tl.int64) * count_q + rows_q)[:, None] * DIM_PAD
+    base_k = mean + (programs_q + head_k.to(tl.int64) * count_k + rows_k)[:, None] * DIM_PAD
     product = tl.zeros([TILE, TILE], tl.float32)
     for start in range(0, DIM_PAD, DEPTH):
         part_q = tl.load(base_q + start + depth[None, :], mask=(rows_q < count_q)[:, None], other=0.0)
@@ -140,14 +183,13 @@ def _score_kernel(
 def _select_kernel(
     lists,
     counts,
-    similarity_q,
-    similarity_k,
-    tau,
-    theta,
+    similarity,
+    thresholds,
     heads,
     groups,
     count_q,
     count_k,
+    programs_q,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -158,8 +200,8 @@ def _select_kernel(
     block = program % count_q
     head = program // count_q
     head_k = head // heads * (heads // groups) + head % heads // groups
-    tau_head = tl.load(tau + head % heads)
-    theta_head = tl.load(theta + head % heads)
+    tau_head = tl.load(thresholds + head % heads)
+    theta_head = tl.load(thresholds + heads + head % heads)
 
     cols = tl.arange(0, COUNT_PAD)
     exists = cols < count_k
@@ -168,9 +210,9 @@ def _select_kernel(
         visible = exists & (cols * BLOCK_K <= block * BLOCK_Q + (BLOCK_Q - 1))
     row = lists + program.to(tl.int64) * count_k
     scores = tl.load(row + cols, mask=visible, other=0).to(tl.float32, bitcast=True)
-    similarity = tl.load(similarity_k + head_k.to(tl.int64) * count_k + cols, mask=visible, other=0.0)
-    coherent = similarity >= theta_head
-    coherent_row = tl.load(similarity_q + program) >= theta_head
+    of_keys = similarity + programs_q + head_k.to(tl.int64) * count_k
+    coherent = tl.load(of_keys + cols, mask=visible, other=0.0) >= theta_head
+    coherent_row = tl.load(similarity + program) >= theta_head
 
     # p = softmax over the visible coherent blocks. tl.max passes over NaN, but the sum does not.
     scores = tl.where(visible & coherent, scores, float("-inf"))
@@ -202,27 +244,106 @@ def _select_kernel(
     tl.store(counts + program, count)
 
 
-def _block_statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """:func:`reference.block_statistics` with the mean padded by zeros to a power of two columns."""
-    batch, heads, length, dim = x.shape
-    count, padded = block_count(length, block), max(16, triton.next_power_of_2(dim))
-    mean = x.new_empty(batch, heads, count, padded, dtype=torch.float32)
-    similarity = x.new_empty(batch, heads, count, dtype=torch.float32)
-    _statistics_kernel[(batch * heads * count,)](
-        x,
-        mean,
-        similarity,
-        length,
-        heads,
-        count,
-        *x.stride(),
-        HEAD_DIM=dim,
-        DIM_PAD=padded,
-        BLOCK=block,
-        ROWS=min(block, STATISTICS_ELEMENTS // padded),
-        num_warps=1,  # no barriers: 3.5 times as fast as four warps on an H200
+_statistics, _scores, _selection = Launcher(_statistics_kernel), Launcher(_score_kernel), Launcher(_select_kernel)
+
+
+def pooled_scores(
+    q: Tensor,
+    k: Tensor,
+    out: Tensor,
+    *,
+    has_theta: bool,
+    causal: bool,
+    scale: float,
+    block_q: int,
+    block_k: int,
+) -> Tensor:
+    """Write the scores of the block means, as the bits of fp32.
+
+    Args:
+        q, k, causal, scale, block_q, block_k: as in :func:`predict_blocks`; at least one block.
+        out: int32 ``[B, H, n_q, n_k]``, contiguous.
+        has_theta: whether self-similarities are wanted.
+
+    Returns:
+        fp32, the self-similarities of all blocks of q, then of those of k; 1 without ``has_theta``. Either way NaN
+        where a block has an entry that is not finite.
+    """
+    batch, heads, length, dim = q.shape
+    heads_k, (count_q, count_k) = k.shape[1], out.shape[2:]
+    programs_q, programs_k = batch * heads * count_q, batch * heads_k * count_k
+    dim_pad = padded(dim)
+    tile = SCORE_TILE if count_q >= MANY_BLOCKS else SCORE_TILE // 2
+    rows = STATISTICS_ELEMENTS // dim_pad
+    sizes = (heads, heads // heads_k, count_q, count_k, programs_q)
+    # The statistics of the blocks of q, then those of the blocks of k; the means of all, then the self-similarities.
+    mean = q.new_empty((programs_q + programs_k) * (dim_pad + 1), dtype=torch.float32)
+    similarity = mean[(programs_q + programs_k) * dim_pad :]
+    kind = (layout(q), layout(k), block_q, block_k, causal, scale, has_theta)
+    with torch.cuda.device_of(q):  # Triton launches on the current device.
+        _statistics(
+            kind,
+            programs_q + programs_k,
+            *(q, k, mean, similarity),
+            *(length, heads, heads_k, count_q, count_k, programs_q),
+            *(*q.stride(), *k.stride()),
+            *(dim, dim_pad, block_q, block_k, min(block_q, rows), min(block_k, rows), has_theta),
+            warps=1,  # no barriers: 3.5 times as fast as four warps on an H200
+        )
+        _scores(
+            kind,
+            batch * heads * block_count(count_q, tile) * block_count(count_k, tile),
+            *(mean, out, scale),
+            *sizes,
+            *(dim_pad, block_q, block_k, causal, tile, min(dim_pad, 32)),
+            warps=4,
+            stages=3,
+        )
+    return similarity
+
+
+def select_by_mass(
+    lists: BlockLists,
+    similarity: Tensor,
+    heads_k: int,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    *,
+    causal: bool,
+    block_q: int,
+    block_k: int,
+) -> None:
+    """Replace the scores in ``lists.indices`` by the live blocks and fill ``lists.counts``.
+
+    Args:
+        lists: contiguous; their indices hold the bits of fp32 scores.
+        similarity: what :func:`pooled_scores` returns, or ones.
+        heads_k: key heads.
+        tau, theta, causal, block_q, block_k: as in :func:`predict_blocks`.
+    """
+    batch, heads, count_q, count_k = lists.indices.shape
+    count_pad = padded(count_k)
+    with torch.cuda.device_of(lists.indices):
+        thresholds = device_constants((*tau, *theta), lists.indices.device)
+        _selection(
+            (layout(lists.indices), heads_k, block_q, block_k, causal),
+            batch * heads * count_q,
+            *(lists.indices, lists.counts, similarity, thresholds),
+            *(heads, heads // heads_k, count_q, count_k, batch * heads * count_q),
+            *(block_q, block_k, causal, count_pad),
+            # 16 probabilities a thread keep the row in registers; one warp needs no barrier for its sums.
+            warps=min(max(count_pad // 512, 1), 16),
+        )
+
+
+def empty_lists(q: Tensor, block_q: int, block_k: int) -> BlockLists:
+    """Lists for every query block of ``q``, not yet filled."""
+    batch, heads, length, _ = q.shape
+    count_q, count_k = block_count(length, block_q), block_count(length, block_k)
+    return BlockLists(
+        q.new_empty(batch, heads, count_q, dtype=torch.int32),
+        q.new_empty(batch, heads, count_q, count_k, dtype=torch.int32),
     )
-    return mean, similarity
 
 
 def predict_blocks(
@@ -240,47 +361,10 @@ def predict_blocks(
 
     Deterministic. It may be captured in a CUDA graph once it has run with the same ``tau`` and ``theta``.
     """
-    batch, heads, length, dim = q.shape
-    scale = dim**-0.5 if scale is None else scale
-    count_q, count_k = block_count(length, block_q), block_count(length, block_k)
-    counts = q.new_empty(batch, heads, count_q, dtype=torch.int32)
-    indices = q.new_empty(batch, heads, count_q, count_k, dtype=torch.int32)
-    if counts.numel() == 0:
-        return BlockLists(counts, indices)
-
-    # Triton launches on the current device.
-    with torch.cuda.device_of(q):
-        thresholds = device_constants((*tau, *theta), q.device)
-        mean_q, similarity_q = _block_statistics(q, block_q)
-        mean_k, similarity_k = _block_statistics(k, block_k)
-        sizes = (heads, heads // k.shape[1], count_q, count_k)
-        shape = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "CAUSAL": causal}
-        tiles = block_count(count_q, SCORE_TILE) * block_count(count_k, SCORE_TILE)
-        padded = mean_q.shape[-1]
-        _score_kernel[(batch * heads * tiles,)](
-            mean_q,
-            mean_k,
-            indices,
-            scale,
-            *sizes,
-            DIM_PAD=padded,
-            TILE=SCORE_TILE,
-            DEPTH=min(padded, 32),
-            num_warps=4,
-            **shape,
-        )
-        count_pad = max(16, triton.next_power_of_2(count_k))
-        _select_kernel[(batch * heads * count_q,)](
-            indices,
-            counts,
-            similarity_q,
-            similarity_k,
-            thresholds,
-            thresholds[heads:],
-            *sizes,
-            COUNT_PAD=count_pad,
-            # 16 probabilities a thread keep the row in registers; one warp needs no barrier for its sums.
-            num_warps=min(max(count_pad // 512, 1), 16),
-            **shape,
-        )
-    return BlockLists(counts, indices)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lists = empty_lists(q, block_q, block_k)
+    if lists.counts.numel():
+        blocks: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k}
+        similarity = pooled_scores(q, k, lists.indices, has_theta=max(theta) >= 0.0, scale=scale, **blocks)
+        select_by_mass(lists, similarity, k.shape[1], tau, theta, **blocks)
+    return lists

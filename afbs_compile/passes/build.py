@@ -52,6 +52,12 @@ class NodeBuilder:
         return self.call(aten.permute.default, (permuted, [order.index(dim) for dim in range(len(order))]))
 
 
+def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
+    """The same values with the dimensions in the memory order of ``like``."""
+    order = _memory_order(like)
+    return value.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+
+
 def strides_matter(node: fx.Node) -> bool:
     """Whether anything reads the strides of a tensor, e.g. ``out.transpose(1, 2).view(...)``, or may do so unseen.
 

@@ -1,4 +1,4 @@
-"""Run a graph on sample inputs and stop at each attention site with its Q, K and V.
+"""Run a graph on sample inputs: stop at each attention site with its Q, K and V, or compute the sites otherwise.
 
 All samples walk the graph side by side, one site at a time, so the memory beyond the walk's own activations is one
 site's tensors, however many sites there are. The graph's inputs are cloned and the random state is forked: a
@@ -7,7 +7,7 @@ captured graph may write into its inputs (a static KV cache does).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from afbs_compile.passes.build import laid_out_like
+from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.site import AttentionSite
 
 
@@ -44,11 +46,19 @@ class SampleRun:
     inputs: Sequence[Any]
 
 
-def capture(runs: Sequence[SampleRun]) -> Generator[tuple[str, list[Operands]], None, None]:
+Attention = Callable[[str, Operands], Tensor | None]
+"""Computes a site, given its name and operands: ``[B, H, N, D]``, or ``None`` for what the graph itself computes."""
+
+
+def capture(
+    runs: Sequence[SampleRun], attention: Attention | None = None
+) -> Generator[tuple[str, list[Operands]], None, None]:
     """Yield ``(site name, operands of every sample)`` site by site, in graph order.
 
     Args:
         runs: samples; their graphs may differ (other lengths) but have the same sites by name.
+        attention: computes what the rest of the graph sees of a site, once the consumer is done with it: later sites
+            are then captured on the activations that it makes. By default the graph's own call.
 
     Raises:
         ValueError: the runs have no sample, or not the same sites.
@@ -58,30 +68,52 @@ def capture(runs: Sequence[SampleRun]) -> Generator[tuple[str, list[Operands]], 
         raise ValueError(f"runs must all have the same attention sites, at least one run; got {len(runs)} runs")
     devices = sorted({t.device.index or 0 for run in runs for t in run.inputs if _is_cuda(t)})
     with torch.random.fork_rng(devices):
-        walks = [_walk(run) for run in runs]
+        walks = [_walk(run, attention) for run in runs]
         for name in names:
             operands = [next(walk) for walk in walks]
             yield name, operands
             operands.clear()  # the consumer's loop variable must not keep them while the next site is computed
 
 
-def _walk(run: SampleRun) -> Iterator[Operands]:
+def run_with(run: SampleRun, attention: Attention) -> Any:
+    """The graph's outputs on one sample, with its sites computed by ``attention``; inputs and random state untouched.
+
+    Args:
+        run: the sample.
+        attention: computes each site.
+    """
+    interpreter = _Walker(run)
+    sites = {site.node: site for site in run.sites}
+    devices = sorted({t.device.index or 0 for t in run.inputs if _is_cuda(t)})
+    nodes = iter(run.gm.graph.nodes)
+    with torch.random.fork_rng(devices):
+        try:
+            for node in nodes:
+                if node.op == "output":
+                    return interpreter.run_node(node)
+                site = sites.get(node)
+                interpreter.step(node, None if site is None else interpreter.attend(site, attention))
+        finally:
+            interpreter.leave_contexts(nodes)
+
+
+def _walk(run: SampleRun, attention: Attention | None) -> Iterator[Operands]:
     """Interpret the graph in eager mode, stopping before each site; stop for good after the last one."""
     interpreter = _Walker(run)
     waiting = {site.node: site for site in run.sites}
     nodes = iter(run.gm.graph.nodes)
     try:
         while waiting:
-            node = next(nodes)
+            node, result = next(nodes), None
             if site := waiting.pop(node, None):
                 with _autocast_kept(site.device.type):
                     yield interpreter.operands(site)
+                if attention is not None and waiting:
+                    result = interpreter.attend(site, attention)
             if waiting:
-                interpreter.step(node)
+                interpreter.step(node, result)
     finally:
-        for node in nodes:  # contexts that the walked part entered are left, or autocast would stay on
-            if node.target is torch.amp.autocast_mode._exit_autocast and node.args[0] in interpreter.env:
-                interpreter.step(node)
+        interpreter.leave_contexts(nodes)
 
 
 class _Walker(fx.Interpreter):
@@ -107,15 +139,29 @@ class _Walker(fx.Interpreter):
                 self.user_to_last_uses.setdefault(last_site[node], []).append(node)
 
     @torch.no_grad()  # not around the whole walk: a generator that is dropped half-way would leave it on
-    def step(self, node: fx.Node) -> None:
-        self.env[node] = self.run_node(node)
+    def step(self, node: fx.Node, result: Tensor | None = None) -> None:
+        self.env[node] = self.run_node(node) if result is None else result
         for dead in self.user_to_last_uses.get(node, []):
             del self.env[dead]
+
+    def leave_contexts(self, remaining: Iterable[fx.Node]) -> None:
+        """Leave the contexts that the walked part entered, or autocast would stay on."""
+        for node in remaining:
+            if node.target is torch.amp.autocast_mode._exit_autocast and node.args[0] in self.env:
+                self.step(node)
 
     def operands(self, site: AttentionSite) -> Operands:
         q, k, v = (site.canonical(self.env[node].detach()) for node in (site.q, site.k, site.v))
         scale = self.env[site.scale] if isinstance(site.scale, fx.Node) else site.scale
         return Operands(q, k, v, float(scale), site.causal)
+
+    @torch.no_grad()
+    def attend(self, site: AttentionSite, attention: Attention) -> Tensor | None:
+        """The site's result by ``attention``, in the shape and memory order that the graph expects."""
+        with _autocast_kept(site.device.type):
+            out = attention(site.name, self.operands(site))
+        # The output has the shape of q: one head_dim for all operands.
+        return None if out is None else laid_out_like(out.reshape(self.env[site.q].shape), value_of(site.node))
 
 
 def concrete(value: Any) -> Any:

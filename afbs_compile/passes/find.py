@@ -25,7 +25,7 @@ def find(gm: fx.GraphModule, *, min_length: int) -> tuple[list[AttentionSite], l
     compiled again where it does not hold: ``length >= min_length`` for a dynamic length, the number of heads, and for
     a dense mask the exact length that it was proven at. Outside (torch.export), and for sizes marked dynamic, a
     condition that does not hold for every size refuses the call, except ``min_length``: the operator checks it again
-    when it runs.
+    when it runs. A dense mask is then proven for every length at once.
 
     Args:
         gm: a graph from Dynamo, before AOTAutograd, or from torch.export, before decompositions.
@@ -52,7 +52,7 @@ class _Finder:
                 self._refuse(node, reason)
             elif body := submodule_of(node):
                 for inner in _attention_nodes(body):
-                    self._refuse(inner, _inside_operator(node))
+                    self._refuse(inner, _inside_operator(node), at=node)
         return self._sites, self._refusals
 
     def _take(self, node: fx.Node) -> None:
@@ -64,8 +64,8 @@ class _Finder:
         else:
             self._sites.append(self._site(call, causal))
 
-    def _refuse(self, node: fx.Node, reason: str) -> None:
-        self._refusals.append(Refusal(self._names.name(node), reason))
+    def _refuse(self, node: fx.Node, reason: str, at: fx.Node | None = None) -> None:
+        self._refusals.append(Refusal(self._names.name(node), reason, at or node))
 
     def _accept(self, call: Call) -> bool:
         """Whether an accepted call is causal. The length is asked before the mask: evaluating one pins the length."""
@@ -89,8 +89,6 @@ class _Finder:
 
     def _mask_pattern(self, mask: fx.Node, program: tuple[fx.Node, ...], length: int | None) -> MaskPattern:
         try:
-            if length is None:
-                raise NotConstantError("the length is free: marked dynamic or exported so")
             return self._prover.pattern(mask, program, length=length)
         except NotConstantError as error:
             raise _RefusedError(mask_refusal(mask, str(error))) from error

@@ -16,10 +16,10 @@ from torch._ops import OpOverload, OpOverloadPacket
 from afbs_compile.passes.effects import Writes, storage_of, value_of
 from afbs_compile.passes.sizes import Size, same_sizes
 
-RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view"})
+RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view", "alias"})
 """Functions that keep the row-major order of elements, except where ``view`` takes a dtype."""
 
-COPIES = frozenset({"contiguous", "clone", "to", "alias", "detach", "_to_copy"})
+COPIES = frozenset({"contiguous", "clone", "to", "detach", "_to_copy"})
 """Functions that keep values, as long as dtype and device stay the same."""
 
 EXPANDS = frozenset({"expand", "expand_as", "broadcast_to"})
@@ -131,7 +131,10 @@ def _keeps_values(node: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    """Short name of what a node does; inserting a dimension by indexing counts as ``unsqueeze``."""
+    """Short name of what a node does; inserting a dimension by indexing counts as ``unsqueeze``.
+
+    A slice that takes everything is an ``alias``: torch.export writes one for each colon of ``x[:, :, None]``.
+    """
     target: Any = node.target
     if node.op == "call_method":
         return str(target)
@@ -140,6 +143,8 @@ def _name(node: fx.Node) -> str:
     if isinstance(target, OpOverload):
         target = target.overloadpacket
     name = target.__name__ if isinstance(target, OpOverloadPacket) else str(getattr(target, "__name__", ""))
+    if name == "slice" and same_sizes(_shape(node) or (), _shape(_input(node)) or ()):
+        return "alias"
     return "unsqueeze" if name == "getitem" and _inserts_dimensions(node) else name
 
 

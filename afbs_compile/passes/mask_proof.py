@@ -2,7 +2,8 @@
 
 A captured graph often carries causality as an ``N x N`` mask built from ``arange`` with ``is_causal=False``. It is
 recognised by its value, never by its spelling or by one sample: its subgraph is evaluated, which is a proof only
-because :class:`Constants` has shown that nothing else can enter it.
+because :class:`Constants` has shown that nothing else can enter it. Where the length is free,
+:mod:`afbs_compile.passes.mask_symbolic` evaluates it with symbols.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from afbs_compile.passes.constants import Constants, NotConstantError, run
+from afbs_compile.passes.effects import value_of
+from afbs_compile.passes.mask_symbolic import attended_distances
 
 CHUNK = 2**24
 """Mask elements that are compared at once."""
@@ -42,15 +45,17 @@ class MaskProver:
         """
         return self._constants.program(mask, before=site)
 
-    def pattern(self, mask: fx.Node, program: tuple[fx.Node, ...], *, length: int) -> MaskPattern:
-        """What a mask of ``length`` rows and keys hides, from the value that its program computes.
+    def pattern(self, mask: fx.Node, program: tuple[fx.Node, ...], *, length: int | None) -> MaskPattern:
+        """What a mask of ``length`` rows and keys hides, from what its program computes; ``None`` is every length.
 
         Raises:
             NotConstantError: it cannot be evaluated, or hides something else.
         """
         key = (mask, *program)
         if key not in self._proved:
-            self._proved[key] = _evaluated_pattern(mask, program, length)
+            self._proved[key] = (
+                _symbolic_pattern(mask, program) if length is None else _evaluated_pattern(mask, program, length)
+            )
         outcome = self._proved[key]
         if isinstance(outcome, NotConstantError):
             raise outcome
@@ -64,6 +69,18 @@ def _evaluated_pattern(mask: fx.Node, program: tuple[fx.Node, ...], length: int)
     except NotConstantError as error:
         return error
     return pattern or NotConstantError("it was evaluated and is neither causal nor true everywhere")
+
+
+def _symbolic_pattern(mask: fx.Node, program: tuple[fx.Node, ...]) -> MaskPattern | NotConstantError:
+    try:
+        past, future = attended_distances(mask, program)
+    except NotConstantError as error:
+        return error
+    if past and not future:
+        return MaskPattern.CAUSAL
+    if past and future and value_of(mask).dtype == torch.bool:
+        return MaskPattern.FULL
+    return NotConstantError("it is neither causal nor true everywhere")
 
 
 def classify(mask: Tensor, length: int) -> MaskPattern | None:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 import afbs_compile.kernels.op  # noqa: F401  registers the operator
+from afbs_compile.kernels.policy import DEFAULT
 from afbs_compile.passes.build import NodeBuilder, erase_unused
 from afbs_compile.passes.site import AttentionSite
 
@@ -26,7 +27,8 @@ class SiteConstants:
     Attributes:
         tau, theta, lam: one number per query head.
         block_q, block_k: rows per block.
-        min_length: below it the operator computes dense attention.
+        min_length: below it the operator computes dense attention; max_length: above it likewise, 0 for no limit.
+        policy: one name per query head; empty means ``meansim`` for all.
     """
 
     tau: tuple[float, ...]
@@ -35,6 +37,8 @@ class SiteConstants:
     block_q: int
     block_k: int
     min_length: int
+    max_length: int = 0
+    policy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ def _check(site: AttentionSite, constants: SiteConstants) -> None:
         count = len(getattr(constants, field))
         if count != site.heads:
             raise ValueError(f"{site.name}: {count} values of {field} for {site.heads} heads")
+    if constants.policy and len(constants.policy) != site.heads:
+        raise ValueError(f"{site.name}: {len(constants.policy)} names of policies for {site.heads} heads")
 
 
 def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) -> None:
@@ -123,6 +129,8 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) 
             "block_q": constants.block_q,
             "block_k": constants.block_k,
             "min_length": constants.min_length,
+            **({"max_length": constants.max_length} if constants.max_length else {}),
+            **_named_policies(constants),
         },
     )
     if site.rank != 4:  # the output has the shape of q: one head_dim for all operands
@@ -131,6 +139,11 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) 
     site.node.replace_all_uses_with(result)
     gm.graph.erase_node(site.node)
     erase_unused(gm.graph, operands)
+
+
+def _named_policies(constants: SiteConstants) -> dict[str, list[str]]:
+    """The policies as an argument, unless all are the one that the operator takes by default."""
+    return {"policy": list(constants.policy)} if set(constants.policy) - {DEFAULT} else {}
 
 
 def _four_d(build: NodeBuilder, node: fx.Node, rank: int) -> fx.Node:

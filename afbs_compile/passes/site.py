@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -15,10 +15,12 @@ class Refusal:
     Attributes:
         name: where it stands in the model, as in :class:`AttentionSite`.
         reason: one sentence for the user; its first words are the kind of refusal.
+        node: the call or, where an operator hides it, that operator.
     """
 
     name: str
     reason: str
+    node: fx.Node = field(compare=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from typing import Any
 
@@ -12,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe
 from afbs_compile.report import registry
 
 WIDTH = 130
+HEADERS = ("site", "outcome", "heads", "sparsity", "error", "dense ms", "sparse ms", "reason")
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Explanation:
             table.add_column("graph")
         table.add_column("site", no_wrap=True)
         table.add_column("outcome", no_wrap=True)
-        for header in ("heads", "sparsity", "error", "dense ms", "sparse ms"):
+        for header in HEADERS[2:-1]:
             table.add_column(header, justify="right")
         table.add_column("reason", overflow="fold")
         for index, row in enumerate(self.rows):
@@ -84,6 +87,16 @@ class Explanation:
         return text.getvalue().rstrip()
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        several = len({row.graph for row in self.rows}) > 1
+        headers = ["graph"] * several + list(HEADERS)
+        head = "".join(f"<th>{name}</th>" for name in headers)
+        lines = [[str(row.graph)] * several + _cells(row) for row in self.rows]
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
 
 def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
@@ -157,9 +170,44 @@ def _note(recipe: Recipe) -> str:
     shortest, longest = min(s.lengths[0] for s in samples), max(s.lengths[1] for s in samples)
     tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     inputs = max(sample.validation_inputs for sample in samples)
+    validated = f"validated on {inputs} inputs{_validated(recipe)}: {_promised(recipe)}"
+    blocks = " and ".join(sorted({f"{site.block_q}x{site.block_k}" for site in recipe.sites if site.heads}))
     return (
-        f"mean sparsity {recipe.sparsity:.1%}; tolerance {recipe.tolerance:g} on every head; method {recipe.method}; "
-        f"blocks {recipe.block_q}x{recipe.block_k}; engine {recipe.engine}; calibrated on {samples[0].source} "
-        f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, validated on {inputs} inputs: "
-        "other inputs may err more"
+        f"mean sparsity {recipe.sparsity:.1%}; {recipe.goal}; method {recipe.method}; "
+        f"blocks {blocks}; engine {recipe.engine}; calibrated on {samples[0].source} "
+        f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, "
+        f"{validated if recipe.budget is None else _spent(recipe.budget)}"
+    )
+
+
+def _spent(budget: BudgetRecord) -> str:
+    """How much of the budget is used, and whether samples that had no say confirm it."""
+    measured = f"{budget.measured:.3g} used on the {budget.chosen_on} samples that chose"
+    if budget.checked is None:
+        return f"{measured}, not checked on others"
+    return f"{measured}, {budget.checked:.3g} on {budget.checked_on} others: further inputs may cost more"
+
+
+def _validated(recipe: Recipe) -> str:
+    """Lengths at which every site's thresholds were validated."""
+    ranges = [site.validated_lengths for site in recipe.sites if site.validated_lengths is not None]
+    if not ranges:
+        return ""
+    shortest, longest = max(low for low, _ in ranges), min(high for _, high in ranges)
+    return f" at {shortest} to {longest} tokens" if shortest < longest else f" at {longest} tokens"
+
+
+def _promised(recipe: Recipe) -> str:
+    """The weakest promise of the graphs: what the validation says about inputs that were not seen."""
+    promises = [graph.promise for graph in recipe.graphs if graph.promise is not None]
+    weakest = min(promises, key=lambda promise: promise.inputs, default=None)
+    if weakest is None or weakest.inputs == 0:
+        one = max(graph.samples.count for graph in recipe.graphs) == 1
+        who = "one sample promises" if one else "all of them chose the thresholds, which promises"
+        return f"{who} nothing about other inputs"
+    any_head = max(promise.model_bound for promise in promises)
+    terms = f"confidence {weakest.confidence:.0%}, n = {weakest.inputs}".replace("%", " %")
+    some = "" if any_head >= 1 else f"; some head does on at most {math.ceil(100 * any_head)} % of them"
+    return (
+        f"a head exceeds the tolerance on at most {math.ceil(100 * weakest.head_bound)} % of such inputs, {terms}{some}"
     )

@@ -1,6 +1,7 @@
 """AFBS-BO: from captured Q, K and V to validated thresholds per head.
 
-``space`` what is searched · ``measure`` error and sparsity of a choice · ``explore``, ``refine``, ``validate`` the
-three stages of ``method="afbs"`` · ``paper`` Algorithm 1 as printed · ``speed`` whether it pays · ``site`` one site ·
-``graph`` all sites of a graph.
+``inputs`` the inputs of a site and passes over them · ``curves`` what a pass measures · ``explore``, ``validate`` the
+stages of ``method="afbs"`` on curves · ``lengths``, ``promise`` what they say about other inputs · ``end_to_end``,
+``allocate``, ``budget``, ``budgeted`` a budget on the output for all heads · ``space``, ``measure``, ``gp``, ``paper``
+Algorithm 1 as printed, by evaluations · ``speed`` whether it pays · ``site`` one site · ``graph`` all sites of a graph.
 """

@@ -1,74 +1,116 @@
-"""Stage 1 of ``method="afbs"``: choose theta for each head on short sequences, where an evaluation is cheap."""
+"""Stage 1 of ``method="afbs"``: choose policy and theta for each head, on a part of one input's rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.reference import THETA_OFF
-from afbs_compile.tuner.bracket import Operating, bracket_tau
-from afbs_compile.tuner.measure import Meter
-from afbs_compile.tuner.space import THETAS
+from afbs_compile.kernels.reference import THETA_OFF, block_count
+from afbs_compile.recipe import Policy
+from afbs_compile.tuner.curves import SMALLEST, Crossing, Curves, crossing
+from afbs_compile.tuner.inputs import BlockShape, Inputs
 
-EXPLORE_STEPS = 4
-"""Evaluations per theta: enough to rank the thetas, not to place tau."""
+POINTS = 20
+"""Thresholds per curve, from ``tau = 0`` to ``1 - SMALLEST``, evenly in the log of ``1 - tau``."""
 
-LOW_FIDELITY_SHARE = 4
-"""Exploration runs at a quarter of the length, a sixteenth of the work."""
+UNIT = 128
+"""Rows that are drawn together: a multiple of every block, so that all shapes are compared on the same rows."""
 
-MIN_LOW_BLOCKS = 16
-"""Fewer blocks than this say little about a long sequence: then exploration runs at full length."""
-
-AGREEMENT = math.log(1.5)
-"""Errors at the two fidelities further apart than a factor 1.5 do not describe the same landscape."""
+EXPLORED_ROWS = 1024
+"""Rows of the input that are measured, spread over its length: enough to rank the choices, not to place tau."""
 
 
-def low_fidelity(meter: Meter, windows: int | None = None) -> Meter:
-    """The meter to explore with: a prefix of the first sample, or the first sample whole if it is short.
+CANDIDATES: tuple[tuple[Policy, float], ...] = (
+    ("meansim", THETA_OFF),
+    ("meansim", 0.45),
+    ("meanshare", THETA_OFF),
+    ("cumulant", THETA_OFF),
+)
+"""Policies and thetas that are explored, the cheapest predictor first. The other policies won on no head of ours."""
+
+OWN_CHOICE = 0.03
+"""Sparsity by which a head must gain to leave the choice of its site: every further policy is a predictor call more."""
+
+
+@dataclass(frozen=True)
+class Explored:
+    """The best choice per head for one block shape.
+
+    Attributes:
+        policy: a name per head; theta, tau, sparsity: ``[H]``; tau is 1 where no threshold holds the tolerance.
+        curves: everything that was measured.
+    """
+
+    policy: tuple[Policy, ...]
+    theta: Tensor
+    tau: Tensor
+    sparsity: Tensor
+    curves: tuple[Curves, ...]
+
+
+def explore(inputs: Inputs, tolerance: float, shapes: Sequence[BlockShape]) -> dict[BlockShape, Explored]:
+    """Per block shape and head, the policy and theta that reach the largest sparsity within the tolerance.
+
+    The first shape decides about them; the others are measured with what it chose.
 
     Args:
-        meter: the meter at full length.
-        windows: as in :class:`Meter`; the full meter's by default.
+        inputs: of the site; one of them is measured.
+        tolerance: relative L1 over the measured rows.
+        shapes: to compare.
     """
-    length = meter.length // LOW_FIDELITY_SHARE // meter.block_q * meter.block_q
-    return meter.prefix(length if length >= MIN_LOW_BLOCKS * meter.block_q else meter.length, 1, windows)
+    heads = inputs.heads
+    found: dict[BlockShape, Explored] = {}
+    choices: list[tuple[tuple[Policy, ...], Tensor]] = [
+        ((policy,) * heads, torch.full((heads,), theta)) for policy, theta in CANDIDATES
+    ]
+    for shape in shapes:
+        curves = [_measure(inputs, policy, theta, shape) for policy, theta in choices]
+        found[shape] = _best(curves, [crossing(curve, tolerance) for curve in curves])
+        choices = [(found[shape].policy, found[shape].theta)]
+    return found
 
 
-def explore(meter: Meter, tolerance: float, *, start: Tensor | None = None, active: Tensor | None = None) -> Operating:
-    """Per head, the theta of :data:`THETAS` that reaches the largest sparsity within the tolerance, and its tau.
+def _best(curves: Sequence[Curves], crossings: Sequence[Crossing]) -> Explored:
+    sparsity = torch.stack([point.sparsity for point in crossings])
+    common = int(sparsity.mean(1).argmax())  # the first of equals: the cheapest
+    own = sparsity.argmax(0)
+    gain = sparsity.gather(0, own[None])[0] - sparsity[common]
+    choice = torch.where(gain > OWN_CHOICE, own, common)
 
-    Args:
-        meter: at either fidelity.
-        tolerance: relative L1 per head and input.
-        start, active: as in :func:`bracket_tau`.
-    """
-    best = Operating.dense(meter.heads)
-    for value in THETAS:
-        theta = torch.full((meter.heads,), value)
-        best = best.better_of(bracket_tau(meter, theta, tolerance, steps=EXPLORE_STEPS, start=start, active=active))
-    return best
+    def chosen(columns: list[Tensor]) -> Tensor:
+        return torch.stack(columns).gather(0, choice[None])[0]
 
-
-def explore_again(meter: Meter, low: Operating, tolerance: float) -> Operating:
-    """Repeat the exploration at full length for the heads whose short sequences cannot be trusted.
-
-    They are those whose error at full length differs from the short one's, and those that would use a theta: how
-    much a theta saves changes with the length even where the error agrees.
-
-    Args:
-        meter: at full length.
-        low: what the exploration on short sequences found.
-        tolerance: relative L1 per head and input.
-    """
-    apart = torch.log(meter(low.thresholds).worst / low.error).abs()
-    doubtful = ~(apart <= AGREEMENT) | (low.thresholds.theta != THETA_OFF)
-    if not doubtful.any():
-        return low
-    full = explore(meter, tolerance, start=low.thresholds.tau, active=doubtful)
-    return Operating(
-        full.thresholds.where(doubtful, low.thresholds),
-        torch.where(doubtful, full.sparsity, low.sparsity),
-        torch.where(doubtful, full.error, low.error),
+    return Explored(
+        tuple(curves[index].policy[head] for head, index in enumerate(choice.tolist())),
+        chosen([curve.theta for curve in curves]),
+        chosen([point.tau for point in crossings]),
+        chosen([point.sparsity for point in crossings]),
+        tuple(curves),
     )
+
+
+def _measure(inputs: Inputs, policy: tuple[Policy, ...], theta: Tensor, shape: BlockShape) -> Curves:
+    x = torch.linspace(0, math.log(SMALLEST), POINTS)
+    tau = (1 - torch.exp(x)).expand(inputs.heads, -1).contiguous()
+    length = inputs.length
+    sums = inputs.sums(inputs.first, tau, theta, policy, shape, rows=sampled_blocks(length, shape.block_q))
+    error = sums.difference.sum(1) / sums.magnitude.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    sparsity = 1 - sums.live.sum(1).float() / sums.visible.sum()
+    measured = torch.ones(inputs.heads, dtype=torch.bool)
+    return Curves("explore", length, shape, theta, policy, tau, error.float().cpu(), sparsity.cpu(), measured)
+
+
+def sampled_blocks(length: int, block_q: int) -> Tensor:
+    """Query blocks to explore on, ascending: one unit from each of equal strata, the same ones for every shape."""
+    units = block_count(length, UNIT)
+    wanted = min(units, EXPLORED_ROWS // UNIT)
+    strata = torch.arange(wanted, dtype=torch.float64)
+    # The golden ratio spreads the places within the strata, so that no period of the text is met.
+    place = (strata + (strata * 0.6180339887).frac()) * units / wanted
+    first = place.long() * (UNIT // block_q)
+    blocks = (first[:, None] + torch.arange(UNIT // block_q)).flatten()
+    return blocks[blocks < block_count(length, block_q)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -16,11 +18,24 @@ from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
-from afbs_compile.passes.capture import SampleRun, capture
+from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.site import AttentionSite
-from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SampleRecord, SiteRecipe
+from afbs_compile.recipe import (
+    BudgetRecord,
+    GraphRecipe,
+    HeadRecipe,
+    Promise,
+    Recipe,
+    SampleRecord,
+    SearchPath,
+    SiteRecipe,
+)
+from afbs_compile.tuner.budgeted import tune_with_budget
+from afbs_compile.tuner.end_to_end import SiteThresholds
 from afbs_compile.tuner.progress import calibration_progress
+from afbs_compile.tuner.promise import promise
 from afbs_compile.tuner.site import SiteResult, TuneSettings, tune_site
+from afbs_compile.tuner.speed import Stopwatch
 
 Source = Literal["samples", "first call"]
 
@@ -42,19 +57,18 @@ def calibrate_graph(
     began = time.monotonic()
     found = graphs[0][0]
     runs = [SampleRun(graph.gm, graph.sites, inputs) for graph, samples in graphs for inputs in samples]
-    results, lengths = _tune_sites(runs, settings) if found.sites else ({}, [0])
+    results, lengths, budget = _tune(runs, settings) if found.sites else ({}, [0], None)
     validated = max((result.measured.error.shape[0] for result in results.values()), default=0)
+    promised = _promise(list(results.values()))
     record = SampleRecord(source, len(runs), validated, (min(lengths), max(lengths)), samples_digest(runs))
     sites = [_site_recipe(site, results[site.name]) for site in found.sites]
     refused = [SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals]
     evaluations = sum(result.evaluations for result in results.values())
     device = found.sites[0].device if found.sites else torch.device("cpu")
     return Recipe(
-        tolerance=settings.tolerance,
+        tolerance=None if settings.budget else settings.tolerance,
         method=settings.method,
         parameterization=settings.parameterization,
-        block_q=settings.block_q,
-        block_k=settings.block_k,
         device=device.type,
         engine=engine_name(device),
         predictor_version=PREDICTOR_VERSION,
@@ -68,8 +82,10 @@ def calibrate_graph(
                 seconds=round(time.monotonic() - began, 3),
                 evaluations=round(evaluations, 2),
                 sites=(*sites, *refused),
+                promise=promised,
             ),
         ),
+        budget=budget,
     )
 
 
@@ -83,19 +99,52 @@ def samples_digest(runs: Iterable[SampleRun]) -> str:
     )
 
 
+def _tune(
+    runs: Sequence[SampleRun], settings: TuneSettings
+) -> tuple[dict[str, SiteResult], list[int], BudgetRecord | None]:
+    """Results by site, lengths at the sites, and how the budget was spent where there is one."""
+    if settings.budget is not None:
+        return tune_with_budget(runs, settings, settings.budget)
+    return *_tune_sites(runs, settings), None
+
+
 def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict[str, SiteResult], list[int]]:
     results: dict[str, SiteResult] = {}
     lengths: set[int] = set()
-    earlier = None
+    earlier, stopwatch = None, Stopwatch()
+
     # closing: the walk holds forked random state and autocast, which an error must not leave behind.
-    with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs)) as walk:
+    def chosen(name: str, operands: Operands) -> Tensor | None:
+        """Later sites are calibrated on what the sparse ones before them make."""
+        result = results[name]
+        here = SiteThresholds(result.thresholds, *result.shape, result.policy)
+        return None if result.dense_reason else here.attend(operands)
+
+    with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs, chosen)) as walk:
         for name, operands in walk:
-            result = tune_site(operands, settings, earlier=earlier)
+            result = tune_site(operands, settings, earlier=earlier, stopwatch=stopwatch)
             earlier = result.posterior
             results[name] = result
             lengths |= {int(sample.q.shape[2]) for sample in operands}
             progress.finished(result)
     return results, sorted(lengths)
+
+
+def _promise(results: Sequence[SiteResult]) -> Promise | None:
+    """What the validation of all sites says; the same inputs walked through each of them."""
+    if not results:
+        return None
+    counted = [result.held_out for result in results if result.held_out is not None]
+    if len(counted) < len(results):  # Algorithm 1 chooses on every input it measures
+        return promise(0, 0)
+    held_out = torch.stack(counted).all(0)
+    deciding = torch.stack([_padded(result.deciding, held_out) for result in results]).any(0)
+    return promise(int(held_out.sum()), int((deciding & held_out).sum()))
+
+
+def _padded(deciding: Tensor | None, like: Tensor) -> Tensor:
+    """A site that left every head dense measured no curve on any input: none decided."""
+    return torch.zeros_like(like) if deciding is None or not len(deciding) else deciding
 
 
 def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
@@ -108,36 +157,62 @@ def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
         head_dim=site.head_dim,
         kv_heads=site.kv_heads,
         dtype=str(site.dtype).removeprefix("torch."),
-        heads=_head_recipes(result),
+        block_q=result.shape.block_q,
+        block_k=result.shape.block_k,
+        heads=tuple(_head_recipe(result, head) for head in range(len(result.thresholds.tau))),
         dense_ms=None if speed is None else round(speed.dense_ms, 4),
         sparse_ms=None if speed is None else round(speed.sparse_ms, 4),
         min_length=None if speed is None else speed.min_length,
+        validated_lengths=None if result.lengths is None else result.lengths.validated,
     )
 
 
-def _head_recipes(result: SiteResult) -> tuple[HeadRecipe, ...]:
-    thresholds, measured = result.thresholds, result.measured
-    columns = zip(
-        thresholds.is_dense.tolist(),
-        thresholds.tau.tolist(),
-        thresholds.theta.tolist(),
-        thresholds.lam.tolist(),
-        measured.sparsity.tolist(),
-        measured.error.T.tolist(),
-        strict=True,
+def _head_recipe(result: SiteResult, head: int) -> HeadRecipe:
+    def number(values: Tensor | None) -> float:
+        return 0.0 if values is None else round(float(values[head]), 6)
+
+    thresholds, dense = result.thresholds, bool(result.thresholds.is_dense[head])
+    errors = [round(error, 6) for error in result.measured.error[:, head].tolist()]
+    paths = [curves.path(head) for curves in result.curves if bool(curves.measured[head])]
+    return HeadRecipe(
+        outcome="dense" if dense else "sparse",
+        policy=result.policy[head],
+        tau=number(thresholds.tau),
+        theta=number(thresholds.theta),
+        lam=number(thresholds.lam),
+        sparsity=number(result.measured.sparsity),
+        error=max(errors),
+        validation_errors=tuple(errors),
+        search=(*paths, *_trial_paths(result, head)),
+        tau_exponent=number(result.tau_exponent),
+        length_exponent=0.0 if dense or result.lengths is None else number(result.lengths.exponent),
     )
-    return tuple(
-        HeadRecipe(
-            outcome="dense" if dense else "sparse",
-            tau=round(tau, 6),
-            theta=round(theta, 6),
-            lam=round(lam, 6),
-            sparsity=round(sparsity, 6),
-            error=round(max(errors), 6),
-            validation_errors=tuple(round(error, 6) for error in errors),
+
+
+def _trial_paths(result: SiteResult, head: int) -> list[SearchPath]:
+    """One path per stage of ``method="paper"``."""
+    paths = []
+    for (stage, length), group in groupby(result.trials, key=lambda trial: (trial.stage, trial.length)):
+        trials = list(group)
+        points = [(t.s, t.thresholds.tau, t.thresholds.theta, t.thresholds.lam) for t in trials]
+        s, tau, theta, lam = (tuple(round(float(x[head]), 6) for x in column) for column in zip(*points, strict=True))
+        errors = [float(t.measured.worst[head]) for t in trials]
+        paths.append(
+            SearchPath(
+                stage=stage,
+                length=length,
+                policy=result.policy[head],
+                block_q=result.shape.block_q,
+                block_k=result.shape.block_k,
+                s=s,
+                tau=tau,
+                theta=theta,
+                lam=lam,
+                sparsity=tuple(round(float(t.measured.sparsity[head]), 6) for t in trials),
+                error=tuple(round(error, 6) if math.isfinite(error) else -1.0 for error in errors),
+            )
         )
-        for dense, tau, theta, lam, sparsity, errors in columns
-    )
+    return paths
 
 
 def _versions() -> dict[str, str]:

@@ -18,6 +18,16 @@ WINDOWS = 5
 """Validation inputs that one sample is split into: the number of inputs the paper validates on."""
 
 
+L1_ELEMENTS = 2**24
+"""Elements that the error is computed of at a time."""
+
+LOW_FIDELITY_SHARE = 4
+"""The paper's stage 1 runs on short sequences: here a quarter of the length, a sixteenth of the work."""
+
+MIN_LOW_BLOCKS = 16
+"""Fewer blocks than this say little about a long sequence: then the low fidelity is the full length."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What thresholds do to every head.
@@ -51,16 +61,27 @@ class Meter:
             :data:`WINDOWS` where there is a single input, else 1.
 
     Attributes:
-        evaluations: cost so far in dense equivalents: sparse attention calls on one sample of full length.
+        calls: sparse attention calls so far, each as a share of one on a sample of full length.
+        evaluations: attention work so far in dense calls over one sample of full length: the live share of each sparse
+            call, and the dense calls that errors are measured against.
     """
 
-    def __init__(self, samples: Sequence[Operands], *, block_q: int, block_k: int, windows: int | None = None) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Operands],
+        *,
+        block_q: int,
+        block_k: int,
+        windows: int | None = None,
+        policy: Sequence[str] | None = None,
+    ) -> None:
         single = sum(sample.q.shape[0] for sample in samples) == 1
         self.windows = (WINDOWS if single else 1) if windows is None else windows
         self.samples = samples
-        self.block_q, self.block_k = block_q, block_k
-        self.evaluations = 0.0
+        self.block_q, self.block_k, self.policy = block_q, block_k, policy
         self._dense = [dense_attention(sample) for sample in samples]
+        self.calls = 0.0
+        self.evaluations = sum(self._cost(sample) for sample in samples)
 
     @property
     def heads(self) -> int:
@@ -80,28 +101,22 @@ class Meter:
         short = [
             replace(s, q=s.q[:, :, :length], k=s.k[:, :, :length], v=s.v[:, :, :length]) for s in self.samples[:samples]
         ]
-        return Meter(short, block_q=self.block_q, block_k=self.block_k, windows=windows or self.windows)
+        windows = windows or self.windows
+        return Meter(short, block_q=self.block_q, block_k=self.block_k, windows=windows, policy=self.policy)
 
     def __call__(self, thresholds: Thresholds) -> Measurement:
         """Run every sample at these thresholds."""
         errors, sparsities = [], []
         for sample, dense in zip(self.samples, self._dense, strict=True):
-            out, counts = sparse_attention_with_counts(
-                sample.q,
-                sample.k,
-                sample.v,
-                thresholds.tau.tolist(),
-                thresholds.theta.tolist(),
-                thresholds.lam.tolist(),
-                causal=sample.causal,
-                scale=sample.scale,
-                block_q=self.block_q,
-                block_k=self.block_k,
-            )
+            out, counts = sparse_attention(sample, thresholds, self.policy, self.block_q, self.block_k)
             errors.append(relative_l1(out, dense, self.windows, self.block_q))
             sparsities.append(self._sparsity(sample, counts))
-            self.evaluations += (sample.q.shape[2] / self.length) ** 2
+            self.calls += self._cost(sample)
+            self.evaluations += self._cost(sample) * (1 - float(sparsities[-1].mean()))
         return Measurement(torch.cat(errors).cpu(), torch.stack(sparsities).mean(0).cpu())
+
+    def _cost(self, sample: Operands) -> float:
+        return float(sample.q.shape[2] / self.length) ** 2
 
     def _sparsity(self, sample: Operands, counts: Tensor) -> Tensor:
         count_q, count_k = (block_count(sample.q.shape[2], block) for block in (self.block_q, self.block_k))
@@ -110,10 +125,40 @@ class Meter:
         return 1 - counts.sum(-1).float().mean(0) / valid.item()
 
 
+def low_fidelity(meter: Meter, windows: int | None = None) -> Meter:
+    """The meter of low fidelity: a prefix of the first sample, or the first sample whole if it is short.
+
+    Args:
+        meter: the meter at full length.
+        windows: as in :class:`Meter`; the full meter's by default.
+    """
+    length = meter.length // LOW_FIDELITY_SHARE // meter.block_q * meter.block_q
+    return meter.prefix(length if length >= MIN_LOW_BLOCKS * meter.block_q else meter.length, 1, windows)
+
+
 def dense_attention(sample: Operands) -> Tensor:
     """The dense output ``[B, H, N, D]`` that errors are measured against, in the operands' dtype."""
     return F.scaled_dot_product_attention(
         sample.q, sample.k, sample.v, is_causal=sample.causal, scale=sample.scale, enable_gqa=True
+    )
+
+
+def sparse_attention(
+    sample: Operands, thresholds: Thresholds, policy: Sequence[str] | None, block_q: int, block_k: int
+) -> tuple[Tensor, Tensor]:
+    """The output ``[B, H, N, D]`` of the operator at a site's thresholds, and its live blocks per query block."""
+    return sparse_attention_with_counts(
+        sample.q,
+        sample.k,
+        sample.v,
+        thresholds.tau.tolist(),
+        thresholds.theta.tolist(),
+        thresholds.lam.tolist(),
+        causal=sample.causal,
+        scale=sample.scale,
+        block_q=block_q,
+        block_k=block_k,
+        policy=policy,
     )
 
 
@@ -128,8 +173,11 @@ def relative_l1(out: Tensor, dense: Tensor, windows: int = 1, block: int = 1) ->
     Returns:
         ``[B * windows, H]`` fp32; 0 where both sums are 0, NaN where an output is NaN.
     """
-    difference = (out.float() - dense.float()).abs().sum(-1)
-    magnitude = dense.float().abs().sum(-1)
+    # A few heads at a time: fp32 copies of long sequences would take more memory than the operands.
+    some = max(1, L1_ELEMENTS // out[:, 0].numel())
+    pairs = list(zip(out.split(some, 1), dense.split(some, 1), strict=True))
+    difference = torch.cat([(a.float() - b.float()).abs().sum(-1) for a, b in pairs], 1)
+    magnitude = torch.cat([b.float().abs().sum(-1) for _, b in pairs], 1)
     blocks = block_count(out.shape[2], block)
     edges = sorted({blocks * i // windows * block for i in range(1, windows)} - {0})
     pieces = zip(difference.tensor_split(edges, -1), magnitude.tensor_split(edges, -1), strict=True)

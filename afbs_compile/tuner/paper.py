@@ -7,11 +7,13 @@ thresholds it ends with is recorded all the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from afbs_compile.recipe import Stage
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.measure import Measurement, Meter
 from afbs_compile.tuner.space import Parameterization, Thresholds, latent_to_thresholds
@@ -31,12 +33,43 @@ GRID = torch.linspace(0, 1, 201)
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One evaluation: the stage it belongs to, tokens, ``s [H]``, and what all heads measured there."""
+
+    stage: Stage
+    length: int
+    s: Tensor
+    thresholds: Thresholds
+    measured: Measurement
+
+
+class _Logged:
+    """A meter of a stage that keeps every trial."""
+
+    def __init__(self, meter: Meter, stage: Stage, parameterization: Parameterization, trials: list[Trial]) -> None:
+        self.meter, self.stage, self.parameterization, self.trials = meter, stage, parameterization, trials
+
+    def __call__(self, s: Tensor) -> Measurement:
+        thresholds = latent_to_thresholds(s, self.parameterization)
+        measured = self.meter(thresholds)
+        self.trials.append(Trial(self.stage, self.meter.length, s.clone(), thresholds, measured))
+        return measured
+
+
+@dataclass(frozen=True)
 class PaperResult:
-    """Where Algorithm 1 ended: thresholds, what they measure on every input, and the landscape to start from next."""
+    """Where Algorithm 1 ended.
+
+    Attributes:
+        thresholds: per head; measured: on every validation input.
+        posterior: the landscape to start the next site from.
+        trials: everything that was evaluated, in order.
+    """
 
     thresholds: Thresholds
     measured: Measurement
     posterior: gp.Posterior
+    trials: tuple[Trial, ...]
 
 
 def algorithm_1(
@@ -54,30 +87,31 @@ def algorithm_1(
         parameterization: which reading of Eq. 2.
         earlier: the previous site's landscape; with it, fewer steps are made (warm start).
     """
-    posterior = stage_1(low, tolerance, parameterization, earlier)
+    trials: list[Trial] = []
+    posterior = stage_1(low.heads, _Logged(low, "explore", parameterization, trials), tolerance, earlier)
     steps = BINARY_STEPS if earlier is None else WARM_BINARY_STEPS
     search = high.prefix(high.length, samples=1, windows=1)
-    s = stage_2(search, posterior, tolerance, parameterization, steps)
+    s = stage_2(_Logged(search, "refine", parameterization, trials), posterior, tolerance, steps)
+    high.calls += search.calls
     high.evaluations += search.evaluations
-    thresholds, measured = stage_3(high, s, tolerance, parameterization)
-    return PaperResult(thresholds, measured, posterior)
+    s, measured = stage_3(_Logged(high, "validate", parameterization, trials), s, tolerance)
+    return PaperResult(latent_to_thresholds(s, parameterization), measured, posterior, tuple(trials))
 
 
 def stage_1(
-    meter: Meter, tolerance: float, parameterization: Parameterization, earlier: gp.Posterior | None
+    heads: int, measure: Callable[[Tensor], Measurement], tolerance: float, earlier: gp.Posterior | None
 ) -> gp.Posterior:
-    """Bayesian optimisation of the error at low fidelity (lines 1 to 14)."""
-    heads = meter.heads
+    """Bayesian optimisation of the error at low fidelity (lines 1 to 14); ``measure`` takes ``s [H]``."""
     prior = torch.zeros(heads, len(GRID), dtype=torch.float64)
     if earlier is not None:
         prior = earlier.mean if earlier.mean.shape[0] == heads else earlier.mean.mean(0).expand(heads, -1)
     points = [torch.full((heads,), s) for s in INITIAL]
-    errors = [meter(latent_to_thresholds(s, parameterization)).worst for s in points]
+    errors = [measure(s).worst for s in points]
     for _ in range(EI_STEPS if earlier is None else WARM_EI_STEPS):
         posterior = gp.fit(torch.stack(points, -1), torch.stack(errors, -1), GRID, prior)
         improvement = gp.expected_improvement(posterior, torch.stack(errors, -1).amin(-1))
         points.append(GRID[improvement.argmax(-1)])
-        errors.append(meter(latent_to_thresholds(points[-1], parameterization)).worst)
+        errors.append(measure(points[-1]).worst)
     return gp.fit(torch.stack(points, -1), torch.stack(errors, -1), GRID, prior)
 
 
@@ -102,18 +136,16 @@ def low_ucb_regions(posterior: gp.Posterior, tolerance: float) -> list[tuple[Ten
     return regions
 
 
-def stage_2(
-    meter: Meter, posterior: gp.Posterior, tolerance: float, parameterization: Parameterization, steps: int
-) -> Tensor:
+def stage_2(measure: Callable[[Tensor], Measurement], posterior: gp.Posterior, tolerance: float, steps: int) -> Tensor:
     """Binary search at high fidelity in each region (lines 16 to 36): ``s [H]``, 0 where nothing was accepted."""
-    best_s = torch.zeros(meter.heads)
-    best_sparsity = torch.zeros(meter.heads)
+    best_s = torch.zeros(len(posterior.mean))
+    best_sparsity = torch.zeros_like(best_s)
     for low, high, exists in low_ucb_regions(posterior, tolerance):
         if not exists.any():
             continue
         for _ in range(steps):
             middle = (low + high) / 2
-            measured = meter(latent_to_thresholds(middle, parameterization))
+            measured = measure(middle)
             within = measured.worst <= tolerance
             in_band = within & (measured.worst >= BAND_SHARE * tolerance) & exists
             sparser = in_band & (measured.sparsity > best_sparsity)
@@ -123,14 +155,11 @@ def stage_2(
     return best_s
 
 
-def stage_3(
-    meter: Meter, s: Tensor, tolerance: float, parameterization: Parameterization
-) -> tuple[Thresholds, Measurement]:
+def stage_3(measure: Callable[[Tensor], Measurement], s: Tensor, tolerance: float) -> tuple[Tensor, Measurement]:
     """Validate on every input; where the worst fails, one step back to 0.9 s that is not judged (lines 37 to 48)."""
-    thresholds = latent_to_thresholds(s, parameterization)
-    measured = meter(thresholds)
+    measured = measure(s)
     failing = ~(measured.worst <= tolerance)
     if not failing.any():
-        return thresholds, measured
-    thresholds = latent_to_thresholds(torch.where(failing, FALLBACK * s, s), parameterization)
-    return thresholds, meter(thresholds)
+        return s, measured
+    s = torch.where(failing, FALLBACK * s, s)
+    return s, measure(s)

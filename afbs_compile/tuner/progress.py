@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -31,16 +31,20 @@ class CalibrationProgress:
 @contextmanager
 def calibration_progress(sites: int) -> Iterator[CalibrationProgress]:
     """Show a bar on standard error while calibrating ``sites`` sites."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("sites, {task.fields[heads]} heads, {task.fields[sparsity]:.1%} sparse,"),
-        TimeElapsedColumn(),
-        TextColumn("gone,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with _bar(TextColumn("sites, {task.fields[heads]} heads, {task.fields[sparsity]:.1%} sparse,")) as bar:
         yield CalibrationProgress(bar, sites)
+
+
+@contextmanager
+def budget_progress(steps: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on standard error while a budget is spent in ``steps`` steps; call what is yielded after each."""
+    with _bar(TextColumn("steps,")) as bar:
+        task = bar.add_task("spending the budget", total=steps)
+        yield lambda: bar.advance(task)
+
+
+def _bar(middle: TextColumn) -> Progress:
+    console = Console(stderr=True)
+    left, right = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()), TimeElapsedColumn()
+    columns = (*left, middle, right, TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left"))
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)

@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from afbs_compile.kernels.op import engine_name
+from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
 from afbs_compile.passes.capture import Operands
+from afbs_compile.recipe import Policy
 from afbs_compile.tuner import gp
-from afbs_compile.tuner.bracket import Operating
-from afbs_compile.tuner.explore import explore, explore_again, low_fidelity
-from afbs_compile.tuner.measure import WINDOWS, Measurement, Meter
-from afbs_compile.tuner.paper import algorithm_1
-from afbs_compile.tuner.refine import refine_lambda, refine_tau
+from afbs_compile.tuner.budget import Budget
+from afbs_compile.tuner.curves import Curves, tau_exponent
+from afbs_compile.tuner.explore import Explored, explore
+from afbs_compile.tuner.inputs import BlockShape, Inputs
+from afbs_compile.tuner.lengths import Lengths, fit_lengths
+from afbs_compile.tuner.measure import WINDOWS, Measurement, Meter, low_fidelity, relative_l1, sparse_attention
+from afbs_compile.tuner.paper import Trial, algorithm_1
 from afbs_compile.tuner.space import Parameterization, Thresholds
-from afbs_compile.tuner.speed import WORTHWHILE, SiteSpeed, best_ms, sparse_call
-from afbs_compile.tuner.validate import validate
+from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
+from afbs_compile.tuner.validate import Validated, validate
 
 Method = Literal["afbs", "paper"]
 METHODS: tuple[str, ...] = get_args(Method)
 
-REFINE_SAMPLES = 5
-"""Samples that place the thresholds; further ones only validate them."""
+BLOCK_SHAPES = {
+    "triton": (BlockShape(64, 64), BlockShape(128, 64), BlockShape(128, 128)),
+    # FlexAttention is handed 64 x 64 tiles on the CPU, whatever the blocks: larger ones compute more, no faster.
+    "flex": (BlockShape(64, 64),),
+}
+"""Block shapes that ``method="afbs"`` compares, by engine."""
 
-DECIMALS = 6
-"""Thresholds are rounded to what the recipe and the graph show before they are validated."""
+PAPER_POLICY: tuple[Policy, ...] = ("meansim",)
+"""Algorithm 1 searches SpargeAttn's thresholds."""
+
+STEPS_BACK = 4
+"""Thresholds that a head goes back where the kernel does not confirm the pass, before it is DENSE."""
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """How to tune: see :func:`afbs_compile.calibrate` for the fields."""
+    """How to tune: see :func:`afbs_compile.calibrate` for the fields.
+
+    Attributes:
+        budget: of the output, instead of the tolerance.
+        shapes: block shapes to compare, those of :data:`BLOCK_SHAPES` by default; ``method="paper"`` takes the first.
+    """
 
     tolerance: float = 0.055
     method: Method = "afbs"
     parameterization: Parameterization = "corrected"
-    block_q: int = 64
-    block_k: int = 64
+    budget: Budget | None = None
+    shapes: tuple[BlockShape, ...] | None = None
+
+    def shapes_on(self, device: torch.device) -> tuple[BlockShape, ...]:
+        """Block shapes to compare on a device."""
+        return self.shapes or BLOCK_SHAPES[engine_name(device)]
 
 
 @dataclass(frozen=True)
@@ -48,76 +69,182 @@ class SiteResult:
     Attributes:
         thresholds: per head, DENSE where nothing feasible was found.
         measured: error on every validation input and sparsity, per head; 0 for DENSE heads.
+        shape: rows per block; policy: a name per head.
         speed: ``None`` where every head is DENSE.
         dense_reason: why the whole site stays dense, or ``None`` if it is rewritten.
         evaluations: cost in dense equivalents.
-        posterior: the search landscape of ``method="paper"``, to warm-start the next site.
+        curves: all that was measured on the way; empty for ``method="paper"``, whose ``trials`` tell it.
+        lengths: what was learnt about other lengths; tau_exponent: ``[H]``, as in :class:`HeadRecipe`.
+        deciding: bool ``[inputs]``, inputs that kept a head from a bolder threshold; held_out: bool ``[inputs]``, those
+            that had no say in theta, policy and block shape.
+        posterior: the search landscape of ``method="paper"``, to warm-start the next site; trials: what it tried.
     """
 
     thresholds: Thresholds
     measured: Measurement
+    shape: BlockShape
+    policy: tuple[Policy, ...]
     speed: SiteSpeed | None
     dense_reason: str | None
     evaluations: float
+    curves: tuple[Curves, ...] = ()
+    lengths: Lengths | None = None
+    tau_exponent: Tensor | None = None
+    deciding: Tensor | None = None
+    held_out: Tensor | None = None
     posterior: gp.Posterior | None = None
+    trials: tuple[Trial, ...] = ()
 
 
 def tune_site(
-    samples: Sequence[Operands], settings: TuneSettings, *, earlier: gp.Posterior | None = None
+    samples: Sequence[Operands],
+    settings: TuneSettings,
+    *,
+    earlier: gp.Posterior | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> SiteResult:
     """Find, validate and time the thresholds of every head of one site.
 
     Args:
         samples: operands of the site, in canonical form.
-        settings: method, tolerance, block shape.
+        settings: method, tolerance, block shapes.
         earlier: the previous site's landscape (``method="paper"`` only).
+        stopwatch: what timing earlier sites has shown.
     """
+    stopwatch = stopwatch or Stopwatch()
+    nothing = f"no threshold keeps any head's error within {settings.tolerance:g}"
     if settings.method == "paper":
-        samples = samples[:WINDOWS]  # "first 5 validation inputs" (Algorithm 1, line 40)
-    meter = Meter(samples, block_q=settings.block_q, block_k=settings.block_k)
-    posterior = None
-    if settings.method == "paper":
-        low = low_fidelity(meter, windows=1)
-        result = algorithm_1(low, meter, settings.tolerance, settings.parameterization, earlier)
-        thresholds, measured, posterior = result.thresholds, result.measured, result.posterior
-    else:
-        low = low_fidelity(meter)
-        thresholds, measured = _afbs(low, meter, samples, settings)
-    finite = measured.error.isfinite().all(0)  # a head whose activations overflow has no error to hold
-    thresholds = thresholds.where(finite, Thresholds.dense(meter.heads))
-    measured = measured.only(finite)
-    evaluations = meter.evaluations + low.evaluations * (low.length / meter.length) ** 2
+        return with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, nothing)
+    inputs = Inputs(samples)
+    result = search_curves(inputs, settings, stopwatch)
+    dense_ms = None
+    if samples[0].q.is_cuda and len(inputs.dense_ms) > 1:
+        dense_ms = min(inputs.dense_ms)
+    return with_speed(result, inputs.elements[inputs.first], stopwatch, nothing, dense_ms)
 
-    if thresholds.is_dense.all():
-        reason = f"no threshold keeps any head's error within {settings.tolerance:g}"
-        return SiteResult(thresholds, measured, None, reason, evaluations, posterior)
-    speed = SiteSpeed.measure(samples[0], thresholds, block_q=settings.block_q, block_k=settings.block_k)
+
+def with_speed(
+    result: SiteResult, sample: Operands, stopwatch: Stopwatch, nothing: str, dense_ms: float | None = None
+) -> SiteResult:
+    """The result with its speed, dense where it does not pay.
+
+    Args:
+        result: of the site; sample: operands to time it on.
+        stopwatch: what timing earlier sites has shown.
+        nothing: the reason to give where every head is DENSE.
+        dense_ms: milliseconds of the dense call, where they are known.
+    """
+    if result.thresholds.is_dense.all():
+        return replace(result, dense_reason=nothing)
+    sparsity = float(result.measured.sparsity.mean())
+    speed = SiteSpeed.measure(
+        sample, result.thresholds, result.policy, sparsity, stopwatch, dense_ms=dense_ms, **result.shape._asdict()
+    )
     not_faster = None
     if speed.min_length is None:
         not_faster = f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense"
-    return SiteResult(thresholds, measured, speed, not_faster, evaluations, posterior)
+    return replace(result, speed=speed, dense_reason=not_faster)
 
 
-def _afbs(
-    low: Meter, meter: Meter, samples: Sequence[Operands], settings: TuneSettings
-) -> tuple[Thresholds, Measurement]:
-    """Explore theta, refine tau and lambda, validate: the paper's three stages, corrected."""
-    tolerance = settings.tolerance
-    refining = meter if len(samples) <= REFINE_SAMPLES else meter.prefix(meter.length, samples=REFINE_SAMPLES)
-    one = meter.prefix(meter.length, samples=1)
-    found = refine_tau(refining, explore_again(one, explore(low, tolerance), tolerance), tolerance)
-    if engine_name(samples[0].q.device) == "triton":  # FlexAttention has no place to skip in
-        found = _faster(found, refine_lambda(refining, found, tolerance), samples[0], settings)
-    meter.evaluations += one.evaluations + (0 if refining is meter else refining.evaluations)
-    rounded = found.thresholds.map(lambda t: torch.round(t, decimals=DECIMALS))
-    return validate(meter, rounded, tolerance)
-
-
-def _faster(plain: Operating, eager: Operating, sample: Operands, settings: TuneSettings) -> Operating:
-    """The operating points with lambda only if the site runs faster with it: the test for skipping costs time too."""
-    if (eager.thresholds.lam == plain.thresholds.lam).all():
-        return plain
-    plain_ms, eager_ms = best_ms(
-        [sparse_call(sample, points.thresholds, settings.block_q, settings.block_k) for points in (plain, eager)]
+def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Posterior | None) -> SiteResult:
+    """Algorithm 1, and what it measures at the thresholds it ends with."""
+    samples = samples[:WINDOWS]  # "first 5 validation inputs" (Algorithm 1, line 40)
+    shape = settings.shapes_on(samples[0].q.device)[0]
+    meter = Meter(samples, **shape._asdict())
+    low = low_fidelity(meter, windows=1)
+    result = algorithm_1(low, meter, settings.tolerance, settings.parameterization, earlier)
+    finite = result.measured.error.isfinite().all(0)  # a head whose activations overflow has no error to hold
+    return SiteResult(
+        result.thresholds.where(finite, Thresholds.dense(meter.heads)),
+        result.measured.only(finite),
+        shape,
+        PAPER_POLICY * meter.heads,
+        None,
+        None,
+        meter.evaluations + low.evaluations * (low.length / meter.length) ** 2,
+        posterior=result.posterior,
+        trials=result.trials,
     )
-    return eager if eager_ms < WORTHWHILE * plain_ms else plain
+
+
+def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) -> SiteResult:
+    """Explore policy, theta and the block shape, refine tau, validate: the paper's three stages, on curves.
+
+    The result has no speed yet.
+    """
+    tolerance = settings.tolerance
+    explored = explore(inputs, tolerance, settings.shapes_on(inputs.elements[0].q.device))
+    shape = fastest_shape(inputs, explored, stopwatch)
+    choice = explored[shape]
+    found = validate(inputs, choice.tau, choice.theta, choice.policy, shape, tolerance)
+    found, thresholds = _confirmed(inputs, found, choice, shape, tolerance)
+    sparse = ~thresholds.is_dense
+    curves = (*(curve for each in explored.values() for curve in each.curves), *found.curves)
+    refined = [curve for curve in found.curves if curve.stage == "refine"]
+    exponent = tau_exponent(refined[0], tolerance) if refined else torch.zeros(inputs.heads)
+    one_input = len(inputs.elements) == 1  # a short one has fewer windows than others
+    whole = [int(element.q.shape[2]) for element in inputs.elements] * (len(found.error) if one_input else 1)
+    lengths = fit_lengths(whole, found.error, found.prefixes, sparse, tolerance) if refined else None
+    held_out = torch.ones(len(inputs.elements), dtype=torch.bool)
+    held_out[inputs.first] = False
+    return SiteResult(
+        thresholds,
+        Measurement(found.error, found.sparsity).only(sparse),
+        shape,
+        choice.policy,
+        None,
+        None,
+        inputs.evaluations,
+        curves=curves,
+        lengths=lengths,
+        tau_exponent=torch.where(sparse, exponent, 0.0),
+        deciding=found.deciding,
+        held_out=held_out,
+    )
+
+
+def fastest_shape(inputs: Inputs, explored: dict[BlockShape, Explored], stopwatch: Stopwatch) -> BlockShape:
+    """The block shape whose live work takes least time at the crossing: the pairs it computes, and ms per pair."""
+    element = inputs.elements[inputs.first]
+    milliseconds: dict[BlockShape, float] = {}
+    for shape, choice in explored.items():
+        thresholds = Thresholds(choice.tau, choice.theta, torch.full_like(choice.tau, LAMBDA_OFF))
+        if thresholds.is_dense.all() or len(explored) == 1:
+            continue
+        live = float((1 - choice.sparsity).sum())
+        milliseconds[shape] = live * stopwatch.block_ms(element, thresholds, choice.policy, *shape)
+    return min(milliseconds, key=milliseconds.__getitem__, default=next(iter(explored)))
+
+
+def _confirmed(
+    inputs: Inputs, found: Validated, choice: Explored, shape: BlockShape, tolerance: float
+) -> tuple[Validated, Thresholds]:
+    """Run the kernel that will run on the explored input: where it differs from the pass, it is right."""
+    index, windows = inputs.first, inputs.windows
+    element, dense = inputs.elements[index], inputs.dense(index)
+    tau, theta, error = found.tau.clone(), choice.theta, found.error.clone()
+    for _ in range(STEPS_BACK):
+        thresholds = Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF))
+        if thresholds.is_dense.all():
+            break
+        out, counts = sparse_attention(element, thresholds, choice.policy, *shape)
+        seen = relative_l1(out, dense, windows, shape.block_q).cpu()
+        inputs.evaluations += float(counts.float().mean() / counts.shape[-1]) * (2 if element.causal else 1)
+        error[index : index + len(seen)] = seen  # several rows only for the windows of the only input
+        failing = ~(seen.amax(0) <= tolerance) & ~thresholds.is_dense
+        if not failing.any():
+            break
+        tau = torch.where(failing, _one_back(found, tau), tau)
+    else:
+        tau = torch.where(failing, KEEP_ALL, tau)
+    return replace(found, tau=tau, error=error), Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF)).where(
+        tau < KEEP_ALL, Thresholds.dense(inputs.heads)
+    )
+
+
+def _one_back(found: Validated, tau: Tensor) -> Tensor:
+    """The next more careful threshold of each head that was measured, else DENSE."""
+    grid = torch.cat(
+        [torch.where(c.measured[:, None], c.tau, KEEP_ALL) for c in found.curves if c.stage != "explore"], 1
+    )
+    return torch.where(grid > tau[:, None], grid, KEEP_ALL).amin(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF, THETA_OFF
+from afbs_compile.recipe import HeadRecipe
 
 Parameterization = Literal["corrected", "paper"]
 PARAMETERIZATIONS: tuple[str, ...] = get_args(Parameterization)
-
-THETAS = (THETA_OFF, 0.3, 0.45)
-"""The self-similarity thresholds that ``method="afbs"`` explores; the first one is off."""
-
-LAMBDAS = (-6.0, -8.0, -10.0, -13.0, -16.0, -20.0)
-"""The skip thresholds (log2 units) that ``method="afbs"`` tries, the most eager first."""
 
 # Bounds of Eq. 2. The paper prints none; these satisfy its worked example (section III-C4: s = 0.758 gives
 # tau = 0.924, theta = 0.091, lambda = -10.2) and its "delta s = 0.0625 is delta tau = 0.012" (section III-G).
@@ -41,6 +36,12 @@ class Thresholds:
         return Thresholds(
             torch.full((heads,), KEEP_ALL), torch.full((heads,), THETA_OFF), torch.full((heads,), LAMBDA_OFF)
         )
+
+    @staticmethod
+    def of(heads: Sequence[HeadRecipe]) -> Thresholds:
+        """A recipe's constants as the tuner holds them."""
+        columns = zip(*((head.tau, head.theta, head.lam) for head in heads), strict=True)
+        return Thresholds(*(torch.tensor(column, dtype=torch.float32) for column in columns))
 
     @property
     def is_dense(self) -> Tensor:

@@ -1,39 +1,174 @@
-"""Stage 3 of ``method="afbs"``: check every input and step back until all pass, or make the head DENSE."""
+"""Stages 2 and 3 of ``method="afbs"``: place tau on curves that every input measures, all rows of it.
+
+Refine measures the input that was explored, at thresholds close about what the exploration found; validate measures the
+others at the same thresholds. A head gets the boldest one that holds the tolerance on every input, as must all that
+keep more: stepping back costs no evaluation, and what is chosen was measured, not interpolated.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
-from afbs_compile.kernels.reference import LAMBDA_OFF
-from afbs_compile.tuner.measure import Measurement, Meter
-from afbs_compile.tuner.space import Thresholds
+from afbs_compile.kernels.reference import KEEP_ALL
+from afbs_compile.recipe import Policy, Stage
+from afbs_compile.tuner.curves import SMALLEST, Curves, boldest_safe
+from afbs_compile.tuner.inputs import BlockShape, InputCurve, Inputs
 
-STEP_BACK = 0.75
-"""A failing head keeps this share of its 1 - tau."""
+FACTORS = torch.cat([torch.tensor([0.3, 0.38, 0.46]), 0.52 * 1.0507 ** torch.arange(21)]).flip(0)
+"""Thresholds tried, as shares of the explored ``1 - tau``, the boldest first: 0.3 to 1.4, a twentieth apart about 1."""
 
-MAX_STEPS_BACK = 6
+DECIMALS = 6
+"""Thresholds are rounded to what the recipe and the graph show before they are measured."""
+
+SAFE_SHARE = 0.998
+"""Share of the tolerance that a threshold may use: the kernel that will run rounds in another order than the pass."""
+
+ROUNDS = 3
+LOWER, HIGHER = 0.25, 3.0
+"""Where the crossing lies outside the thresholds tried, they are scaled by this and measured again, for that head."""
 
 
-def validate(meter: Meter, thresholds: Thresholds, tolerance: float) -> tuple[Thresholds, Measurement]:
-    """Thresholds that hold the tolerance on every input of the meter, and their measurement.
+@dataclass(frozen=True)
+class Validated:
+    """The thresholds of every head and what they measure.
 
-    Unlike the paper's single step back, every step is measured again; a head that still fails becomes DENSE, whose
-    error is 0 by definition.
+    Attributes:
+        tau: fp32 ``[H]``, 1 for DENSE heads; sparsity: fp32 ``[H]``, mean of the inputs.
+        error: fp32 ``[pieces, H]``, of every input or window.
+        prefixes: fp32 ``[inputs, H]`` by length, for causal prefixes.
+        deciding: bool ``[inputs]``: inputs that kept a head from a bolder threshold.
+        curves: what the stages measured.
     """
-    measured = meter(thresholds)
-    for _ in range(MAX_STEPS_BACK):
-        failing = _failing(thresholds, measured, tolerance)
-        if not failing.any():
+
+    tau: Tensor
+    sparsity: Tensor
+    error: Tensor
+    prefixes: dict[int, Tensor]
+    deciding: Tensor
+    curves: tuple[Curves, ...]
+
+
+def validate(
+    inputs: Inputs, tau: Tensor, theta: Tensor, policy: tuple[Policy, ...], shape: BlockShape, tolerance: float
+) -> Validated:
+    """Refine and validate.
+
+    Args:
+        inputs: of the site.
+        tau: fp32 ``[H]``, what the exploration found, 1 for heads to leave DENSE; theta: fp32 ``[H]``.
+        policy: a name per head.
+        shape: rows per block.
+        tolerance: relative L1 on every input or window.
+    """
+    count = len(inputs.elements)
+    best = _Best(inputs.heads)
+    centre = 1 - tau
+    heads = (tau < KEEP_ALL).nonzero()[:, 0]
+    curves: list[Curves] = []
+    for _ in range(ROUNDS):
+        if not len(heads):
             break
-        retreat = Thresholds(
-            1 - STEP_BACK * (1 - thresholds.tau), thresholds.theta, torch.full_like(thresholds.lam, LAMBDA_OFF)
+        grid = _grid(centre[heads])
+        names = [policy[head] for head in heads.tolist()]
+        measured = [inputs.curve(i, grid, theta[heads], names, shape, heads=heads) for i in range(count)]
+        index = best.take(heads, grid, measured, SAFE_SHARE * tolerance, inputs.first)
+        curves += _curves(inputs, heads, grid, theta, policy, shape, measured)
+        lower = (index == grid.shape[1]) & (grid[:, -1] < 1 - SMALLEST)
+        higher = (index == 0) & (grid[:, 0] > 0)
+        centre[heads] *= torch.where(lower, LOWER, torch.where(higher, HIGHER, 1.0))
+        heads = heads[lower | higher]
+    return best.result(curves)
+
+
+def _grid(centre: Tensor) -> Tensor:
+    """``[h, P]``, ascending taus about ``1 - centre``."""
+    return torch.round(1 - (centre[:, None] * FACTORS).clamp(SMALLEST, 1.0), decimals=DECIMALS)
+
+
+class _Best:
+    """The boldest safe threshold of each head over the rounds, and what it measured."""
+
+    def __init__(self, heads: int) -> None:
+        self.tau, self.sparsity = torch.full((heads,), KEEP_ALL), torch.zeros(heads)
+        self.error: Tensor | None = None
+        self.prefixes: dict[int, dict[int, Tensor]] = {}
+        self.deciding = torch.zeros(0, dtype=torch.bool)
+
+    def take(self, heads: Tensor, grid: Tensor, measured: list[InputCurve], limit: float, first: int) -> Tensor:
+        """Choose for the given heads; returns the index of the choice in the grid, ``[h]``."""
+        total = len(self.tau)
+        if self.error is None:
+            self.error = torch.zeros(sum(len(curve.error) for curve in measured), total)
+            self.deciding = torch.zeros(len(measured), dtype=torch.bool)
+        worst = torch.cat([curve.error for curve in measured]).nan_to_num(nan=torch.inf).amax(0)
+        index = boldest_safe(worst, limit)
+        place = index.clamp_max(grid.shape[1] - 1)[:, None]
+        sparsity = torch.stack([curve.sparsity for curve in measured]).mean(0)
+        # A head with nothing to skip is better DENSE: it needs no predictor.
+        found = (index < grid.shape[1]) & (sparsity.gather(-1, place)[:, 0] > 0)
+        chosen = heads[found]
+
+        def at(values: Tensor) -> Tensor:
+            """``[.., h, P]`` at each head's choice, for the heads that have one."""
+            return values.gather(-1, place.expand(*values.shape[:-1], 1))[..., 0][..., found]
+
+        self.tau[chosen] = at(grid)
+        self.sparsity[chosen] = at(sparsity)
+        self.error[:, chosen] = at(torch.cat([curve.error for curve in measured]))
+        for i, curve in enumerate(measured):
+            for length, values in curve.prefixes.items():
+                self.prefixes.setdefault(length, {}).setdefault(i, torch.zeros(total))[chosen] = at(values)
+        # The input that fails at the next bolder threshold decides, unless the explored one fails there as well.
+        bolder = (index - 1).clamp_min(0)[:, None]
+        per_input = torch.stack([curve.error.amax(0).gather(-1, bolder)[:, 0] for curve in measured])
+        per_input = per_input.nan_to_num(nan=torch.inf)
+        decided = (index > 0) & (per_input[first] <= limit)
+        self.deciding[per_input.argmax(0)[decided]] = True
+        return index
+
+    def result(self, curves: list[Curves]) -> Validated:
+        error = torch.zeros(1, len(self.tau)) if self.error is None else self.error
+        prefixes = {length: torch.stack(list(values.values())) for length, values in self.prefixes.items()}
+        return Validated(self.tau, self.sparsity, error, prefixes, self.deciding, tuple(curves))
+
+
+def _curves(
+    inputs: Inputs,
+    heads: Tensor,
+    grid: Tensor,
+    theta: Tensor,
+    policy: tuple[Policy, ...],
+    shape: BlockShape,
+    measured: list[InputCurve],
+) -> list[Curves]:
+    """What refine and validate measured, for all heads of the site."""
+    first = measured[inputs.first]
+    others = [curve for i, curve in enumerate(measured) if i != inputs.first]
+    stages: list[tuple[Stage, Tensor, Tensor]] = [("refine", first.overall, first.sparsity)]
+    worst = torch.cat([curve.error for curve in others or measured]).amax(0)
+    stages.append(("validate", worst, torch.stack([curve.sparsity for curve in others or measured]).mean(0)))
+    mask = torch.zeros(inputs.heads, dtype=torch.bool)
+    mask[heads] = True
+
+    def everywhere(values: Tensor) -> Tensor:
+        full = torch.zeros(inputs.heads, values.shape[1])
+        full[heads] = values
+        return full
+
+    return [
+        Curves(
+            stage=stage,
+            length=inputs.length,
+            shape=shape,
+            theta=theta,
+            policy=policy,
+            tau=everywhere(grid),
+            error=everywhere(error),
+            sparsity=everywhere(sparsity),
+            measured=mask,
         )
-        thresholds = retreat.where(failing, thresholds)
-        measured = meter(thresholds)
-    passing = ~_failing(thresholds, measured, tolerance) & ~thresholds.is_dense
-    thresholds = thresholds.where(passing, Thresholds.dense(meter.heads))
-    return thresholds, measured.only(passing)
-
-
-def _failing(thresholds: Thresholds, measured: Measurement, tolerance: float) -> torch.Tensor:
-    return ~(measured.worst <= tolerance) & ~thresholds.is_dense
+        for stage, error, sparsity in stages
+    ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import block_sparse, op, predict, predict_triton, reference
+from afbs_compile.kernels import block_sparse, op, predict, predict_triton, reference, tiling
 from tests.kernels.helpers import (
     NO_SKIP,
     Shape,
@@ -225,3 +225,61 @@ def test_dense_calls_are_sdpa_in_the_same_layout() -> None:
     out = torch.ops.afbs.sparse_attention(q, k, v, [1.0] * 2, [OFF] * 2, [NO_SKIP] * 2, True)
     assert error(out, dense(q, k, v, CALL)) == 0.0
     assert out.transpose(1, 2).is_contiguous()
+
+
+def test_direct_launches_look_at_alignment_and_sizes_again() -> None:
+    for length in (2000, 2000, 2048, 2001):  # the second call of a kind is launched past Triton's inspection
+        shape = replace(CALL, length=length)
+        q, k, v = inputs(shape, "cuda")
+        expected = run(q, k, v)
+        for offset in (1, 8, 1):  # elements of two bytes: only eight of them keep the alignment
+            moved = [torch.empty(x.numel() + 8, dtype=x.dtype, device="cuda")[offset:][: x.numel()] for x in (q, k, v)]
+            moved = [
+                m.view(x.transpose(1, 2).shape).transpose(1, 2).copy_(x) for m, x in zip(moved, (q, k, v), strict=True)
+            ]
+            assert error(run(*moved), expected) <= 1e-2
+        assert torch.equal(run(q, k, v), expected)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda b: f"{b[0]}x{b[1]}")
+def test_heads_in_groups_are_heads_at_once(blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(3001, 128, heads=8, kv_heads=4, batch=2, block_q=blocks[0], block_k=blocks[1], **HALF)
+    q, k, v = inputs(shape, "cuda")
+    constants = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0], [OFF, 0.1] * 4, [NO_SKIP, -8.0] * 4
+    out, counts = op.sparse_attention_with_counts(q, k, v, *constants, **shape.call)
+    monkeypatch.setattr(op, "LISTS_SHARE", 0.0)
+    out_in_groups, counts_in_groups = op.sparse_attention_with_counts(q, k, v, *constants, **shape.call)
+    assert torch.equal(counts, counts_in_groups)
+    assert torch.equal(out, out_in_groups)
+
+
+@pytest.mark.parametrize("theta", [OFF, 0.2], ids=["theta-off", "theta-on"])
+def test_the_predictor_is_captured_and_replayed(theta: float) -> None:
+    q, k, _ = inputs(CALL, "cuda")
+    constants = [0.5, 0.9], [OFF, theta]
+    predict_triton.predict_blocks(q, k, *constants, **CALL.call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lists = predict_triton.predict_blocks(q, k, *constants, **CALL.call)
+    for x, seed in ((q, 1), (k, 2)):
+        x.copy_(inputs(CALL, "cuda", seed)[0][:, : x.shape[1]])
+    graph.replay()
+    expected = predict_triton.predict_blocks(q, k, *constants, **CALL.call)
+    assert torch.equal(lists.counts, expected.counts)
+    assert torch.equal(lists.indices, expected.indices)
+
+
+def test_off_hopper_the_first_long_call_times_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tiling.candidates(128, 128, 128, 2, tiling.Chip(163 << 10, hopper=False))
+    monkeypatch.setattr(tiling, "_shapes", lambda _: elsewhere)
+    monkeypatch.setattr(tiling, "_chosen", {})
+    shape = Shape(4000, 128, heads=2, kv_heads=1, block_q=128, block_k=128, **HALF)
+    q, k, v = inputs(shape, "cuda")
+    live = some_blocks(shape, "cuda")
+    out = attend(q, k, v, live, [NO_SKIP] * 2, shape)
+    assert error(out, exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+    (chosen,) = tiling._chosen.values()
+    assert chosen in elsewhere
+    told = block_sparse.launch_choice(q.device, q.dtype, 128, causal=True, block_q=128, block_k=128)
+    assert told == f"triton {chosen.tile_q}x{chosen.tile_k}, {chosen.warps} warps"
+    assert torch.equal(attend(q, k, v, live, [NO_SKIP] * 2, shape), out)

@@ -233,6 +233,36 @@ def test_inference_mode_gives_the_same() -> None:
         assert torch.equal(run(*inputs(SHAPE)), expected)
 
 
+@pytest.mark.parametrize("kv_heads", [6, 3, 2], ids=["mha", "gqa2", "gqa3"])
+def test_groups_of_heads_give_what_all_heads_give(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(length=300, heads=6, kv_heads=kv_heads, batch=2, layout="bnhd")
+    q, k, v = (x.to(TRITON_DEVICE) for x in inputs(shape))
+    heads = [0.2, 0.4, 0.6, 0.8, 0.9, 1.0], [OFF, 0.1, 0.2, OFF, 0.1, OFF], [NO_SKIP, -2.0, -4.0, 0.0, NO_SKIP, -1.0]
+    monkeypatch.setattr(op, "engine_name", lambda _: "triton")
+    at_once, counts = op.sparse_attention_with_counts(q, k, v, *heads, **shape.call)
+    made = []
+    predict_blocks = op.predict_blocks
+    monkeypatch.setattr(op, "LISTS_SHARE", 0.0)
+    monkeypatch.setattr(op, "predict_blocks", lambda q, k, *a, **c: made.append(q) or predict_blocks(q, k, *a, **c))
+    out, counts_in_groups = op.sparse_attention_with_counts(q, k, v, *heads, **shape.call)
+    assert len(made) == kv_heads
+    assert torch.equal(out, at_once)
+    assert torch.equal(counts_in_groups, counts)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "blocks", "expected"),
+    [(32768, 32, 32, (128, 128), 32), (131072, 32, 32, (128, 128), 32), (131072, 32, 32, (64, 64), 8),
+     (131072, 32, 8, (64, 64), 4), (2**20, 32, 8, (64, 64), 4)],
+)  # fmt: skip
+def test_lists_take_a_small_part_of_the_memory(
+    length: int, heads: int, kv_heads: int, blocks: tuple[int, int], expected: int
+) -> None:
+    q, k = (torch.empty(1, h, length, 128, dtype=torch.bfloat16, device="meta") for h in (heads, kv_heads))
+    assert op.heads_at_once(q, k, *blocks) == expected
+
+
 def test_engine_names() -> None:
     assert op.engine_name(torch.device("cpu")) == "flex"
     assert op.engine_name(torch.device("xpu")) == "flex"

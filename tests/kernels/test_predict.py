@@ -105,6 +105,29 @@ def test_lists_and_masks_convert_into_each_other() -> None:
     assert lists.indices[1, 2, 3, : lists.counts[1, 2, 3]].tolist() == live[1, 2, 3].nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("shape", random_shapes(24), ids=shape_id)
+@pytest.mark.parametrize("theta", [OFF, 0.2], ids=["theta-off", "theta-on"])
+def test_the_cpu_selects_what_the_reference_selects(shape: Shape, theta: float) -> None:
+    q, k, _ = inputs(shape)
+    tau = constants(shape.heads, seed=shape.length)[0]
+    constants_of_call = tau, [theta] * shape.heads
+    mask = predict.predict_mask(q, k, *constants_of_call, **shape.call)
+    expected = reference.predict_mask(q, k, *constants_of_call, **shape.call)
+    assert not ((mask != expected) & ~undecided(q, k, *constants_of_call, shape)).any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("poisoned", ["q", "k"])
+def test_the_cpu_treats_blocks_that_are_not_finite_as_the_reference_does(poisoned: str, value: float) -> None:
+    shape = Shape(length=520, heads=4, kv_heads=2, batch=2)
+    q, k, _ = inputs(shape)
+    (q if poisoned == "q" else k)[1, 1, 200] = value
+    call = ([0.3] * 4, [OFF] * 4)
+    assert torch.equal(
+        predict.predict_mask(q, k, *call, **shape.call), reference.predict_mask(q, k, *call, **shape.call)
+    )
+
+
 def test_predict_blocks_on_the_cpu_lists_the_reference_mask() -> None:
     shape = Shape(length=500, heads=4, kv_heads=2, batch=2)
     q, k, _ = inputs(shape)

@@ -112,6 +112,17 @@ def test_constants_stand_in_the_call(look, qkv):
     assert "tau = [0.9, 0.5, 1.0, 0.333333]" in result.after
 
 
+@pytest.mark.parametrize("names", [(), ("meansim",) * 4, ("meansim", "cumulant", "meansim", "sink_window")])
+def test_policies_stand_in_the_call_where_they_are_not_the_default(look, qkv, names):
+    def constants(site):
+        return SiteConstants((0.5,) * 4, (-1.0,) * 4, (-1000.0,) * 4, 64, 64, 0, policy=names)
+
+    gm, _ = rewritten(look, lambda q, k, v: sdpa(q, k, v, is_causal=True), *qkv, constants=constants)
+    (call,) = [node for node in gm.graph.nodes if node.target is OP]
+    assert call.kwargs.get("policy") == (list(names) if "cumulant" in names else None)
+    assert ("policy" in call.kwargs) == ("cumulant" in names)
+
+
 def test_rounding_is_idempotent():
     assert rounded(0.123456789) == 0.123457
     assert rounded(rounded(2 / 3)) == rounded(2 / 3)

@@ -1,0 +1,248 @@
+"""ONNX: each sparse call is one node ``afbs::SparseAttention`` with a body in standard operators.
+
+Any runtime that knows ONNX functions runs the file by that body (:mod:`afbs_compile.export.onnx_function`). A runtime
+with a kernel of its own claims the node by its name, domain and version, and must then compute what the attributes
+``policy`` and ``predictor_version`` name; it may use ``lam``, which the body does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import afbs_compile.kernels.op  # noqa: F401  registers the operator
+from afbs_compile.errors import ExportError, OptionError
+from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path, whole_file
+from afbs_compile.export.inputs import Example
+from afbs_compile.export.onnx_function import DOMAIN, NAME, VERSION, function_protos
+from afbs_compile.export.program import Program, rewritten_program
+from afbs_compile.export.runner import Runner
+from afbs_compile.kernels.reference import PREDICTOR_VERSION
+from afbs_compile.recipe import Recipe
+
+LARGEST_FILE = 2**31
+"""Bytes of a protocol buffer."""
+
+OPSETS = range(18, 24)
+DEFAULT_POLICY = "meansim"
+POLICIES = {
+    "meansim": 0, "meanshare": 1, "cumulant": 2, "antidiagonal": 3, "sink_window": 4, "vertical_slash": 5,
+}  # fmt: skip
+"""Policies that the body computes, and the number by which it knows them."""
+
+FLOATS, FLOAT, INTS, INT, STRINGS = "FLOATS", "FLOAT", "INTS", "INT", "STRINGS"
+ATTRIBUTES = {
+    "tau": (FLOATS, "per head: share of the predicted mass that the kept key blocks hold; 1 keeps all"),
+    "theta": (FLOATS, "per head: a block less self-similar than this is always kept; negative is off"),
+    "lam": (FLOATS, "per head: how far (log2) under the running maximum a product with V may be skipped; -1000 is off"),
+    "policy": (STRINGS, "per head: the rule that scores and selects the key blocks"),
+    "policy_code": (INTS, "per head: the policy as the number by which the body knows it"),
+    "is_causal": (INT, "1 where row r attends keys 0..r only"),
+    "scale": (FLOAT, "softmax scale"),
+    "block_q": (INT, "rows of a query block"),
+    "block_k": (INT, "rows of a key block; block_q is a multiple of it"),
+    "min_length": (INT, "shorter sequences keep every block"),
+    "max_length": (INT, "longer sequences keep every block; 0 for no limit"),
+    "predictor_version": (INT, "version of the selection rule; a native kernel must implement this one"),
+}
+
+
+def to_onnx(
+    model: nn.Module | ExportedProgram,
+    recipe: Recipe,
+    example: Example,
+    path: str | os.PathLike[str],
+    *,
+    dynamic: bool = False,
+    opset: int = 20,
+) -> Exported:
+    """Write the model as an ONNX file with its attention calls made sparse.
+
+    Args:
+        model, recipe, example: as in :func:`afbs_compile.export.to_pt2`.
+        path: a file name that ends in ``.onnx``; it appears whole or not at all, weights inside (under 2 GB).
+        dynamic: leave batch and length, and whatever else the model can, free.
+        opset: version of the standard operators, 18 to 23.
+
+    Returns:
+        What was written: every attention call with its outcome, and the shapes accepted.
+
+    Raises:
+        OptionError: an argument is not accepted.
+        RecipeError: the recipe belongs to another model.
+        ExportError: the extra ``export`` is missing, or PyTorch cannot translate the model.
+        OSError: the file cannot be written.
+    """
+    target = target_path(path, "onnx")
+    if opset not in OPSETS:
+        raise OptionError(f"opset: got {opset!r}; accepted: {OPSETS[0]} to {OPSETS[-1]}")
+    onnx, *_ = extra(("onnx", "onnxscript"), "export")
+    program = rewritten_program(model, recipe, example, dynamic=dynamic, refuse=no_form)
+    proto = _translated(program, opset)
+    proto.functions.extend(function_protos(opset))
+    proto.metadata_props.add(key=NOTE, value=program.note.to_json())
+    with whole_file(target) as temporary:
+        try:
+            onnx.save_model(proto, temporary)
+            onnx.checker.check_model(str(temporary), full_check=True)
+        except (ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"the ONNX file is not valid: {first_line(error)}") from error
+    return Exported(target, program.rows, program.inputs)
+
+
+def no_form(constants: Any) -> str | None:
+    """Why the body cannot compute a call with these constants; None where it can."""
+    others = sorted(set(getattr(constants, "policy", ())) - set(POLICIES))
+    return f"no form in ONNX: policy {', '.join(others)}; {', '.join(POLICIES)} have one" if others else None
+
+
+def schema() -> Any:
+    """The ``onnx.defs.OpSchema`` of the node."""
+    from onnx import defs
+
+    kind = defs.OpSchema.AttrType
+    inputs = [
+        defs.OpSchema.FormalParameter(name, "T", f"[batch, {heads}, length, head_dim]")
+        for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
+    ]
+    return defs.OpSchema(
+        NAME,
+        DOMAIN,
+        VERSION,
+        "Attention over the key blocks that each head's thresholds select.",
+        inputs=inputs,
+        outputs=[defs.OpSchema.FormalParameter("out", "T", "[batch, heads, length, head_dim]")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+        attributes=[
+            defs.OpSchema.Attribute(name, getattr(kind, type_name), description)
+            for name, (type_name, description) in ATTRIBUTES.items()
+        ],
+    )
+
+
+def _translated(program: Program, opset: int) -> Any:
+    """The model as a ``ModelProto`` whose attention nodes have no body yet."""
+    size = sum(t.numel() * t.element_size() for t in program.exported.state_dict.values())
+    if size >= LARGEST_FILE:
+        raise ExportError(f"the weights take {size / 2**30:.1f} GiB; one ONNX file holds less than 2.")
+    translation: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.afbs.sparse_attention.default: _sparse_attention_node()
+    }
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.onnx.export(
+                program.exported,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(program.note.inputs),
+                output_names=_output_names(program.exported),
+                custom_translation_table=translation,
+            )
+            assert exported is not None
+            proto = exported.model_proto
+    except Exception as error:  # the exporter raises errors of many kinds for what it cannot translate
+        raise ExportError(f"torch.onnx cannot translate the model: {first_line(error)}") from error
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    if versions[""] != opset:
+        raise ExportError(f"torch.onnx wrote opset {versions['']} where {opset} was asked for; ask for that one.")
+    _name_sizes(proto, program.sizes)
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress, and its warnings about packages that the model does not use."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _name_sizes(proto: Any, names: Mapping[str, str]) -> None:
+    """Call free sizes by their names, and the symbols that stand for a number by that number."""
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param.isdigit():
+                size.dim_value = int(size.dim_param)
+            elif size.dim_param:
+                size.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.dim_param)
+
+
+def _sparse_attention_node() -> Callable[..., Any]:
+    """Translates one call of the torch operator into one node."""
+    from onnxscript import values
+
+    node = values.Op(values.Opset(DOMAIN, VERSION), NAME, schema())
+
+    def sparse_attention(
+        q: Any,
+        k: Any,
+        v: Any,
+        tau: Sequence[float],
+        theta: Sequence[float],
+        lam: Sequence[float],
+        is_causal: bool,
+        scale: float | None = None,
+        block_q: int = 64,
+        block_k: int = 64,
+        min_length: int = 0,
+        max_length: int = 0,
+        policy: Sequence[str] | None = None,
+    ) -> Any:
+        names = list(policy or [DEFAULT_POLICY] * len(tau))
+        return node(
+            q,
+            k,
+            v,
+            tau=list(tau),
+            theta=list(theta),
+            lam=list(lam),
+            is_causal=int(is_causal),
+            scale=scale,
+            block_q=block_q,
+            block_k=block_k,
+            min_length=min_length,
+            max_length=max_length,
+            policy=names,
+            policy_code=[POLICIES[name] for name in names],
+            predictor_version=PREDICTOR_VERSION,
+        )
+
+    return sparse_attention
+
+
+def _output_names(exported: ExportedProgram) -> list[str]:
+    """The keys of a model's output where it is a flat dictionary, else numbered names."""
+    spec = exported.call_spec.out_spec
+    count = len(exported.graph_signature.user_outputs)
+    keys = spec.context if spec is not None and spec.type is dict and spec.num_leaves == count else None
+    return [str(key) for key in keys] if keys and len(keys) == count else [f"output_{i}" for i in range(count)]
+
+
+def load_onnx(path: Path) -> Runner:
+    """Load what :func:`to_onnx` wrote, to run with onnxruntime on the CPU."""
+    onnx, runtime = extra(("onnx", "onnxruntime"), "export")
+    texts = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    note = Note.from_json(texts[NOTE])
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        feed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(note.inputs, tensors, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+    return Runner(note, run)

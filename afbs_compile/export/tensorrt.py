@@ -1,0 +1,217 @@
+"""TensorRT through torch-tensorrt: a program whose parts are serialised engines, each sparse call a plugin in them.
+
+The plugin is a Quick Deployable Plugin that torch-tensorrt generates from a PyTorch operator. Its generator takes
+tensors, numbers and strings, neither lists nor optional values, and it asks the operator for its shape with sizes of
+its own choice; so the plugin has an operator to itself, ``afbs::sparse_attention_plugin``, which takes the thresholds
+as text and checks nothing until it runs. The process that runs the file imports this module first
+(:func:`afbs_compile.export.load` does): the plugin calls back into Python.
+
+TensorRT can also embed a compiled kernel in the engine (``tensorrt.plugin.aot_impl``), so that no Python runs. That
+interface launches one kernel per plugin and gives it no memory to work in; a sparse call is several kernels (block
+statistics, scores, selection, attention) with block lists between them, so it does not fit.
+
+Nothing below the calls of torch-tensorrt was ever run by this project: no engine was built, saved, loaded or timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+import afbs_compile.kernels.op
+from afbs_compile.errors import ExportError
+from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path, whole_file
+from afbs_compile.export.inputs import Example, Inputs
+from afbs_compile.export.program import rewritten_program
+from afbs_compile.export.runner import Runner, call_as_exported
+from afbs_compile.recipe import Recipe
+
+PLUGIN = "afbs::sparse_attention_plugin"
+
+
+def to_tensorrt(
+    model: nn.Module | ExportedProgram,
+    recipe: Recipe,
+    example: Example,
+    path: str | os.PathLike[str],
+    *,
+    dynamic: bool = False,
+) -> Exported:
+    """Write the model as TensorRT engines with its attention calls made sparse.
+
+    Args:
+        model, recipe, example: as in :func:`afbs_compile.export.to_pt2`, on a CUDA device.
+        path: a file name that ends in ``.ep``; it appears whole or not at all.
+        dynamic: accept every batch and length from 1 to the example's, for which the engines are built.
+
+    Returns:
+        What was written: every attention call with its outcome, and the shapes accepted.
+
+    Raises:
+        OptionError: an argument is not accepted.
+        RecipeError: the recipe belongs to another model.
+        ExportError: the extra ``tensorrt`` is missing, or torch-tensorrt cannot build the engines.
+        OSError: the file cannot be written.
+    """
+    target = target_path(path, "tensorrt")
+    (torch_tensorrt,) = extra(("torch_tensorrt",), "tensorrt")
+    program = rewritten_program(model, recipe, example, dynamic=dynamic)
+    call_plugins(program.exported.graph_module)
+    shown = Inputs.of(program.module, example).tensors
+    ranges = [
+        _range(torch_tensorrt, name, program.inputs[name], value)
+        for name, value in zip(program.note.inputs, shown, strict=True)
+    ]
+    positional = program.note.positional
+    try:
+        register_plugin()
+        built = torch_tensorrt.dynamo.compile(
+            program.exported,
+            arg_inputs=tuple(ranges[:positional]),
+            kwarg_inputs=dict(zip(program.note.inputs[positional:], ranges[positional:], strict=True)),
+            min_block_size=1,  # an engine also for the few operators between two attention calls
+        )
+        with whole_file(target) as temporary:
+            torch_tensorrt.save(
+                built,
+                str(temporary),
+                output_format="exported_program",
+                retrace=False,
+                extra_files={NOTE: program.note.to_json()},
+            )
+    except (OSError, ExportError):
+        raise
+    except Exception as error:  # torch-tensorrt raises errors of many kinds
+        raise ExportError(f"torch-tensorrt cannot build the engines: {first_line(error)}") from error
+    return Exported(target, program.rows, program.inputs)
+
+
+def _range(torch_tensorrt: Any, name: str, shape: Sequence[int | str], value: Tensor) -> Any:
+    """The sizes that an input may have: free ones from 1 to the example's."""
+    if all(isinstance(size, int) for size in shape):
+        return torch_tensorrt.Input(shape=tuple(shape), dtype=value.dtype, name=name)
+    largest = tuple(value.shape)
+    smallest = tuple(size if isinstance(size, int) else 1 for size in shape)
+    return torch_tensorrt.Input(min_shape=smallest, opt_shape=largest, max_shape=largest, dtype=value.dtype, name=name)
+
+
+def call_plugins(gm: fx.GraphModule) -> int:
+    """Replace each sparse call of a graph by the operator that the plugin is generated from.
+
+    All arguments go by position: the converter that torch-tensorrt generates reads no others.
+
+    Returns:
+        How many calls were replaced.
+    """
+    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.afbs.sparse_attention.default)
+    for node in calls:
+        given = {argument.name: argument.default_value for argument in node.target._schema.arguments}
+        given.update(zip(given, node.args, strict=False))
+        given.update(node.kwargs)
+        thresholds = (as_text(given[name]) for name in ("tau", "theta", "lam"))
+        scale = given["scale"]
+        if not isinstance(scale, float):
+            raise ExportError("TensorRT: the softmax scale of an attention call is computed in the graph.")
+        with gm.graph.inserting_before(node):
+            plugin = gm.graph.call_function(
+                torch.ops.afbs.sparse_attention_plugin.default,
+                (
+                    *(given[name] for name in ("q", "k", "v")),
+                    *thresholds,
+                    given["is_causal"],
+                    scale,
+                    *(given[name] for name in ("block_q", "block_k", "min_length")),
+                    ",".join(given.get("policy") or ()),
+                ),
+            )
+        plugin.meta = dict(node.meta)
+        plugin.meta["val"] = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format)
+        node.replace_all_uses_with(plugin)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return len(calls)
+
+
+def as_text(values: Sequence[float]) -> str:
+    """Numbers as text that gives the same numbers back."""
+    return ",".join(map(repr, values))
+
+
+def from_text(text: str) -> list[float]:
+    """The numbers of :func:`as_text`."""
+    return [float(part) for part in text.split(",")]
+
+
+@torch.library.custom_op(PLUGIN, mutates_args=())
+def sparse_attention_plugin(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: str = "",
+    theta: str = "",
+    lam: str = "",
+    is_causal: bool = False,
+    scale: float = 1.0,
+    block_q: int = 64,
+    block_k: int = 64,
+    min_length: int = 0,
+    policy: str = "",
+) -> Tensor:
+    """``afbs::sparse_attention`` with its thresholds as text and a contiguous result.
+
+    The defaults are never used: torch-tensorrt before 2.13 asks for the shape with the tensors alone.
+
+    Raises:
+        ValueError: as the operator it calls.
+    """
+    thresholds = (from_text(text) for text in (tau, theta, lam))
+    names = policy.split(",") if policy else None
+    out = afbs_compile.kernels.op.sparse_attention(
+        q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length, policy=names
+    )
+    result: Tensor = out.contiguous()
+    return result
+
+
+@sparse_attention_plugin.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: str = "",
+    theta: str = "",
+    lam: str = "",
+    is_causal: bool = False,
+    scale: float = 1.0,
+    block_q: int = 64,
+    block_k: int = 64,
+    min_length: int = 0,
+    policy: str = "",
+) -> Tensor:
+    """The shape of q, unchecked: the generator asks with sizes that no attention has."""
+    return q.new_empty(q.shape)
+
+
+@functools.cache
+def register_plugin() -> None:
+    """Have torch-tensorrt generate the plugin and its converter, once."""
+    plugins, *_ = extra(("torch_tensorrt.dynamo.conversion.plugins",), "tensorrt")
+    plugins.custom_op(PLUGIN, supports_dynamic_shapes=True)
+
+
+def load_tensorrt(path: Path) -> Runner:
+    """Load what :func:`to_tensorrt` wrote."""
+    (torch_tensorrt,) = extra(("torch_tensorrt",), "tensorrt")
+    register_plugin()
+    texts = {NOTE: ""}
+    loaded = torch_tensorrt.load(str(path), extra_files=texts)
+    note = Note.from_json(texts[NOTE])
+    module = loaded.module()
+    return Runner(note, lambda tensors: call_as_exported(module, note, tensors))

@@ -1,0 +1,67 @@
+"""``cumulant``: the mass of 16 keys as 16 queries see it, to second order, with the rule ``"share"``.
+
+A block of keys holds more of a row's softmax than its mean key says, by how far its keys spread along the query. The
+logarithm of the mean of ``exp(scale <q, k>)`` over keys k of mean m and variance v (of each coordinate) is
+``scale <q, m> + scale^2 / 2 <q^2, v>`` up to third order in the spread, coordinates taken as uncorrelated. Groups of 16
+tokens, a quarter of a block, are described well by their means where whole blocks are not. Everything is a statistic of
+the groups themselves, so nothing later than a query block enters its scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels.policies.base import Rule
+from afbs_compile.kernels.policies.grouped import GROUP, Features, GroupedPolicy
+from afbs_compile.kernels.reference import block_count
+
+
+class Cumulant(GroupedPolicy):
+    """Scores by means and variances of groups of tokens."""
+
+    name = "cumulant"
+    rule: Rule = "share"
+
+    def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
+        """Per group two rows: its mean, and what multiplies or is the variance."""
+        mean_q, _ = moments(q)
+        mean_k, variance_k = moments(k)
+        # logit_ab = <scale mean_q, mean_k> + <(scale mean_q)^2 / 2, var_k>
+        scaled = mean_q * scale
+        return _two_rows(
+            torch.stack([scaled, scaled.square() / 2], 3).flatten(2, 3),
+            torch.stack([mean_k, variance_k], 3).flatten(2, 3),
+        )
+
+    def features_on_gpu(self, q: Tensor, k: Tensor, scale: float) -> Features:
+        """The same by a Triton kernel."""
+        from afbs_compile.kernels.policies import grouped_triton  # Triton is not installed everywhere.
+
+        return _two_rows(
+            grouped_triton.moment_rows(q, scale, of_queries=True), grouped_triton.moment_rows(k, 1.0, of_queries=False)
+        )
+
+
+def _two_rows(q: Tensor, k: Tensor) -> Features:
+    return Features(q, k, 1.0, parts=2, reverse=False, span=GROUP, last=GROUP - 1)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each coordinate over each group of tokens.
+
+    Args:
+        x: ``[B, H, N, D]``; the last group may have fewer than :data:`GROUP` tokens.
+
+    Returns:
+        Two fp32 ``[B, H, ceil(N / GROUP), D]``.
+    """
+    length = x.shape[2]
+    count = block_count(length, GROUP)
+    padding = count * GROUP - length
+    rows = torch.nn.functional.pad(x.float(), (0, 0, 0, padding)).unflatten(2, (count, GROUP))
+    inside = (torch.arange(count * GROUP, device=x.device) < length).view(count, GROUP, 1)
+    sizes = inside.sum(1)
+    mean = rows.sum(3) / sizes
+    variance = ((rows - mean[:, :, :, None]) * inside).square().sum(3) / sizes
+    return mean, variance

@@ -1,0 +1,16 @@
+"""``meanshare``: the scores of ``meansim`` with the rule ``"share"``; as cheap, and sparser at the same error.
+
+``benchmarks/across_text.py`` compares the rules.
+"""
+
+from __future__ import annotations
+
+from afbs_compile.kernels.policies.base import Rule
+from afbs_compile.kernels.policies.meansim import MeanSim
+
+
+class MeanShare(MeanSim):
+    """Scores by block means, kept by their share of the row."""
+
+    name = "meanshare"
+    rule: Rule = "share"

@@ -1,0 +1,293 @@
+"""Do thresholds carry their error to text of another kind? Scores and rules compared on captured activations.
+
+    python benchmarks/across_text.py                                              the shipped model, on any machine
+    python benchmarks/across_text.py --model M --calibrate books.txt wiki.txt --test docs.txt --lengths 4096 16384
+
+Every head's threshold is the sparsest whose worst error over the calibration windows stays within a limit; then it runs
+on windows of other text: the files given and the standard library's Python code. The errors are those of block-sparse
+attention itself (sum|O - O_dense| / sum|O_dense| per head and window), taken for all thresholds at once: with the key
+blocks of a query block in the order in which tau lets them in, partial sums over them are the outputs of all taus.
+
+Scores: the policies' own, and an oracle that knows the true mass of every block. Rules: "mass" and "share", see
+afbs_compile/kernels/policies/base.py, and "floor": "share" without the root of the number of blocks. "static" is block
+means, mass, calibrated on the first text alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings
+from torch import Tensor
+
+from afbs_compile.kernels.policies import base
+from afbs_compile.kernels.policy import policy_named
+from afbs_compile.kernels.reference import diagonal_blocks, visible_blocks
+from afbs_compile.passes.capture import Operands, capture
+
+BLOCK = 64
+POINTS = 192
+SCORES = ("meansim", "cumulant", "antidiagonal", "vertical_slash", "oracle")
+RULES = ("mass", "share", "floor")
+STATIC = "meansim, mass"
+LIMIT = 0.85
+"""Part of the tolerance that the calibration windows may use: what is left over is for text unlike them."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SHIPPED_MODEL, help="folder of a causal language model")
+    parser.add_argument("--calibrate", nargs="+", default=["topics"], help="texts to calibrate on")
+    parser.add_argument("--test", nargs="+", default=[], help="texts of other kinds, beside Python code")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048])
+    parser.add_argument("--windows", type=int, nargs=2, default=[3, 4], help="of each calibration and each test text")
+    parser.add_argument("--tolerance", type=float, default=0.055)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="across_text", help="name of the result file")
+    arguments = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
+    tokens = {
+        Path(name).stem: torch.tensor(tokenizer(text_of(name), add_special_tokens=False, verbose=False).input_ids)
+        for name in (*arguments.calibrate, *arguments.test, "code")
+    }
+    result: dict[str, Any] = {"settings": settings(arguments)}
+    for length in arguments.lengths:
+        kinds, windows = [], []
+        for index, (kind, ids) in enumerate(tokens.items()):
+            count = arguments.windows[index >= len(arguments.calibrate)]
+            for start in torch.linspace(0, len(ids) - length, count).long().tolist():
+                kinds.append(kind)
+                windows.append(ids[None, start : start + length].to(device))
+        curves = measure(model.model, windows)
+        first, *others = [Path(name).stem for name in arguments.calibrate]
+        rows = table(curves, kinds, [first, *others], arguments.tolerance)
+        result[str(length)] = {"rows": rows, "why": why(curves, kinds, first, arguments.tolerance)}
+        show(length, rows, result[str(length)]["why"])
+        save(arguments.name, arguments.out, result)
+
+
+def text_of(name: str) -> str:
+    """A file's text; ``topics``: Python's help; ``code``: every fifth module of the standard library, by name."""
+    if name == "topics":
+        import pydoc_data.topics
+
+        return "\n\n".join(pydoc_data.topics.topics.values())
+    if name == "code":
+        modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        return "\n".join(path.read_text("utf-8") for path in modules[::5])
+    return Path(name).read_text("utf-8")
+
+
+Curves = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""By "score, rule": error, sparsity and true mass left out, each ``[windows, heads of all sites, POINTS]``."""
+
+
+def measure(model: Any, windows: list[Tensor]) -> Curves:
+    """The curves of every score and rule on every window."""
+    runs = sample_runs(model, windows)
+    for run, window in zip(runs, windows, strict=True):
+        assert any(isinstance(x, Tensor) and torch.equal(x, window) for x in run.inputs), "windows in another order"
+    sites: dict[str, list[Tensor]] = {}
+    for _, operands in capture(runs):
+        windows_of_site: dict[str, list[Tensor]] = {}
+        for sample in operands:
+            for name, values in site_curves(sample):
+                windows_of_site.setdefault(name, []).append(values)
+        for name, parts in windows_of_site.items():
+            sites.setdefault(name, []).append(torch.stack(parts, 1))
+    return {name: tuple(torch.cat(parts, 2).cpu()) for name, parts in sites.items()}  # type: ignore[misc]
+
+
+def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
+    """For every score and rule of one site and window: its name and ``[3, H, POINTS]``."""
+    q, k, v = (x.float() for x in (sample.q, sample.k, sample.v))
+    count = q.shape[2] // BLOCK
+    visible = visible_blocks(count, count, BLOCK, BLOCK, True, q.device)
+    diagonal = diagonal_blocks(count, count, BLOCK, BLOCK, q.device)
+    weights_of = _row_softmax(q, k, sample.scale)
+    blocks = {"causal": True, "block_q": BLOCK, "block_k": BLOCK}
+    levels: dict[str, dict[str, Tensor]] = {}
+    for name in (*SCORES, "sink_window"):
+        if name == "oracle":
+            masses = [weights_of(block).unflatten(-1, (count, BLOCK)).sum(-1).mean(1) for block in range(count)]
+            scores = torch.stack(masses, 1).log()[None]
+        else:
+            scores = policy_named(name).scores(q, k, scale=sample.scale, **blocks)
+        levels[name] = {
+            rule: torch.where(diagonal, base.ALWAYS, levels_of(scores, rule, visible)).masked_fill(~visible, torch.inf)[
+                0
+            ]
+            for rule in (RULES if name in SCORES else ("strength",))
+        }
+    # All rules let blocks in by descending score: one order serves them.
+    orders = {
+        name: next(iter(of_rules.values())).sort(dim=-1, stable=True).indices for name, of_rules in levels.items()
+    }
+    sums, size = partial_sums(weights_of, v, orders)
+    for name, of_rules in levels.items():
+        for rule, level in of_rules.items():
+            yield f"{name}, {rule}", at_all_taus(level, *sums[name], size)
+
+
+def levels_of(scores: Tensor, rule: Any, visible: Tensor) -> Tensor:
+    """:func:`base.levels`, also of the rule "floor": keep block j when ``p_j > (1 - tau) / tau``."""
+    if rule == "floor":
+        return base.levels(base.softmax(scores, visible).log(), "strength", visible)
+    return base.levels(scores, rule, visible)
+
+
+def _row_softmax(q: Tensor, k: Tensor, scale: float) -> Callable[[int], Tensor]:
+    """A function of a query block: the exact softmax of its rows, ``[H, BLOCK, length]``."""
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)[0].transpose(-1, -2)
+    later = torch.arange(q.shape[2], device=q.device)
+
+    def weights(block: int) -> Tensor:
+        rows = slice(block * BLOCK, (block + 1) * BLOCK)
+        scores = q[0, :, rows] @ keys * scale
+        return scores.masked_fill(later > later[rows, None], -torch.inf).softmax(-1)
+
+    return weights
+
+
+def partial_sums(
+    weights_of: Callable[[int], Tensor], v: Tensor, orders: dict[str, Tensor]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """Error and true mass after each block of every order, ``[H, n, n]`` each, and ``sum|O_dense|``, ``[H]``."""
+    heads, count = next(iter(orders.values())).shape[:2]
+    values = v.repeat_interleave(heads // v.shape[1], 1)[0].unflatten(1, (count, BLOCK))
+    size = torch.zeros(heads, device=v.device)
+    sums = {
+        name: (torch.zeros(heads, count, count, device=v.device), torch.ones(heads, count, count, device=v.device))
+        for name in orders
+    }
+    for block in range(count):
+        seen = block + 1
+        weights = weights_of(block).unflatten(-1, (count, BLOCK))[:, :, :seen].transpose(1, 2)
+        parts, totals = weights @ values[:, :seen], weights.sum(-1)  # [H, seen, BLOCK, D] and [H, seen, BLOCK]
+        dense = parts.sum(1, keepdim=True)
+        size += dense.abs().sum((1, 2, 3))
+        for name, order in orders.items():
+            place = order[:, block, :seen, None].expand_as(totals)
+            # o_n = sum of the first n blocks' outputs / sum of their weights
+            total = totals.gather(1, place).cumsum(1)
+            outputs = parts.gather(1, place[..., None].expand_as(parts)).cumsum(1)
+            error, mass = sums[name]
+            error[:, block, :seen] = outputs.div_(total[..., None]).sub_(dense).abs_().sum((-1, -2))
+            mass[:, block, :seen] = total.mean(-1)
+    return sums, size
+
+
+def at_all_taus(level: Tensor, error: Tensor, mass: Tensor, size: Tensor) -> Tensor:
+    """Error, sparsity and true mass left out at :data:`POINTS` taus, from the densest, ``[3, H, POINTS]``."""
+    heads, count, _ = level.shape
+    odds = torch.logspace(-3, 2, POINTS, device=level.device)
+    taus = (1 / (1 + odds)).expand(heads, count, -1).contiguous()
+    live = torch.searchsorted(level.sort(-1).values, taus)
+    errors = error.gather(-1, live - 1).sum(1) / size[:, None]
+    left = 1 - mass.gather(-1, live - 1).mean(1)
+    return torch.stack([errors, 1 - live.sum(1) / (count * (count + 1) / 2), left])
+
+
+def operating_points(errors: Tensor, limit: float) -> Tensor:
+    """Per head the sparsest point of the curve whose worst window stays within the limit; -1: dense."""
+    return (errors.amax(0).cummax(-1).values <= limit).sum(-1) - 1
+
+
+def read(curve: Tensor, index: Tensor) -> Tensor:
+    """``[windows, heads]`` of a curve at the heads' operating points."""
+    values = curve.gather(-1, index.clamp_min(0).expand(len(curve), -1)[..., None])[..., 0]
+    return torch.where(index < 0, 0.0, values)
+
+
+def table(curves: Curves, kinds: list[str], calibrated: list[str], tolerance: float) -> list[dict[str, Any]]:
+    """One row per score and rule and limit, the static choice first."""
+    error, sparsity, _ = curves[STATIC]
+    rows = [
+        {"choice": "static", "limit": 1.0}
+        | spread(error, sparsity, operating_points(error[of(kinds, calibrated[:1])], tolerance), kinds, tolerance)
+    ]
+    for name, (error, sparsity, _) in curves.items():
+        for limit in (1.0, LIMIT):
+            index = operating_points(error[of(kinds, calibrated)], limit * tolerance)
+            rows.append({"choice": name, "limit": limit} | spread(error, sparsity, index, kinds, tolerance))
+        reached = largest_limit(error, kinds, calibrated, tolerance)
+        index = operating_points(error[of(kinds, calibrated)], reached * tolerance)
+        rows.append({"choice": f"{name} at 90 %", "limit": reached} | spread(error, sparsity, index, kinds, tolerance))
+    return rows
+
+
+def of(kinds: list[str], chosen: list[str]) -> Tensor:
+    """Which windows are of the chosen kinds."""
+    return torch.tensor([kind in chosen for kind in kinds])
+
+
+def spread(error: Tensor, sparsity: Tensor, index: Tensor, kinds: list[str], tolerance: float) -> dict[str, Any]:
+    """Share of (head, window) pairs within the tolerance, worst error and mean sparsity of every kind of text."""
+    result = {}
+    for kind in dict.fromkeys(kinds):
+        errors = read(error, index)[of(kinds, [kind])]
+        result[kind] = {
+            "within": float((errors <= tolerance).float().mean()),
+            "worst": float(errors.max()),
+            "sparsity": float(read(sparsity, index)[of(kinds, [kind])].mean()),
+        }
+    return result
+
+
+def largest_limit(error: Tensor, kinds: list[str], calibrated: list[str], tolerance: float) -> float:
+    """The largest part of the tolerance at which 90 % of the pairs of every other text stay within it."""
+    low, high = 0.01, 2.0
+    for _ in range(30):
+        limit = (low * high) ** 0.5
+        errors = read(error, operating_points(error[of(kinds, calibrated)], limit * tolerance))
+        others = [kind for kind in dict.fromkeys(kinds) if kind not in calibrated]
+        enough = all((errors[of(kinds, [kind])] <= tolerance).float().mean() >= 0.9 for kind in others)
+        low, high = (limit, high) if enough else (low, limit)
+    return low
+
+
+def why(curves: Curves, kinds: list[str], first: str, tolerance: float) -> dict[str, Any]:
+    """How the log of the error on other text differs from that of the first text's worst window, and through what.
+
+    ``error = mass left out x error per mass left out``: means and deviations of both logs over heads and windows.
+    """
+    result = {}
+    for name in (STATIC, "meansim, share", "cumulant, share", "oracle, mass", "oracle, share"):
+        error, _, left = curves[name]
+        mine = of(kinds, [first])
+        index = operating_points(error[mine], tolerance)
+        errors, masses = read(error, index).clamp_min(1e-6).log(), read(left, index).clamp_min(1e-5).log()
+        worst, window = errors[mine].max(0)
+        mass = masses[mine].gather(0, window[None])[0]
+        for kind in dict.fromkeys(kinds):
+            if kind == first:
+                continue
+            change, of_mass = (errors - worst)[of(kinds, [kind])], (masses - mass)[of(kinds, [kind])]
+            parts = {"error": change, "mass": of_mass, "error per mass": change - of_mass}
+            result[f"{name}: {kind}"] = {part: [float(x.mean()), float(x.std())] for part, x in parts.items()}
+    return result
+
+
+def show(length: int, rows: list[dict[str, Any]], reasons: dict[str, Any]) -> None:
+    print(f"\n{length} tokens: share within the tolerance / worst error / sparsity")
+    for row in rows:
+        cells = [
+            f"{kind} {cell['within']:.2f} / {cell['worst']:.3f} / {cell['sparsity']:.3f}"
+            for kind, cell in row.items()
+            if isinstance(cell, dict)
+        ]
+        print(f"{row['choice']:30s} x{row['limit']:.2f}  " + "   ".join(cells))
+    for name, parts in reasons.items():
+        print(f"{name:36s} " + "  ".join(f"log {part} {m:+.2f} +- {s:.2f}" for part, (m, s) in parts.items()))
+
+
+if __name__ == "__main__":
+    main()

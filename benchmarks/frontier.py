@@ -1,0 +1,212 @@
+"""Sparsity against perplexity: one tolerance for all heads, a budget on the output, and an oracle of block mass.
+
+    python benchmarks/frontier.py                                                the shipped model at 4,096 tokens
+    python benchmarks/frontier.py --model M --calibrate A.txt --test B.txt --length 8192 --dtype bfloat16
+
+Every point is calibrated on windows of one text and measured on windows of another (or of the same text, disjoint).
+The oracle knows the true attention mass of every block of the unseen text and keeps the smallest set of blocks that
+reaches a share of it, the same share for all heads: no predictor and no search can be told more about one head. The
+thresholds run whether or not they are faster at this length: this is about quality. Ends with pass keys at the +1 %
+budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, ROOT, SHIPPED_MODEL, load, sample_runs, save, settings, text_windows
+from torch import Tensor
+
+from afbs_compile import Recipe, calibrate
+from afbs_compile.kernels.reference import block_count, diagonal_blocks, masked_attention, select_blocks, visible_blocks
+from afbs_compile.passes.capture import Attention, Operands, SampleRun, run_with
+from afbs_compile.tuner.end_to_end import SiteThresholds, find_logits, next_tokens, output_change
+from afbs_compile.tuner.space import Thresholds
+
+sys.path.append(str(ROOT / "examples"))
+import passkey
+
+TOLERANCES = (0.01, 0.02, 0.03, 0.055, 0.09)
+RISES = (0.005, 0.01, 0.02, 0.05)
+MASSES = (0.995, 0.99, 0.98, 0.96, 0.93, 0.88)
+BLOCK = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SHIPPED_MODEL, help="folder of a causal language model")
+    parser.add_argument("--calibrate", default="topics", help="text file to calibrate on")
+    parser.add_argument("--test", help="text file to measure on; by default other windows of the same text")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--windows", type=int, default=8, help="windows to calibrate on, half of them to choose")
+    parser.add_argument("--test-windows", type=int, default=4)
+    parser.add_argument("--passkey-lengths", type=int, nargs="*", default=[4096])
+    parser.add_argument("--passkeys", type=int, default=50, help="prompts at each length")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="frontier", help="name of the result file")
+    arguments = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
+    count, unseen = arguments.windows, arguments.test_windows
+    if arguments.test is None:
+        texts = text_windows(tokenizer, arguments.calibrate, arguments.length, count + unseen, device)
+        every = len(texts) // unseen
+        test = texts[every // 2 :: every][:unseen]
+        samples = [text for text in texts if not any(text is other for other in test)]
+    else:
+        samples = text_windows(tokenizer, arguments.calibrate, arguments.length, count, device)
+        test = text_windows(tokenizer, arguments.test, arguments.length, unseen, device)
+    unseen_runs = sample_runs(model, test)
+
+    curves: dict[str, list[dict[str, float]]] = {"uniform": [], "budget": [], "oracle": []}
+    recipes: dict[float, Recipe] = {}
+    for tolerance in TOLERANCES:
+        recipe = calibrate(model, samples, tolerance=tolerance)
+        curves["uniform"].append(point("uniform", tolerance, unseen_runs, recipe=recipe))
+    for rise in RISES:
+        recipes[rise] = calibrate(model, samples, tolerance={"perplexity": rise})
+        curves["budget"].append(point("budget", rise, unseen_runs, recipe=recipes[rise]))
+    for mass in MASSES:
+        curves["oracle"].append(point("oracle", mass, unseen_runs, mass=mass))
+    at = {name: {f"{rise:.1%}": sparsity_at(points, rise) for rise in RISES} for name, points in curves.items()}
+    print("\nsparsity at a perplexity rise of", *(f"{rise:>7.1%}" for rise in RISES))
+    for name, row in at.items():
+        print(f"{name:>32}", *("      -" if value is None else f"{value:7.1%}" for value in row.values()))
+    keys = passkeys(model, tokenizer, recipes[0.01], arguments, device)
+    save(
+        arguments.name,
+        arguments.out,
+        {"settings": settings(arguments), "points": curves, "sparsity_at_rise": at, "passkeys": keys},
+    )
+
+
+def sites_of(recipe: Recipe) -> dict[str, SiteThresholds]:
+    """The recipe's thresholds, whether or not the site was faster."""
+    return {
+        site.name: SiteThresholds(
+            Thresholds.of(site.heads), site.block_q, site.block_k, tuple(head.policy for head in site.heads)
+        )
+        for site in recipe.sites
+        if site.heads
+    }
+
+
+def sparse_with(sites: Mapping[str, SiteThresholds]) -> Attention:
+    return lambda name, operands: sites[name].attend(operands)
+
+
+def point(
+    name: str, setting: float, runs: Sequence[SampleRun], *, recipe: Recipe | None = None, mass: float = 0.0
+) -> dict[str, float]:
+    """One setting measured on the unseen text."""
+    if recipe is not None:
+        attention = sparse_with(sites_of(recipe))
+        sparsity = float(np.mean([head.sparsity for site in recipe.sites for head in site.heads]))
+    else:
+        oracle = Oracle(mass)
+        attention = oracle
+    changes = [change(run, attention) for run in runs]
+    if recipe is None:
+        sparsity = oracle.sparsity
+    loss = float(np.mean([c.loss for c in changes]))
+    row = {"setting": setting, "sparsity": sparsity, "perplexity_rise": float(np.expm1(loss))}
+    row["kl"] = float(np.mean([c.kl for c in changes]))
+    if recipe is not None:
+        row["calibration_seconds"] = sum(graph.seconds for graph in recipe.graphs)
+    rise = f"perplexity {row['perplexity_rise']:+.2%}  KL {row['kl']:.5f}"
+    print(f"{name:>8} {setting:<6g} sparsity {sparsity:6.1%}  {rise}")
+    return row
+
+
+def change(run: SampleRun, attention: Attention) -> Any:
+    """What the attention does to the output on one text."""
+    dense = find_logits(run_with(run, lambda *_: None))
+    return output_change(dense, find_logits(run_with(run, attention)), next_tokens(run, dense))
+
+
+class Oracle:
+    """Keeps, per query block, the smallest set of key blocks whose TRUE attention mass reaches a share."""
+
+    def __init__(self, mass: float) -> None:
+        self._mass = mass
+        self._sparsities: list[float] = []
+
+    @property
+    def sparsity(self) -> float:
+        """Mean over the heads and texts so far."""
+        return float(np.mean(self._sparsities))
+
+    def __call__(self, name: str, operands: Operands) -> Tensor:
+        """A site's output ``[B, H, N, D]``."""
+        groups = operands.q.shape[1] // operands.k.shape[1]
+        outputs = []
+        for head in range(operands.q.shape[1]):  # one N x N matrix at a time
+            q, k, v = operands.q[:, [head]], operands.k[:, [head // groups]], operands.v[:, [head // groups]]
+            outputs.append(self._attend(q, k, v, operands))
+        return torch.cat(outputs, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Tensor:
+        length, blocks = q.shape[2], block_count(q.shape[2], BLOCK)
+        scores = (q.float() @ k.float().transpose(-1, -2)) * operands.scale
+        if operands.causal:
+            scores.masked_fill_(torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        probability = torch.nn.functional.pad(scores.softmax(-1), (0, blocks * BLOCK - length) * 2)
+        mass = probability.unflatten(-1, (blocks, BLOCK)).sum(-1).unflatten(-2, (blocks, BLOCK)).mean(-2)
+        mass = mass / mass.sum(-1, keepdim=True)
+        visible = visible_blocks(blocks, blocks, BLOCK, BLOCK, operands.causal, q.device)
+        live = select_blocks(mass, torch.full((1, 1, 1), self._mass, device=q.device))
+        live = (live | diagonal_blocks(blocks, blocks, BLOCK, BLOCK, q.device)) & visible
+        self._sparsities.append(1 - float(live.sum() / visible.sum() / len(live)))
+        return masked_attention(
+            q, k, v, live, [-1000.0], causal=operands.causal, scale=operands.scale, block_q=BLOCK, block_k=BLOCK
+        )
+
+
+def sparsity_at(points: Sequence[Mapping[str, float]], rise: float) -> float | None:
+    """Sparsity at a perplexity rise, linear between the points; ``None`` outside them."""
+    ordered = sorted(points, key=lambda p: p["perplexity_rise"])
+    rises = [p["perplexity_rise"] for p in ordered]
+    if not rises[0] <= rise <= rises[-1]:
+        return None
+    return float(np.interp(rise, rises, [p["sparsity"] for p in ordered]))
+
+
+def passkeys(
+    model: Any, tokenizer: Any, recipe: Recipe, arguments: argparse.Namespace, device: str
+) -> list[dict[str, float]]:
+    """Recall dense and sparse, with keys hidden in the calibration text, at each length."""
+    rows, attention = [], sparse_with(sites_of(recipe))
+    for length in arguments.passkey_lengths:
+        (filler,) = text_windows(tokenizer, arguments.calibrate, length, 1, device)
+        tests = passkey.prompts(tokenizer, filler[0].tolist(), length, arguments.passkeys)
+        tests = [(ids.to(device), answer) for ids, answer in tests]
+        row = {"tokens": length, "prompts": len(tests), "dense": passkey.recall(model, tests)}
+        replay = Replay(sample_runs(model, [ids for ids, _ in tests]), attention)
+        row["sparse"] = passkey.recall(replay, tests)
+        print("passkeys at {tokens:,} tokens: dense {dense:.0%}, sparse {sparse:.0%} of {prompts}".format(**row))
+        rows.append(row)
+    return rows
+
+
+class Replay:
+    """Answers calls with recorded inputs, in the order of the recordings, with the sites computed by a function."""
+
+    def __init__(self, runs: Sequence[SampleRun], attention: Attention) -> None:
+        self._runs: Iterator[SampleRun] = iter(runs)
+        self._attention = attention
+
+    def __call__(self, ids: Tensor) -> argparse.Namespace:
+        """The output of the next recorded call."""
+        return argparse.Namespace(logits=find_logits(run_with(next(self._runs), self._attention)))
+
+
+if __name__ == "__main__":
+    main()

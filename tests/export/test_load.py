@@ -1,0 +1,85 @@
+"""Paths, damaged files, wrong arguments: one sentence each."""
+
+import zipfile
+
+import pytest
+import torch
+
+from afbs_compile.errors import ExportError, OptionError
+from afbs_compile.export import load, to_onnx, to_pt2, to_tensorrt
+from afbs_compile.export.files import Note, as_written
+from afbs_compile.export.runner import Runner
+from tests.export.helpers import Grouped, recipe_for, wandering
+
+
+@pytest.fixture(scope="module")
+def model_and_recipe():
+    model = Grouped().eval()
+    return model, recipe_for(model, wandering(130))
+
+
+@pytest.mark.parametrize(
+    ("export", "name", "words"),
+    [
+        (to_pt2, "model.onnx", r"accepted for pt2: a file name that ends in \.pt2"),
+        (to_onnx, "model", r"accepted for onnx: a file name that ends in \.onnx"),
+        (to_tensorrt, "model.engine", r"accepted for tensorrt: a file name that ends in \.ep"),
+        (to_pt2, "missing/model.pt2", "a folder that exists"),
+    ],
+)
+def test_a_path_that_is_not_accepted(model_and_recipe, tmp_path, export, name, words):
+    with pytest.raises(OptionError, match=words):
+        export(*model_and_recipe, wandering(130), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestLoad:
+    def test_another_suffix(self, tmp_path):
+        with pytest.raises(OptionError, match=r"ends in \.pt2, \.onnx, \.ep"):
+            load(tmp_path / "model.bin")
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(OptionError, match="a file that exists"):
+            load(tmp_path / "model.pt2")
+
+    @pytest.mark.parametrize("content", [b"", b"PK not really"], ids=["empty", "damaged"])
+    def test_a_damaged_file(self, tmp_path, content):
+        (tmp_path / "model.pt2").write_bytes(content)
+        with pytest.raises(ExportError, match="damaged or was not written by this package"):
+            load(tmp_path / "model.pt2")
+
+    def test_a_foreign_file(self, tmp_path):
+        torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path / "model.pt2")
+        with pytest.raises(ExportError, match="damaged or was not written by this package"):
+            load(tmp_path / "model.pt2")
+
+    def test_a_truncated_file(self, model_and_recipe, tmp_path):
+        to_pt2(*model_and_recipe, wandering(130), tmp_path / "whole.pt2")
+        assert zipfile.is_zipfile(tmp_path / "whole.pt2")
+        (tmp_path / "half.pt2").write_bytes((tmp_path / "whole.pt2").read_bytes()[:5000])
+        with pytest.raises(ExportError, match="cannot be loaded"):
+            load(tmp_path / "half.pt2")
+
+
+def test_the_note_survives(model_and_recipe):
+    _, recipe = model_and_recipe
+    note = Note(("a", "b"), 1, as_written(recipe, ()))
+    assert Note.from_json(note.to_json()) == note
+
+
+class TestRunner:
+    @pytest.fixture
+    def runner(self, model_and_recipe):
+        return Runner(Note(("a", "b"), 1, model_and_recipe[1]), lambda tensors: tensors)
+
+    def test_by_position_and_by_name(self, runner):
+        a, b = torch.zeros(1), torch.ones(1)
+        for out in (runner(a, b), runner(a, b=b), runner(b=b, a=a)):
+            assert out == (a, b)
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs"), [((1,), {}), ((1, 2, 3), {}), ((1, 2), {"b": 3}), ((1,), {"c": 3})], ids=str
+    )
+    def test_anything_else_is_refused(self, runner, args, kwargs):
+        with pytest.raises(OptionError, match="accepted: one tensor for each of a, b"):
+            runner(*args, **kwargs)

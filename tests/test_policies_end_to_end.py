@@ -1,0 +1,68 @@
+"""A recipe whose heads name policies runs them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import afbs_compile
+from afbs_compile.errors import RecipeError
+from tests import toy
+from tests.toy import Toy, drifting
+
+LENGTH = 512
+NAMES = ["cumulant", "meanshare", "sink_window", "meansim"]
+TAU = [0.95, 0.93, 0.1, 0.7]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr("afbs_compile.tuner.site.SiteSpeed.measure", staticmethod(toy.always_faster))
+    calibrated = afbs_compile.calibrate(Toy().eval(), [drifting(LENGTH)], min_length=128)
+    sites = [
+        replace(
+            site,
+            outcome="sparse",
+            min_length=None,
+            heads=tuple(
+                replace(head, outcome="sparse", policy=name, tau=tau, theta=-1.0, lam=-1000.0)
+                for head, name, tau in zip(site.heads, NAMES, TAU, strict=True)
+            ),
+        )
+        for site in calibrated.sites
+    ]
+    (graph,) = calibrated.graphs
+    yield replace(calibrated, graphs=(replace(graph, sites=tuple(sites)),))
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_policies_of_a_recipe_stand_in_the_graph_and_run(recipe, tmp_path, monkeypatch):
+    x = drifting(LENGTH)
+    recipe.save(tmp_path / "toy.json")
+    sparse = torch.compile(
+        Toy().eval(), backend="afbs", fullgraph=True, options={"min_length": 128, "recipe": tmp_path / "toy.json"}
+    )
+    out = sparse(x)
+    assert str(NAMES).replace('"', "'") in afbs_compile.explain(sparse).after[0].replace('"', "'")
+
+    def by_hand(q, k, v, is_causal):
+        constants = (TAU, [-1.0] * 4, [-1000.0] * 4, is_causal)
+        return torch.ops.afbs.sparse_attention(q, k, v, *constants, policy=NAMES)
+
+    dense = Toy().eval()(x)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", by_hand)
+    torch.testing.assert_close(out, Toy().eval()(x))
+    assert not torch.equal(out, dense)
+
+
+def test_an_unknown_policy_is_refused(recipe, tmp_path):
+    recipe.save(tmp_path / "toy.json")
+    text = (tmp_path / "toy.json").read_text()
+    (tmp_path / "toy.json").write_text(text.replace('"sink_window"', '"median"'))
+    with pytest.raises(RecipeError, match="policy is 'median', not one of 'meansim'"):
+        afbs_compile.Recipe.load(tmp_path / "toy.json")

@@ -1,0 +1,135 @@
+"""``tolerance={"kl": x}``: from samples to a recipe whose model stays inside the budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from afbs_compile import Recipe, calibrate, explain
+from afbs_compile.errors import OptionError
+from afbs_compile.tuner.end_to_end import output_change
+from tests.toy import Attention, LanguageToy, Toy, always_faster, drifting, token_ids
+
+LENGTH = 512
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    monkeypatch.setattr("afbs_compile.tuner.speed.SiteSpeed.measure", always_faster)
+    torch._dynamo.reset()
+
+
+def samples(count: int) -> list[torch.Tensor]:
+    return [token_ids(LENGTH, seed) for seed in range(count)]
+
+
+@torch.no_grad()
+def cost(model: nn.Module, recipe: Recipe, ids: torch.Tensor) -> float:
+    torch._dynamo.reset()
+    sparse = torch.compile(model, backend="afbs", options={"recipe": recipe, "min_length": 1})
+    return output_change(model(ids), sparse(ids), ids[:, 1:]).kl
+
+
+def test_the_compiled_model_stays_inside_and_the_recipe_says_so(tmp_path):
+    model = LanguageToy(LENGTH).eval()
+    recipe = calibrate(model, samples(4), tolerance={"kl": 1e-4}, min_length=1)
+    budget = recipe.budget
+    assert budget is not None
+    assert recipe.tolerance is None
+    assert (budget.quantity, budget.limit, budget.chosen_on, budget.checked_on) == ("kl", 1e-4, 2, 2)
+    assert 0 < budget.measured <= 1e-4
+    assert budget.checked is not None
+    assert budget.checked <= 1e-4
+    assert recipe.sparsity > 0.2
+    assert cost(model, recipe, token_ids(LENGTH, 9)) <= 1.3e-4  # another sample, which nothing was promised about
+    recipe.save(tmp_path / "recipe.json")
+    assert Recipe.load(tmp_path / "recipe.json") == recipe
+    assert "budget on the output: KL at most 0.0001 nats" in str(explain(recipe))
+
+
+def test_more_budget_is_sparser():
+    model = LanguageToy(LENGTH).eval()
+    sparsities = [calibrate(model, samples(2), tolerance={"kl": x}, min_length=1).sparsity for x in (1e-5, 1e-3)]
+    assert sparsities[0] < sparsities[1]
+
+
+def test_perplexity_is_measured_on_the_samples_tokens():
+    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(2), tolerance={"perplexity": 0.001}, min_length=1)
+    assert recipe.budget is not None
+    assert recipe.budget.measured <= 0.001
+    assert "perplexity at most +0.1 %" in str(explain(recipe))
+
+
+def test_one_sample_is_not_checked():
+    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(1), tolerance={"kl": 1e-4}, min_length=1)
+    assert recipe.budget is not None
+    assert (recipe.budget.checked, recipe.budget.checked_on) == (None, 0)
+
+
+@torch.no_grad()
+def test_in_the_backend():
+    model = LanguageToy(LENGTH).eval()
+    options = {"tolerance": {"kl": 1e-4}, "samples": samples(2), "min_length": 1}
+    compiled = torch.compile(model, backend="afbs", options=options)
+    ids = token_ids(LENGTH, 5)
+    change = output_change(model(ids), compiled(ids), ids[:, 1:])
+    assert 0 < change.kl <= 1.5e-4
+
+
+def test_the_search_is_recorded():
+    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(2), tolerance={"kl": 1e-4}, min_length=1)
+    paths = recipe.sites[0].heads[0].search
+    assert {"explore", "refine"} <= {path.stage for path in paths}
+    assert max(len(path.tau) for path in paths) >= 16
+
+
+class TwoOutputs(nn.Module):
+    """Nothing says which one is the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Toy()
+
+    def forward(self, x):
+        return self.body(x), self.body(2 * x)
+
+
+class Broken(nn.Module):
+    """Two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "tolerance", "sentence"),
+    [
+        (TwoOutputs, {"kl": 0.01}, "a budget on the output needs logits"),
+        (Toy, {"perplexity": 0.01}, "a budget on perplexity needs the tokens"),
+        (Broken, {"kl": 0.01}, "needs the model in one graph"),
+    ],
+)
+def test_models_without_clear_logits_are_refused(model, tolerance, sentence):
+    with pytest.raises(OptionError, match="tolerance") as caught:
+        calibrate(model().eval(), [drifting(LENGTH)], tolerance=tolerance, min_length=1)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tolerance", [{}, {"kl": 0}, {"kl": "x"}, {"loss": 0.1}, {"kl": 0.1, "perplexity": 0.1}, {"kl": True}]
+)
+def test_wrong_budgets_are_refused(tolerance):
+    with pytest.raises(OptionError, match="tolerance: got .*accepted: a number between 0 and 1, or one of 'kl' or"):
+        calibrate(Toy(), [drifting(LENGTH)], tolerance=tolerance)
+
+
+def test_the_paper_has_no_budget():
+    with pytest.raises(OptionError, match="method: got 'paper'"):
+        calibrate(Toy(), [drifting(LENGTH)], tolerance={"kl": 0.1}, method="paper")
