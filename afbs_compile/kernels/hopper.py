@@ -26,8 +26,8 @@ BLOCKS = ((128, 128), (128, 64))
 
 HEAD_DIMS = (64, 128)
 
-STAGES = 2
-"""Steps whose keys and values are kept; three do not fit beside the queries at head_dim 128."""
+CACHED_BYTES = 24 << 20
+"""Keys and values that are read at the same time: half of the 50 MB cache, for each half of it keeps its own copy."""
 
 ALIGNMENT = 16
 """Bytes: the copy engine's tensors start, and step from row to row, at multiples of this."""
@@ -77,6 +77,19 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, lam: Sequence[float], block_q: int,
                 f"the others positive, all of them and the address multiples of {ALIGNMENT} bytes"
             )
     return None
+
+
+def stages(head_dim: int) -> int:
+    """Steps of keys and values that fit the 227 KB of shared memory beside a tile of queries; four are enough."""
+    return 3 if head_dim == 128 else 4
+
+
+def section(length: int, head_dim: int, groups: int) -> int:
+    """Query heads whose keys and values, two bytes an element, fit :data:`CACHED_BYTES` together.
+
+    They are worked on in turns. Heads that share keys and values stay together.
+    """
+    return groups * max(1, CACHED_BYTES // (4 * length * head_dim))
 
 
 @functools.cache
@@ -142,11 +155,10 @@ def attend(
         # The kernel takes the row maximum before it multiplies by the scale.
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     scale *= LOG2_E
-    count_q = block_count(length, block_q)
-    tiles = batch * heads * count_q
+    groups, planes, count_q = heads // k.shape[1], batch * heads, block_count(length, block_q)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):  # Triton launches on the current device.
-        forward_kernel[(min(_processors(q.device), tiles),)](
+        forward_kernel[(min(_processors(q.device), planes * count_q),)](
             _descriptor(q, block_q // 2, dim),
             _descriptor(k, block_k, CHUNK.value),
             _descriptor(v, block_k, CHUNK.value),
@@ -158,15 +170,16 @@ def attend(
             2.0 ** math.ceil(math.log2(scale)),
             length,
             heads,
-            heads // k.shape[1],
+            groups,
+            planes,
+            section(length, dim, groups),
             count_q,
             lists.indices.shape[-1],
-            tiles,
             *out.stride()[:3],
             HEAD_DIM=dim,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            STAGES=STAGES,
+            STAGES=stages(dim),
             CAUSAL=causal,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS,
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,
