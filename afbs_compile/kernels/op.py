@@ -7,7 +7,6 @@ PyTorch predictor and FlexAttention.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +22,6 @@ from afbs_compile.kernels.reference import KEEP_ALL
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
 BLOCKS = (16, 32, 64, 128)
-
-HOPPER = os.environ.get("AFBS_HOPPER") == "1"
-"""Whether calls that suit it run on the Hopper kernel. Off unless ``AFBS_HOPPER=1``: its prototype was measured and
-tested on an H200, but its own tests (``tests/gpu/test_hopper.py``) have not run on the chip yet."""
 
 LISTS_SHARE = 0.035
 """Largest part of the memory of q, k, v and the output that block lists may take; at 128K tokens they and the block
@@ -150,7 +145,7 @@ def _attend_on_triton(
     """The kernel that serves the call; it writes into ``out``."""
     from afbs_compile.kernels import block_sparse, hopper  # Triton is not installed everywhere.
 
-    if HOPPER and hopper.refusal(q, k, v, lam, call["block_q"], call["block_k"]) is None:
+    if hopper.refusal(q, k, v, lam, call["block_q"], call["block_k"]) is None:
         hopper.attend(q, k, v, lists, lam, out=out, **call)
     else:
         block_sparse.attend(q, k, v, lists, lam, out=out, **call)
