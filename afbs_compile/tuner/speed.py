@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,7 +107,7 @@ class SiteSpeed:
         block_k: int,
         dense_ms: float | None = None,
     ) -> SiteSpeed:
-        """Time at the sample's length, then at shorter ones, from the shortest up until sparse pays.
+        """Time at the sample's length, then find the shortest of its halvings at which sparse pays, by bisection.
 
         Args:
             sample: one input.
@@ -126,13 +127,15 @@ class SiteSpeed:
         known = stopwatch.known_crossover(sample, sparsity, block_q, block_k)
         if known is not None:
             return SiteSpeed(dense_ms, sparse_ms, known)
-        shorter = [length >> halvings for halvings in range(1, 20) if length >> halvings >= SHORTEST]
-        min_length = length
-        for tried in reversed(shorter):
+        lengths = sorted(
+            length >> halvings for halvings in range(20) if length >> halvings >= SHORTEST or halvings == 0
+        )
+
+        def worthwhile(tried: int) -> bool:
             dense, sparse = _times(_first_tokens(sample, tried), thresholds, policy, block_q, block_k)
-            if sparse <= WORTHWHILE * dense:
-                min_length = tried
-                break
+            return sparse <= WORTHWHILE * dense
+
+        min_length = lengths[bisect_left(lengths[:-1], True, key=worthwhile)]
         stopwatch.learn_crossover(sample, sparsity, block_q, block_k, min_length)
         return SiteSpeed(dense_ms, sparse_ms, min_length)
 

@@ -18,11 +18,12 @@ from afbs_compile.recipe import Policy, Stage
 from afbs_compile.tuner.curves import SMALLEST, Curves, boldest_safe
 from afbs_compile.tuner.inputs import BlockShape, InputCurve, Inputs
 
-FACTORS = torch.cat([torch.tensor([0.3, 0.38, 0.46]), 0.52 * 1.0507 ** torch.arange(21)]).flip(0)
-"""Thresholds tried, as shares of the explored ``1 - tau``, the boldest first: 0.3 to 1.4, a twentieth apart about 1."""
+FACTORS = (0.52 * 1.0507 ** torch.arange(21)).flip(0)
+"""Thresholds tried, as shares of the explored ``1 - tau``, the boldest first: 0.52 to 1.4, a twentieth apart."""
 
-STEPS_BACK = torch.tensor([0, 1, 2, 3, 5, 7, 10, 14])
-"""Thresholds that the other inputs are measured at, counted from the boldest that holds on the explored one."""
+STEPS_BACK = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8])
+"""Thresholds that the other inputs are measured at, counted from the boldest that holds on the explored one. More would
+visit more blocks; a head that fails at all of them is measured again, further on."""
 
 DECIMALS = 6
 """Thresholds are rounded to what the recipe and the graph show before they are measured."""
@@ -30,7 +31,7 @@ DECIMALS = 6
 SAFE_SHARE = 0.998
 """Share of the tolerance that a threshold may use: the kernel that will run rounds in another order than the pass."""
 
-ROUNDS = 3
+ROUNDS = 4
 HIGHER = 3.0
 """Where even the boldest threshold holds, ``1 - tau`` is scaled by this and measured again, for that head."""
 
