@@ -51,12 +51,13 @@ def afbs(
     if found.sites:
         recipe = _recipe(found, example_inputs, settings)
         guard_parameters(gm, example_inputs)
-    plan = Plan.of(found, recipe, settings.outside)
-    rewritten = rewrite(gm, plan.constants)
+    plan = Plan.of(found, recipe, settings.outside).without_masks(found)
+    rewritten = rewrite(gm, plan.constants, plan.unmasked)
     if settings.dump is not None:
         dump(rewritten, settings.dump, f"graph_{registry.compile_id()}")
     if registry.record(found, plan, rewritten, recipe) and not rewritten.changed:
-        warnings.warn(f"afbs: {plan.summary()}; this graph runs unchanged.", AfbsWarning, stacklevel=2)
+        rest = "nothing else in this graph changed" if plan.unmasked else "this graph runs unchanged"
+        warnings.warn(f"afbs: {plan.summary()}; {rest}.", AfbsWarning, stacklevel=2)
     return lower(gm, example_inputs, mode=mode)
 
 
