@@ -55,7 +55,7 @@ class HeadRecipe:
         policy: what scores the key blocks, by name (:mod:`afbs_compile.kernels.policies`): ``"meansim"``, say, the
             softmax of block means (SpargeAttn).
         tau: pooled-softmax mass kept; theta: self-similarity below which a block is always kept (negative: off);
-            lam: skip threshold in log2 units (-1000: off).
+            lam: skip threshold in log2 units (-1000: off, as every method but ``"paper"`` leaves it).
         sparsity: 1 - live / causally valid blocks, mean of the samples.
         error: relative L1 (Eq. 1), worst of ``validation_errors``.
         validation_errors: one per validation input.
