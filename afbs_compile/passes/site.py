@@ -32,7 +32,7 @@ class AttentionSite:
 
     In canonical form the call is ``softmax(scale * Q K^T + causal mask) V`` with ``Q [batch, heads, length,
     head_dim]`` and ``K, V [batch, kv_heads, length, head_dim]``, query head ``h`` reading key head
-    ``h // kv_groups``. :meth:`canonical` brings a tensor of the graph into that form.
+    ``h // (heads // kv_heads)``. :meth:`canonical` brings a tensor of the graph into that form.
 
     Attributes:
         name: path of the module that makes the call, e.g. ``model.layers.3.self_attn``; unique in the graph.
@@ -61,11 +61,6 @@ class AttentionSite:
     rank: int
     dtype: torch.dtype
     device: torch.device
-
-    @property
-    def kv_groups(self) -> int:
-        """Query heads that share one key head."""
-        return self.heads // self.kv_heads
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         """Q, K and V in canonical form without data: fake tensors with the sizes and strides of this call."""

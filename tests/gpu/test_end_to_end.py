@@ -7,20 +7,11 @@ import torch
 
 import afbs_compile
 from afbs_compile.backend import afbs
-from afbs_compile.tuner import site as tuner_site
-from tests.toy import Toy, always_faster, drifting
+from tests.toy import Toy, drifting
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")]
 
 LENGTH = 4096
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
-    yield
-    torch._dynamo.reset()
 
 
 def relative_l1(a, b):

@@ -15,18 +15,12 @@ from afbs_compile.found import FoundGraph
 from afbs_compile.kernels import op, serving
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner.site import SiteSpeed
-from tests.toy import Toy, always_faster, drifting
+from tests.toy import Toy, drifting
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
 
 LENGTH = 512
 REASON = "head_dim is 32; accepted: (64, 128)"
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(SiteSpeed, "measure", staticmethod(always_faster))
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
