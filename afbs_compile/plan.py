@@ -157,8 +157,9 @@ def _constants(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SiteCo
     assert row.block_k is not None
     shortest, longest = row.min_length or 0, 0
     if isinstance(site.length, torch.SymInt) and statically_known_true(site.length >= shortest):
-        # A guard says so. A graph without it must not look the same: inductor's cache would bring the guard back.
-        shortest = 0
+        # A guard says so. A graph without it, or with one for another length, must not look the same: inductor's cache
+        # would bring the guard along. One token less is as never reached, and tells them apart.
+        shortest = max(0, shortest - 1)
     if outside != "extrapolate" and row.validated_lengths is not None and not isinstance(site.length, int):
         shortest, longest = max(shortest, row.validated_lengths[0]), row.validated_lengths[1]
     return SiteConstants(
