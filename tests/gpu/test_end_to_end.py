@@ -86,8 +86,8 @@ def test_a_call_that_stays_dense_runs_without_its_causal_mask(monkeypatch):
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
     assert float((out - exact).abs().max()) < 3e-2
     changed = v.clone()
-    changed[:, :, 1000:] = float("nan")  # a tile on the diagonal multiplies them by zero
-    assert sparse(q, k, changed)[:, :, :768].isfinite().all(), "later tokens are read"
+    changed[:, :, 1000:] = 100.0
+    assert torch.equal(sparse(q, k, changed)[:, :, :1000], out[:, :, :1000]), "later tokens are read"
 
 
 @torch.no_grad()
