@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import afbs_compile
 from afbs_compile.backend import afbs
-from afbs_compile.kernels import flex, op
+from afbs_compile.kernels import flex
 from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.kernels.predict import BlockLists, lists_to_mask, predict_blocks
 from afbs_compile.kernels.reference import LAMBDA_OFF, THETA_OFF
@@ -60,14 +60,12 @@ def off(case: Case) -> tuple[list[float], list[float]]:
     return [THETA_OFF] * case.heads, [LAMBDA_OFF] * case.heads
 
 
-def ours(
-    q: Tensor, k: Tensor, v: Tensor, case: Case, tau: list[float], blocks: Blocks, lam: float = LAMBDA_OFF
-) -> Callable[[], Tensor]:
+def ours(q: Tensor, k: Tensor, v: Tensor, case: Case, tau: list[float], blocks: Blocks) -> Callable[[], Tensor]:
     """The operator: predictor, lists and attention."""
     call: dict[str, Any] = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
     if case.precision is not None:
         call["precision"] = case.precision
-    constants = tau, off(case)[0], [lam] * case.heads
+    constants = tau, *off(case)
     return lambda: sparse_attention_with_counts(q, k, v, *constants, **call)[0]
 
 
@@ -198,7 +196,7 @@ def negligible_tiles(run: Run) -> Rows:
     q, k, v = operands(case, run.device)
     rows: Rows = []
     for blocks in ((128, 128), (64, 64)):
-        tau, lists = thresholds_for(case, q, k, blocks)
+        _, lists = thresholds_for(case, q, k, blocks)
         truth = exact_rows(q, k, v, case, blocks, lists)
         kernel = SparseCall(q, k, v, off(case)[1], case.causal, *blocks).kernel().name
         calls = {"default": _attention(q, k, v, case, lists, blocks)}
