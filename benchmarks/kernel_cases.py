@@ -1,8 +1,9 @@
 """The cases of the kernel benchmark: shapes, operands with structure, thresholds for a wanted sparsity, and the truth.
 
-Operands are not noise, but where a case says so. Each head has some directions that queries and keys turn to for a stretch of tokens, and a
-slow drift that neighbours share, so pooled scores spread as those of a trained head do. The predictor then runs as it
-does in a model: ``tau`` of each head is found by bisection on the sparsity that it measures, to within a point.
+Operands are not noise, but where a case says so. Each head has some directions that queries and keys turn to for a
+stretch of tokens, and a slow drift that neighbours share, so pooled scores spread as those of a trained head do. The
+predictor then runs as it does in a model: ``tau`` of each head is found by bisection on the sparsity that it measures,
+to within a point.
 """
 
 from __future__ import annotations
