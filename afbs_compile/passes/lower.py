@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import fx
+
+from afbs_compile.kernels.op import sparse_attention
 
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None) -> Callable[..., Any]:
@@ -21,8 +24,20 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None
     """
     from torch._inductor.compile_fx import compile_fx  # takes a second to import
 
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_patches(mode))
+    config: Any = torch.compiler.config  # its `patch` is installed at run time
+    with config.patch(cache_key_tag=_cache_key_tag()):
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_patches(mode))
     return cast(Callable[..., Any], compiled)
+
+
+def _cache_key_tag() -> str:
+    """What inductor's cache on disk must know beside the graph.
+
+    Its keys hold the operator's name, its compiled code every argument that the operator has: another version of this
+    package must not find it.
+    """
+    schema = sparse_attention._opoverload._schema
+    return f"{torch.compiler.config.cache_key_tag} {schema}"
 
 
 def _patches(mode: str | None) -> dict[str, Any]:

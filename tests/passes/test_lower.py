@@ -1,7 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
+from afbs_compile.passes import lower as lowering
 from afbs_compile.passes.find import find
 from afbs_compile.passes.lower import lower
 from afbs_compile.passes.rewrite import SiteConstants, rewrite
@@ -54,3 +57,31 @@ def test_an_unknown_mode_is_refused():
     gm = torch.fx.symbolic_trace(lambda x: x.sin())
     with pytest.raises(ValueError, match=r"unknown mode 'fastest'; inductor has default, .*max-autotune"):
         lower(gm, [torch.randn(3)], mode="fastest")
+
+
+def test_inductors_cache_tells_versions_of_the_operator_apart(monkeypatch):
+    x = torch.randn(2, 4, 24, 16)
+
+    def hits():
+        torch._dynamo.reset()
+        counters.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(attend, backend=backend)(x), attend(x))
+        return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+
+    with fresh_cache():
+        assert hits() == 0
+        assert hits() > 0
+        monkeypatch.setattr(
+            lowering, "sparse_attention", torch.library.custom_op("afbs_test::other", mutates_args=())(other)
+        )
+        assert hits() == 0
+        monkeypatch.undo()
+        assert hits() > 0
+        with torch.compiler.config.patch(cache_key_tag="the user's"):
+            assert hits() == 0
+            assert torch.compiler.config.cache_key_tag == "the user's"
+
+
+def other(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
