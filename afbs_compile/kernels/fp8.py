@@ -5,8 +5,8 @@
     V    block by block: a peak in [1, 2)
     P    2^8 2^(s - m), m the running maximum; the row sum is of the weights before they are rounded
 
-Everything becomes E4M3 (four bits of exponent, three of mantissa, largest value 448), at a scale that is a power of two.
-E4M3 is a floating-point format: within its range, 2^-6 to 448, a power of two more or less rounds nothing differently.
+Everything becomes E4M3 (four bits of exponent, three of mantissa, largest value 448) at a scale that is a power of two:
+within its range, 2^-6 to 448, a power of two more or less rounds nothing differently.
 
 Causality: a block's scale may depend on nothing that its first row does not see. The peak of a block is that of its
 first row, or a constant where that is larger; later rows may be 224 times as large before they are clamped to 448.
@@ -48,7 +48,7 @@ class Quantised(NamedTuple):
     """Operands of the FP8 kernel.
 
     Attributes:
-        q: E4M3 ``[B, H, N, D]``; q_scale: fp32 ``[B, H, N]``.
+        q: E4M3 ``[B, H, N, D]``; q_scale: fp32 ``[B, H, n_q * 128]``, of no meaning past the end.
         k: E4M3 ``[B, H_kv, N, D]``; k_scale: fp32 ``[B, H_kv, n_k]``.
         v: E4M3 ``[B, H_kv, D, n_k * 128]``, transposed, keys in :func:`key_order`, zeros past the end; v_scale: fp32
             ``[B, H_kv, n_k]``.
@@ -60,6 +60,11 @@ class Quantised(NamedTuple):
     k_scale: Tensor
     v: Tensor
     v_scale: Tensor
+
+
+def constant_count(kv_heads: int, dim: int) -> int:
+    """Numbers that a call's :class:`Constants` are carried as: for each key head its D means and its two peaks."""
+    return kv_heads * (dim + 2)
 
 
 class Constants(NamedTuple):
@@ -76,10 +81,10 @@ class Constants(NamedTuple):
 
     @classmethod
     def unpacked(cls, values: Sequence[float] | Tensor | None, kv_heads: int, dim: int) -> Constants:
-        """The constants from the numbers that a recipe and the operator carry, ``kv_heads * (dim + 2)`` of them.
+        """The constants from the numbers that a recipe and the operator carry.
 
         Args:
-            values: for each key head its D means and its two peaks; ``None``: no mean, peaks :data:`SMALLEST_PEAK`.
+            values: :func:`constant_count` of them; ``None``: no mean, peaks :data:`SMALLEST_PEAK`.
             kv_heads: H_kv; dim: D.
         """
         if values is None:
@@ -151,13 +156,15 @@ def quantise(q: Tensor, k: Tensor, v: Tensor, constants: Sequence[float] | None,
     mean, key_peak, value_peak = Constants.unpacked(constants, k.shape[1], dim)
     queries = q.float() * ((dim**-0.5 if scale is None else scale) * LOG2_E)
     q_scale = _powers(_finite(queries).abs().amax(-1), ROW_EXPONENT)
+    missing = block_count(length, BLOCK) * BLOCK - length
     keys, k_scale = _rounded_blocks(k.float() - mean.to(k.device)[:, None], key_peak)
     values, v_scale = _rounded_blocks(v.float(), value_peak)
     # Bytes, for E4M3 tensors can be moved about only so far.
-    padded = F.pad(values.view(torch.uint8), (0, 0, 0, block_count(length, BLOCK) * BLOCK - length))
+    padded = F.pad(values.view(torch.uint8), (0, 0, 0, missing))
     by_block = padded.unflatten(2, (-1, BLOCK))[:, :, :, key_order(v.device)].flatten(2, 3)
     turned = by_block.transpose(2, 3).contiguous().view(torch.float8_e4m3fn)
-    return Quantised(_rounded(queries / q_scale[..., None]), q_scale, keys, k_scale, turned, v_scale)
+    rounded = _rounded(queries / q_scale[..., None])
+    return Quantised(rounded, F.pad(q_scale, (0, missing), value=1.0), keys, k_scale, turned, v_scale)
 
 
 def attend(operands: Quantised, live: Tensor, *, causal: bool) -> Tensor:
@@ -176,7 +183,7 @@ def attend(operands: Quantised, live: Tensor, *, causal: bool) -> Tensor:
     keys = (k.float() * k_scale.repeat_interleave(BLOCK, 2)[:, :, :length, None]).repeat_interleave(groups, 1)
     in_order = v.float().transpose(2, 3).unflatten(2, (-1, BLOCK))[:, :, :, key_order(v.device).argsort()]
     values = (in_order * v_scale[..., None, None]).repeat_interleave(groups, 1)
-    scores = (q.float() * q_scale[..., None]) @ keys.transpose(2, 3)
+    scores = (q.float() * q_scale[:, :, :length, None]) @ keys.transpose(2, 3)
     allowed = live.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[:, :, :length, :length]
     scores = scores.masked_fill(~(allowed.tril() if causal else allowed), -math.inf)
     peak = scores.new_full(scores.shape[:3], -math.inf)

@@ -65,15 +65,13 @@ def _block_exponent(tile, rows, first, peak):
 
 
 @triton.jit
-def _query_block(x, scales, out, plane, rows, factor, length, HEAD_DIM: tl.constexpr):
+def _query_block(x, scales, out, plane, rows, factor, length, width, HEAD_DIM: tl.constexpr):
     """Store rows of q, each at its own scale."""
     x *= factor
     exponent = _exponent(tl.max(_magnitudes(x), 1)) - ROW_EXPONENT
-    where = plane.to(tl.int64) * length + rows
-    inside = rows < length
-    tl.store(scales + where, _power(exponent), mask=inside)
-    columns = tl.arange(0, HEAD_DIM)
-    tl.store(out + where[:, None] * HEAD_DIM + columns[None, :], _rounded(x * _power(-exponent)[:, None]), inside[:, None])
+    tl.store(scales + plane.to(tl.int64) * width + rows, _power(exponent))
+    where = (plane.to(tl.int64) * length + rows)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(out + where, _rounded(x * _power(-exponent)[:, None]), mask=(rows < length)[:, None])
 
 
 @triton.jit
@@ -115,7 +113,7 @@ def _quantise_kernel(
             query, plane, heads, rows, length,
             stride_query_batch, stride_query_head, stride_query_row, stride_query_dim, HEAD_DIM,
         )  # fmt: skip
-        _query_block(x, query_scale, out_query, plane, rows, factor, length, HEAD_DIM)
+        _query_block(x, query_scale, out_query, plane, rows, factor, length, count * ROWS, HEAD_DIM)
     elif program < programs_q + programs_k:
         place = program - programs_q
         plane = place // count
@@ -161,7 +159,7 @@ def quantise(q: Tensor, k: Tensor, v: Tensor, constants: tuple[float, ...] | Non
 
     out = Quantised(
         empty(batch, heads, length, dim),
-        empty(batch, heads, length, dtype=torch.float32),
+        empty(batch, heads, count * BLOCK, dtype=torch.float32),
         empty(batch, kv_heads, length, dim),
         empty(batch, kv_heads, count, dtype=torch.float32),
         empty(batch, kv_heads, dim, count * BLOCK),

@@ -59,9 +59,15 @@ def _operand(weights, layout: gl.constexpr):
 
 
 @gluon.jit
-def _scale(notes, place):
-    """A power of two that the producer told the bits of."""
-    return read(notes, place).to(gl.float32, bitcast=True)
+def _power(bits):
+    """The power of two that has these bits."""
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _inverse(bits):
+    """The inverse of that power, exactly: bits of 2^e are (e + 127) << 23."""
+    return (0x7F000000 - bits).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -103,15 +109,14 @@ def consumer(
     scores = warpgroup_mma_wait(0, deps=[scores])
     while tile >= 0:
         # ``scores`` are those of the tile's first step, the only one that may need a mask.
-        key_scale = _scale(step_scales, 2 * slot)
-        value_scale = _scale(step_scales, 2 * slot + 1)
+        key_scale = _power(read(step_scales, 2 * slot))
+        value_bits = read(step_scales, 2 * slot + 1)
         mbarrier.arrive(key_free.index(slot), count=1)
         steps = read(numbers, NOTE * query_slot + 1)
         first_key = read(numbers, NOTE * query_slot + 2)
-        batch, head, block = locate(tile, heads, count_q, CAUSAL)
+        _, _, block = locate(tile, heads, count_q, CAUSAL)
         rows = block * STEP + lines
-        mine = query_scales + (batch * heads + head).to(gl.int64) * length + rows
-        query_scale = gl.load(mine, mask=rows < length, other=1.0)
+        query_scale = gl.load(query_scales + (tile // count_q * count_q + block).to(gl.int64) * STEP + lines)
         scores = _mask(scores, rows, first_key, first_key, length, STEP, CAUSAL)
         peak = gl.full([ROWS], float("-inf"), gl.float32, layout=rows_of)
         total = gl.zeros([ROWS], gl.float32, layout=rows_of)
@@ -132,9 +137,10 @@ def consumer(
             # units of the latest step's values: o <- o * 2^(m_old - m) * u_old / u + P V
             acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added
             scores = warpgroup_mma_wait(0, deps=[scores])
-            key_scale = _scale(step_scales, 2 * near)
-            unit = value_scale / _scale(step_scales, 2 * near + 1)
-            value_scale = _scale(step_scales, 2 * near + 1)
+            key_scale = _power(read(step_scales, 2 * near))
+            near_bits = read(step_scales, 2 * near + 1)
+            unit = _power(value_bits) * _inverse(near_bits)
+            value_bits = near_bits
             mbarrier.arrive(key_free.index(near), count=1)
             slot, phase = near, near_phase
 
@@ -145,6 +151,7 @@ def consumer(
         added = warpgroup_mma(weight, values.index(slot).permute((1, 0)), no_values, use_acc=False, is_async=True)
         mbarrier.arrive(query_free.index(query_slot), count=1)
         last_slot = slot
+        last_tile = tile
         query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
         slot, phase = after(slot, phase, STAGES)
         mbarrier.wait(told.index(query_slot), query_phase)
@@ -157,5 +164,6 @@ def consumer(
         added = warpgroup_mma_wait(1, deps=[added])
         mbarrier.arrive(value_free.index(last_slot), count=1)
         acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added
-        _store(out, strides, acc, total / value_scale, batch, head, block * STEP + PART * ROWS, length)
+        batch, head, block = locate(last_tile, heads, count_q, CAUSAL)
+        _store(out, strides, acc, total * _inverse(value_bits), batch, head, block * STEP + PART * ROWS, length)
         scores = warpgroup_mma_wait(0, deps=[scores])

@@ -4,7 +4,7 @@
 """Block-sparse attention forward on FP8 operands for Hopper: :mod:`afbs_compile.kernels.hopper_kernel` with these
 differences.
 
-    Q and K are E4M3 with a power of two beside every row of Q and every block of K; scores times both are in log2 units.
+    Q and K are E4M3, with a power of two beside every row of Q and every block of K: scores times both are log2 units.
     V is E4M3, transposed, for FP8 products take both operands along their sum; a block has a power of two as well.
     P becomes E4M3 in registers. A step is one block of 128 keys, and its product with V is added up in fp32.
 """
