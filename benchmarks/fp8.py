@@ -1,4 +1,4 @@
-"""What FP8 costs and gains: its parts apart, its error with and without constants, and the bf16 kernels in the same run.
+"""What FP8 costs and gains: its parts apart, its errors, and the bf16 kernels in the same run.
 
     python benchmarks/fp8.py
     python benchmarks/fp8.py --stages 2 3 4 5    how many steps of keys and values are kept

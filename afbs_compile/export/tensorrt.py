@@ -62,7 +62,8 @@ def to_tensorrt(
     """
     target = target_path(path, "tensorrt")
     (torch_tensorrt,) = extra(("torch_tensorrt",), "tensorrt")
-    program = rewritten_program(model, recipe, example, dynamic=dynamic)
+    no_fp8 = "the TensorRT plugin takes no FP8 heads"
+    program = rewritten_program(model, recipe, example, dynamic=dynamic, no_fp8=no_fp8)
     call_plugins(program.exported.graph_module)
     shown = Inputs.of(program.module, example).tensors
     ranges = [

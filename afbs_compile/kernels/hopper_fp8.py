@@ -25,16 +25,19 @@ STAGES = 4
 """Steps whose keys and values are kept."""
 
 
-def refusal(q: Tensor, lam: Sequence[float], block_q: int, block_k: int) -> str | None:
+def refusal(
+    device: torch.device, dtype: torch.dtype, head_dim: int, lam: Sequence[float], block_q: int, block_k: int
+) -> str | None:
     """Why :func:`attend` does not take a call, or ``None`` if it does.
 
     Args:
-        q, lam, block_q, block_k: as in :func:`attend`.
+        device, dtype, head_dim: of the operands.
+        lam, block_q, block_k: as in :func:`attend`.
 
     Returns:
         A sentence that names what came and what is accepted.
     """
-    return hopper.unsuited(q, lam, (block_q, block_k), ((BLOCK, BLOCK),))
+    return hopper.unsuited(device, dtype, head_dim, lam, (block_q, block_k), ((BLOCK, BLOCK),))
 
 
 @functools.cache
@@ -89,7 +92,7 @@ def attend(
         out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     if out.numel() == 0:
         return out
-    reason = refusal(q, lam, block_q, block_k)
+    reason = refusal(q.device, q.dtype, dim, lam, block_q, block_k)
     if reason is not None:
         raise ValueError(reason)
     with torch.cuda.device_of(q):  # Triton launches on the current device.

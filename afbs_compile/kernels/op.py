@@ -146,8 +146,8 @@ def _attend_in_groups(
         else:
             width = q.shape[3] + 2
             constants = None if fp8_constants is None else fp8_constants[keys.start * width : keys.stop * width]
-            rounded = {"precision": precision[mine], "constants": constants}
-            precisions.attend(*parts[:3], lists, lam[mine], _attend_on_triton, out=parts[3], **rounded, **call)
+            names, fused = precision[mine], _attend_on_triton
+            precisions.attend(*parts, lists, lam[mine], fused, precision=names, constants=constants, **call)
         counts.append(lists.counts)
         del lists  # before the next ones are made: their memory is what the groups are for
     return out, counts[0] if len(counts) == 1 else torch.cat(counts, 1)
@@ -195,7 +195,7 @@ def _sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_attention_with_counts` on checked arguments that hold at least one element."""
     if precision is not None and "fp8" in precision:
-        reason = precisions.refusal(q, lam, call["block_q"], call["block_k"])
+        reason = precisions.refusal(q.device, q.dtype, q.shape[3], lam, call["block_q"], call["block_k"])
         if reason is not None:
             raise ValueError(f"precision is fp8, and {reason}")
     with _own_precision(q):

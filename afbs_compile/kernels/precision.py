@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,25 +13,27 @@ from afbs_compile.kernels.fp8 import constant_count
 from afbs_compile.kernels.policy import heads_of
 from afbs_compile.kernels.predict import BlockLists
 
-Precision = Literal["own", "fp8"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
+PRECISIONS = ("own", "fp8")
 """``"own"``: that of the operands; ``"fp8"``: :mod:`afbs_compile.kernels.fp8`."""
 
 
-def refusal(q: Tensor, lam: Sequence[float], block_q: int, block_k: int) -> str | None:
+def refusal(
+    device: torch.device, dtype: torch.dtype, head_dim: int, lam: Sequence[float], block_q: int, block_k: int
+) -> str | None:
     """Why a call's heads cannot compute in FP8, or ``None`` if they can.
 
     Args:
-        q, lam, block_q, block_k: as the operator takes them.
+        device, dtype, head_dim: of the operands.
+        lam, block_q, block_k: as the operator takes them.
 
     Returns:
         A sentence that names what came and what is accepted.
     """
-    if q.device.type != "cuda":
-        return f"{q.device.type} is no NVIDIA GPU of compute capability 9.x"
+    if device.type != "cuda":
+        return f"{device.type} is no NVIDIA GPU of compute capability 9.x"
     from afbs_compile.kernels import hopper_fp8  # Triton is not installed everywhere.
 
-    return hopper_fp8.refusal(q, lam, block_q, block_k)
+    return hopper_fp8.refusal(device, dtype, head_dim, lam, block_q, block_k)
 
 
 def check_precision(q: Tensor, k: Tensor, precision: Sequence[str] | None, constants: Sequence[float] | None) -> None:
@@ -65,13 +67,13 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lists: BlockLists,
     lam: Sequence[float],
     own: Callable[..., object],
     *,
     precision: Sequence[str],
     constants: Sequence[float] | None,
-    out: Tensor,
     **call: Any,
 ) -> None:
     """Each head in its precision: one launch of attention for each precision that occurs.

@@ -34,7 +34,8 @@ from afbs_compile.tuner.budgeted import tune_with_budget
 from afbs_compile.tuner.end_to_end import SiteThresholds
 from afbs_compile.tuner.progress import calibration_progress
 from afbs_compile.tuner.promise import promise
-from afbs_compile.tuner.site import SiteResult, TuneSettings, tune_site
+from afbs_compile.tuner.result import SiteResult
+from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.speed import Stopwatch
 
 Source = Literal["samples", "first call"]
@@ -117,7 +118,7 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
     def chosen(name: str, operands: Operands) -> Tensor | None:
         """Later sites are calibrated on what the sparse ones before them make."""
         result = results[name]
-        here = SiteThresholds(result.thresholds, *result.shape, result.policy)
+        here = SiteThresholds(result.thresholds, *result.shape, result.policy, result.precision)
         return None if result.dense_reason else here.attend(operands)
 
     with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs, chosen)) as walk:
@@ -164,6 +165,7 @@ def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
         sparse_ms=None if speed is None else round(speed.sparse_ms, 4),
         min_length=None if speed is None else speed.min_length,
         validated_lengths=None if result.lengths is None else result.lengths.validated,
+        fp8_constants=() if result.precision is None else result.precision.constants,
     )
 
 
@@ -186,6 +188,8 @@ def _head_recipe(result: SiteResult, head: int) -> HeadRecipe:
         search=(*paths, *_trial_paths(result, head)),
         tau_exponent=number(result.tau_exponent),
         length_exponent=0.0 if dense or result.lengths is None else number(result.lengths.exponent),
+        precision="own" if result.precision is None else result.precision.names[head],
+        precision_reason=None if result.precision is None else result.precision.reasons[head],
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils.benchmark import Timer
 
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner.measure import dense_attention, sparse_attention
-from afbs_compile.tuner.space import Thresholds
+from afbs_compile.tuner.space import SitePrecision, Thresholds
 
 WORTHWHILE = 0.97
 """Sparse must take at most this share of the dense time, so that noise in the timing cannot cost 3 %."""
@@ -84,6 +84,7 @@ class SiteSpeed:
         *,
         block_q: int,
         block_k: int,
+        precision: SitePrecision | None = None,
         dense_ms: float | None = None,
     ) -> SiteSpeed:
         """Time at the sample's length, then at shorter ones, from the shortest up until sparse pays.
@@ -92,14 +93,15 @@ class SiteSpeed:
             sample: one input.
             thresholds: of the site; policy: a name per head; sparsity: what they skip.
             stopwatch: what earlier sites have shown.
-            block_q, block_k: rows per block.
+            block_q, block_k: rows per block; precision: of the heads.
             dense_ms: milliseconds of the dense call, where they are known.
         """
         length = sample.q.shape[2]
+        call = (thresholds, policy, block_q, block_k, precision)
         if dense_ms is None:
-            dense_ms, sparse_ms = _times(sample, thresholds, policy, block_q, block_k)
+            dense_ms, sparse_ms = _times(sample, *call)
         else:
-            _, sparse_ms = timed(sparse_call(sample, thresholds, policy, block_q, block_k))  # it has run before
+            _, sparse_ms = timed(sparse_call(sample, *call))  # it has run before
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None)
         known = stopwatch.known_crossover(sample, sparsity, block_q, block_k)
@@ -108,7 +110,7 @@ class SiteSpeed:
         shorter = [length >> halvings for halvings in range(1, 20) if length >> halvings >= SHORTEST]
         min_length = length
         for tried in reversed(shorter):
-            dense, sparse = _times(_first_tokens(sample, tried), thresholds, policy, block_q, block_k)
+            dense, sparse = _times(_first_tokens(sample, tried), *call)
             if sparse <= WORTHWHILE * dense:
                 min_length = tried
                 break
@@ -121,19 +123,29 @@ def _first_tokens(sample: Operands, length: int) -> Operands:
 
 
 def _times(
-    sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
+    sample: Operands,
+    thresholds: Thresholds,
+    policy: Sequence[str],
+    block_q: int,
+    block_k: int,
+    precision: SitePrecision | None,
 ) -> tuple[float, float]:
     dense, sparse = best_ms(
-        [lambda: dense_attention(sample), sparse_call(sample, thresholds, policy, block_q, block_k)]
+        [lambda: dense_attention(sample), sparse_call(sample, thresholds, policy, block_q, block_k, precision)]
     )
     return dense, sparse
 
 
 def sparse_call(
-    sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
+    sample: Operands,
+    thresholds: Thresholds,
+    policy: Sequence[str],
+    block_q: int,
+    block_k: int,
+    precision: SitePrecision | None = None,
 ) -> Callable[[], Tensor]:
     """Predictor and block-sparse attention on a sample, ready to be timed."""
-    return lambda: sparse_attention(sample, thresholds, policy, block_q, block_k)[0]
+    return lambda: sparse_attention(sample, thresholds, policy, block_q, block_k, precision)[0]
 
 
 def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:

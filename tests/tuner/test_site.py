@@ -14,7 +14,8 @@ from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner import paper, site
 from afbs_compile.tuner.inputs import BlockShape
 from afbs_compile.tuner.measure import WINDOWS, Meter, low_fidelity, relative_l1
-from afbs_compile.tuner.site import SiteResult, TuneSettings, tune_site
+from afbs_compile.tuner.result import SiteResult
+from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.space import Thresholds, latent_to_thresholds
 from tests.toy import HEAD_DIM, HEADS, always_faster, drifting
 
