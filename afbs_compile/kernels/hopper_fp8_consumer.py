@@ -73,13 +73,13 @@ def _inverse(bits):
 @gluon.jit
 def consumer(
     out, strides, query_scales, rings, notes, sizes,
-    PART: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    PART: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Half ``PART`` of the rows of every tile that the producer tells of."""
     query_smem, query_ready, query_free = rings[0]
     key_smem, key_ready, key_free = rings[1]
     value_smem, value_ready, value_free = rings[2]
-    numbers, step_scales, told = notes
+    numbers, step_scales, told, turns = notes
     length, heads, _, count_q, _, _ = sizes
     ROWS: gl.constexpr = STEP // 2
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 32])
@@ -101,6 +101,7 @@ def consumer(
     phase = 0
     query_slot = 0
     query_phase = 0
+    turn = 1 - PART
     mbarrier.wait(told.index(0), 0)
     tile = read(numbers, 0)
     mbarrier.wait(query_ready.index(0), 0)
@@ -126,11 +127,16 @@ def consumer(
             weights, peak, total, decay = _softmax(scores, peak, total, query_scale * key_scale)
             weight = _operand(weights, weight_layout)
             mbarrier.wait(value_ready.index(slot), phase)
+            if TURNS:
+                mbarrier.wait(turns.index(PART), turn)
+                turn ^= 1
             added = warpgroup_mma(weight, values.index(slot).permute((1, 0)), no_values, use_acc=False, is_async=True)
             near, near_phase = after(slot, phase, STAGES)
             mbarrier.wait(key_ready.index(near), near_phase)
             query = queries.index(2 * query_slot + PART)
             scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turns.index(1 - PART), count=1)
             added = warpgroup_mma_wait(1, deps=[added])
             mbarrier.arrive(value_free.index(slot), count=1)
             # The tensor cores add FP8 products with 14 bits, so only a step's own are left to them. The sum is in
@@ -148,6 +154,9 @@ def consumer(
         weights, peak, total, decay = _softmax(scores, peak, total, query_scale * key_scale)
         weight = _operand(weights, weight_layout)
         mbarrier.wait(value_ready.index(slot), phase)
+        if TURNS:
+            mbarrier.wait(turns.index(PART), turn)
+            turn ^= 1
         added = warpgroup_mma(weight, values.index(slot).permute((1, 0)), no_values, use_acc=False, is_async=True)
         mbarrier.arrive(query_free.index(query_slot), count=1)
         last_slot = slot
@@ -161,6 +170,8 @@ def consumer(
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
         query = queries.index(2 * query_slot + PART)
         scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        if TURNS:
+            mbarrier.arrive(turns.index(1 - PART), count=1)
         added = warpgroup_mma_wait(1, deps=[added])
         mbarrier.arrive(value_free.index(last_slot), count=1)
         acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added

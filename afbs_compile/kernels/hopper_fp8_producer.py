@@ -25,7 +25,7 @@ def producer(
     query_smem, query_ready, query_free = rings[0]
     key_smem, key_ready, key_free = rings[1]
     value_smem, value_ready, value_free = rings[2]
-    numbers, step_scales, told = notes
+    numbers, step_scales, told, _ = notes
     _, heads, groups, count_q, count_k, tiles = sizes
 
     slot = 0
