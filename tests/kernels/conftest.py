@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def interpreter_knows_bf16() -> None:
     """Triton's interpreter keeps bf16 as 16-bit integers: it multiplies those and truncates on the way there.
 
-    Here it rounds to nearest, as GPUs do, and multiplies the numbers; what becomes FP8 is rounded to nearest too.
+    Here it rounds to nearest, as GPUs do, and multiplies the numbers; FP8 is rounded to nearest and clamped.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
@@ -42,7 +42,7 @@ def interpreter_knows_bf16() -> None:
     def create_fp_to_fp(self, source, target, mode):
         if target.scalar != tl.float8e4nv:
             return plain_fp(self, source, target, mode)
-        rounded = torch.from_numpy(source.data).to(torch.float8_e4m3fn)
+        rounded = torch.from_numpy(source.data).clamp(-448, 448).to(torch.float8_e4m3fn)
         return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
