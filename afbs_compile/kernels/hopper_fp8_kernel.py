@@ -45,6 +45,7 @@ def forward_kernel(
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,
+    HALVES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -52,7 +53,7 @@ def forward_kernel(
     FP8: gl.constexpr = query_desc.dtype
     query_smem = gl.allocate_shared_memory(FP8, [2 * QUERY_STAGES, 1, 1, STEP // 2, HEAD_DIM], query_desc.layout)
     key_smem = gl.allocate_shared_memory(FP8, [STAGES, 1, 1, STEP, HEAD_DIM], key_desc.layout)
-    value_smem = gl.allocate_shared_memory(FP8, [STAGES, 1, 1, HEAD_DIM, STEP], value_desc.layout)
+    value_smem = gl.allocate_shared_memory(FP8, [2 * STAGES, 1, 1, HEAD_DIM, STEP // 2], value_desc.layout)
     numbers = gl.allocate_shared_memory(gl.int32, [NOTE * QUERY_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     step_scales = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     notes = (numbers, step_scales, ring(QUERY_STAGES, 1), ring(2, 1))
@@ -65,8 +66,8 @@ def forward_kernel(
     strides = (stride_out_batch, stride_out_head, stride_out_row)
     gl.warp_specialize(
         [
-            (consumer, (out, strides, query_scales, rings, notes, sizes, 0, HEAD_DIM, STAGES, CAUSAL, TURNS)),
-            (consumer, (out, strides, query_scales, rings, notes, sizes, 1, HEAD_DIM, STAGES, CAUSAL, TURNS)),
+            (consumer, (out, strides, query_scales, rings, notes, sizes, 0, HEAD_DIM, STAGES, CAUSAL, TURNS, HALVES)),
+            (consumer, (out, strides, query_scales, rings, notes, sizes, 1, HEAD_DIM, STAGES, CAUSAL, TURNS, HALVES)),
             (
                 producer,
                 (

@@ -74,9 +74,13 @@ def producer(
             )
             mbarrier.wait(value_free.index(slot), phase)
             mbarrier.expect(value_ready.index(slot), STEP * HEAD_DIM)
-            tma.async_copy_global_to_shared(
-                value_desc, [batch, head_k, 0, block_k * STEP], value_ready.index(slot), value_smem.index(slot)
-            )
+            for half in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    value_desc,
+                    [batch, head_k, 0, block_k * STEP + half * (STEP // 2)],
+                    value_ready.index(slot),
+                    value_smem.index(2 * slot + half),
+                )
             block_k = next_block
             slot, phase = after(slot, phase, STAGES)
             if step == 0:

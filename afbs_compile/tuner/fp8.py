@@ -27,7 +27,8 @@ _OWN: Precision = "own"
 _FP8: Precision = "fp8"
 
 STEPS_BACK = 4
-"""Thresholds that a head goes back where rounding brings it over the tolerance, before it keeps its precision."""
+"""Times that a head goes back where rounding brings it over the tolerance, by 1, 2, 4 and 8 of the thresholds that were
+measured, before it keeps its precision."""
 
 
 def fp8_refusal(sample: Operands, shape: BlockShape) -> str | None:
@@ -129,7 +130,9 @@ def _fitting(meter: Meter, precision: SitePrecision, result: SiteResult, toleran
         )
         fits |= good
         open_heads = open_heads & pays & ~holds
-        further = one_back(result.curves, tau)
+        further = tau
+        for _ in range(2**step):  # rounding may take a large part of the tolerance
+            further = one_back(result.curves, further)
         open_heads &= further < KEEP_ALL
         tau = torch.where(open_heads, further, tau)
         if not open_heads.any():
