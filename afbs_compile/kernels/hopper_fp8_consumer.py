@@ -104,7 +104,8 @@ def _inverse(bits):
 @gluon.jit
 def consumer(
     out, strides, query_scales, rings, notes, sizes,
-    PART: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr, HALVES: gl.constexpr,
+    PART: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Half ``PART`` of the rows of every tile that the producer tells of."""
     query_smem, query_ready, query_free = rings[0]
