@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -26,8 +27,8 @@ BLOCKS = ((128, 128), (128, 64))
 
 HEAD_DIMS = (64, 128)
 
-STAGES = 2
-"""Steps whose keys and values are kept; three do not fit beside the queries at head_dim 128."""
+CACHED_BYTES = 24 << 20
+"""Keys and values that are read at the same time: half of the 50 MB cache, for each half of it keeps its own copy."""
 
 ALIGNMENT = 16
 """Bytes: the copy engine's tensors start, and step from row to row, at multiples of this."""
@@ -48,7 +49,12 @@ def _misplaced(x: Tensor) -> bool:
     """Whether the copy engine cannot walk ``x``."""
     unit = ALIGNMENT // x.element_size()
     steps = (stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
-    return x.stride(3) != 1 or x.data_ptr() % ALIGNMENT != 0 or any(s <= 0 or s % unit != 0 for s in steps)
+    return x.stride(3) != 1 or _address(x) % ALIGNMENT != 0 or any(s <= 0 or s % unit != 0 for s in steps)
+
+
+def _address(x: Tensor) -> int:
+    """Where ``x`` starts; a fake one in its own memory, which starts at a multiple of :data:`ALIGNMENT`."""
+    return int(x.storage_offset()) * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
 
 
 def unsuited(
@@ -94,10 +100,23 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, lam: Sequence[float], block_q: int,
     for name, x in (("q", q), ("k", k), ("v", v)):
         if _misplaced(x):
             return (
-                f"{name} starts at address {x.data_ptr():#x} with strides {x.stride()}; accepted: the last stride 1, "
+                f"{name} starts at address {_address(x):#x} with strides {x.stride()}; accepted: the last stride 1, "
                 f"the others positive, all of them and the address multiples of {ALIGNMENT} bytes"
             )
     return None
+
+
+def stages(head_dim: int) -> int:
+    """Steps of keys and values that fit the 227 KB of shared memory beside a tile of queries; four are enough."""
+    return 3 if head_dim == 128 else 4
+
+
+def section(length: int, head_dim: int, groups: int) -> int:
+    """Query heads whose keys and values, two bytes an element, fit :data:`CACHED_BYTES` together.
+
+    They are worked on in turns. Heads that share keys and values stay together.
+    """
+    return groups * max(1, CACHED_BYTES // (4 * length * head_dim))
 
 
 @functools.cache
@@ -163,11 +182,10 @@ def attend(
         # The kernel takes the row maximum before it multiplies by the scale.
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     scale *= LOG2_E
-    count_q = block_count(length, block_q)
-    tiles = batch * heads * count_q
+    groups, planes, count_q = heads // k.shape[1], batch * heads, block_count(length, block_q)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):  # Triton launches on the current device.
-        forward_kernel[(min(_processors(q.device), tiles),)](
+        forward_kernel[(min(_processors(q.device), planes * count_q),)](
             _descriptor(q, block_q // 2, dim),
             _descriptor(k, block_k, CHUNK.value),
             _descriptor(v, block_k, CHUNK.value),
@@ -179,15 +197,16 @@ def attend(
             2.0 ** math.ceil(math.log2(scale)),
             length,
             heads,
-            heads // k.shape[1],
+            groups,
+            planes,
+            section(length, dim, groups),
             count_q,
             lists.indices.shape[-1],
-            tiles,
             *out.stride()[:3],
             HEAD_DIM=dim,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            STAGES=STAGES,
+            STAGES=stages(dim),
             CAUSAL=causal,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS,
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,

@@ -15,12 +15,6 @@ STEP = gl.constexpr(128)
 CHUNK = gl.constexpr(64)
 """Columns of a copy: 128 bytes, the widest swizzle. The chunks of a step lie column by column, as wgmma reads them."""
 
-QUERY_STAGES = gl.constexpr(2)
-"""Tiles whose queries, and notes on them, are kept."""
-
-NOTE = gl.constexpr(4)
-"""Numbers of a note: the tile (-1: no more), the length of its list, and where the blocks of its first step begin."""
-
 
 @gluon.jit
 def ring(DEPTH: gl.constexpr, COUNT: gl.constexpr):
@@ -41,27 +35,30 @@ def after(slot, phase, DEPTH: gl.constexpr):
 
 
 @gluon.jit
-def locate(tile, heads, count_q, CAUSAL: gl.constexpr):
-    """Batch, head and query block of a tile; under causality longest rows first, for the short ones fill the end.
+def locate(tile, planes, section, count_q, CAUSAL: gl.constexpr):
+    """Plane (batch and head) and query block of a tile.
 
-    Heads are outermost, so that programs that run together share keys and values in the cache.
+    ``section`` planes, whose keys and values fit the cache together, take turns; under causality longest rows first,
+    for the short ones fill the end.
     """
-    block = tile % count_q
-    plane = tile // count_q
+    first = tile // (section * count_q) * section
+    width = gl.minimum(section, planes - first)
+    place = tile - first * count_q
+    block = place // width
     if CAUSAL:
         block = count_q - 1 - block
-    return plane // heads, plane % heads, block
+    return first + place % width, block
 
 
 @gluon.jit
-def tell(notes, place, value):
+def tell(notes, place: gl.constexpr, value):
     """Write one number for the consumers."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     notes.index(place).store(gl.full([1], value, gl.int32, layout=layout))
 
 
 @gluon.jit
-def read(notes, place):
+def read(notes, place: gl.constexpr):
     """Read what :func:`tell` wrote."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.max(notes.index(place).load(layout), 0)

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from afbs_compile.kernels.hopper_common import NOTE, QUERY_STAGES, STEP, after, locate, read
+from afbs_compile.kernels.hopper_common import STEP, after, locate, read
 
 STEEP = gl.constexpr(2.0**28)
 """Scores, in log2 units, from which on the power of two above the scale takes its place; see :func:`_softmax`."""
@@ -83,12 +83,13 @@ def consumer(
     key_smem, key_ready, key_free = key_ring
     value_smem, value_ready, value_free = value_ring
     numbers, told = notes
-    length, heads, _, count_q, count_k, _ = sizes
+    length, heads, _, planes, section, count_q, count_k = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
     TWO_MASKS: gl.constexpr = CAUSAL and BLOCK_Q > BLOCK_K
     ROWS: gl.constexpr = BLOCK_Q // 2
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    query_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     rows_of: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows_of: gl.constexpr = gl.SliceLayout(1, out_layout)
@@ -96,28 +97,30 @@ def consumer(
     half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], DTYPE)
     keys = key_smem._reinterpret(DTYPE, [STAGES, STEP, HEAD_DIM], tile_layout)
     values = value_smem._reinterpret(DTYPE, [STAGES, STEP, HEAD_DIM], tile_layout)
-    queries = query_smem._reinterpret(DTYPE, [2 * QUERY_STAGES, ROWS, HEAD_DIM], half_layout)
-    lines = PART * ROWS + gl.arange(0, ROWS, layout=rows_of)
+    queries = query_smem._reinterpret(DTYPE, [2, ROWS, HEAD_DIM], half_layout).index(PART)
     nothing = gl.zeros([ROWS, STEP], gl.float32, layout=score_layout)
 
     slot = 0
     phase = 0
-    query_slot = 0
     query_phase = 0
     mbarrier.wait(told.index(0), 0)
     tile = read(numbers, 0)
+    count = read(numbers, 1)
+    left = read(numbers, 2)
+    right = read(numbers, 3)
     mbarrier.wait(query_ready.index(0), 0)
     mbarrier.wait(key_ready.index(0), 0)
-    scores = warpgroup_mma(queries.index(PART), keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma(queries, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     while tile >= 0:
         # ``scores`` are those of the tile's first step, the one that may need a mask.
         mbarrier.arrive(key_free.index(slot), count=1)
-        count = read(numbers, NOTE * query_slot + 1)
-        left = read(numbers, NOTE * query_slot + 2)
-        right = read(numbers, NOTE * query_slot + 3)
-        _, _, block = locate(tile, heads, count_q, CAUSAL)
-        rows = block * BLOCK_Q + lines
+        # In registers, or wgmma would read the queries from shared memory again for every step.
+        query = queries.load(query_layout)
+        mbarrier.arrive(query_free.index(0), count=1)
+        plane, block = locate(tile, planes, section, count_q, CAUSAL)
+        first_row = block * BLOCK_Q + PART * ROWS
+        rows = first_row + gl.arange(0, ROWS, layout=rows_of)
         steps = (count + PARTS - 1) // PARTS
         scores = _mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
         peak = gl.full([ROWS], float("-inf"), gl.float32, layout=rows_of)
@@ -126,19 +129,16 @@ def consumer(
         weights, peak, total, decay = _softmax(scores, peak, total, scale, steep)
         weight = gl.convert_layout(weights.to(DTYPE), weight_layout)
         odd = False
-        left = 0
-        right = 0
         if TWO_MASKS:
             # The block before the last may lie on the diagonal too; in an odd list it belongs to the second step.
             odd = count % 2 == 1
-            entries = indices + (tile // count_q * count_q + block).to(gl.int64) * count_k
+            entries = indices + (plane * count_q + block).to(gl.int64) * count_k
             left = gl.load(entries + gl.maximum(count - 3, 0)) * BLOCK_K
             right = gl.load(entries + gl.maximum(count - 2, 0)) * BLOCK_K
         near, near_phase = after(slot, phase, STAGES)
         mbarrier.wait(key_ready.index(near), near_phase, pred=steps > 1)
         for step in range(1, steps):
             near, near_phase = after(slot, phase, STAGES)
-            query = queries.index(2 * query_slot + PART)
             scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), nothing, use_acc=False, is_async=True)
             # A wait for nothing: it keeps the compiler from rescaling before the product is issued.
             decay = warpgroup_mma_wait(1, deps=[decay])
@@ -165,20 +165,19 @@ def consumer(
         acc = acc * gl.convert_layout(decay, out_rows_of)[:, None]
         mbarrier.wait(value_ready.index(slot), phase)
         acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
-        mbarrier.arrive(query_free.index(query_slot), count=1)
         last_slot = slot
-        last_tile = tile
-        query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
+        query_phase ^= 1
         slot, phase = after(slot, phase, STAGES)
-        mbarrier.wait(told.index(query_slot), query_phase)
-        tile = read(numbers, NOTE * query_slot)
-        mbarrier.wait(query_ready.index(query_slot), query_phase, pred=tile >= 0)
+        mbarrier.wait(told.index(0), query_phase)
+        tile = read(numbers, 0)
+        count = read(numbers, 1)
+        left = read(numbers, 2)
+        right = read(numbers, 3)
+        mbarrier.wait(query_ready.index(0), query_phase, pred=tile >= 0)
         mbarrier.wait(key_ready.index(slot), phase, pred=tile >= 0)
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
-        query = queries.index(2 * query_slot + PART)
-        scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc, weight = warpgroup_mma_wait(1, deps=[acc, weight])
         mbarrier.arrive(value_free.index(last_slot), count=1)
-        batch, head, block = locate(last_tile, heads, count_q, CAUSAL)
-        _store(out, strides, acc, total, batch, head, block * BLOCK_Q + PART * ROWS, length)
+        _store(out, strides, acc, total, plane // heads, plane % heads, first_row, length)
         scores = warpgroup_mma_wait(0, deps=[scores])

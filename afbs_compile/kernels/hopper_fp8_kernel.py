@@ -14,7 +14,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from afbs_compile.kernels.hopper_common import NOTE, QUERY_STAGES, STEP, ring
+from afbs_compile.kernels.hopper_common import STEP, ring
+from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES
 from afbs_compile.kernels.hopper_fp8_consumer import consumer
 from afbs_compile.kernels.hopper_fp8_producer import producer
 

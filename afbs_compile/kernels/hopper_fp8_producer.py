@@ -9,8 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from afbs_compile.kernels.hopper_common import NOTE, QUERY_STAGES, STEP, after, locate, tell
-from afbs_compile.kernels.hopper_producer import _ends
+from afbs_compile.kernels.hopper_common import STEP, after
+from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, ends, locate, tell
 
 
 @gluon.jit
@@ -33,7 +33,7 @@ def producer(
     query_slot = 0
     query_phase = 1
     tile = gl.program_id(0)
-    count, last, _ = _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL, 1)
+    count, last = ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL)
     while tile < tiles:
         batch, head, block = locate(tile, heads, count_q, CAUSAL)
         head_k = head // groups
@@ -82,7 +82,7 @@ def producer(
             if step == 0:
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-                count, last, _ = _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL, 1)
+                count, last = ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL)
 
     mbarrier.wait(query_free.index(query_slot), query_phase)
     tell(numbers, NOTE * query_slot, -1)

@@ -22,13 +22,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from afbs_compile.kernels.hopper_common import CHUNK, NOTE, QUERY_STAGES, STEP, ring
+from afbs_compile.kernels.hopper_common import CHUNK, STEP, ring
 from afbs_compile.kernels.hopper_consumer import consumer
 from afbs_compile.kernels.hopper_producer import producer
 
 
 # One compilation for all sizes; strides stay apart, for stores are wide only where they are multiples of 16.
-@gluon.jit(do_not_specialize=["length", "heads", "groups", "count_q", "count_k", "tiles"])
+@gluon.jit(do_not_specialize=["length", "heads", "groups", "planes", "section", "count_q", "count_k"])
 def forward_kernel(
     query_desc,
     key_desc,
@@ -42,9 +42,10 @@ def forward_kernel(
     length,
     heads,
     groups,
+    planes,
+    section,
     count_q,
     count_k,
-    tiles,
     stride_out_batch,
     stride_out_head,
     stride_out_row,
@@ -59,17 +60,17 @@ def forward_kernel(
     """Tiles drawn from ``counter``, which starts at zero, until there are none."""
     DTYPE: gl.constexpr = query_desc.dtype
     PIECES: gl.constexpr = STAGES * (STEP // BLOCK_K) * (HEAD_DIM // CHUNK)
-    query_smem = gl.allocate_shared_memory(DTYPE, [2 * QUERY_STAGES, 1, 1, BLOCK_Q // 2, HEAD_DIM], query_desc.layout)
+    query_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 1, BLOCK_Q // 2, HEAD_DIM], query_desc.layout)
     key_smem = gl.allocate_shared_memory(DTYPE, [PIECES, 1, 1, BLOCK_K, CHUNK], key_desc.layout)
     value_smem = gl.allocate_shared_memory(DTYPE, [PIECES, 1, 1, BLOCK_K, CHUNK], value_desc.layout)
-    numbers = gl.allocate_shared_memory(gl.int32, [NOTE * QUERY_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    notes = (numbers, ring(QUERY_STAGES, 1))
+    numbers = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    notes = (numbers, ring(1, 1))
     rings = (
-        (query_smem, ring(QUERY_STAGES, 1), ring(QUERY_STAGES, 2)),
+        (query_smem, ring(1, 1), ring(1, 2)),
         (key_smem, ring(STAGES, 1), ring(STAGES, 2)),
         (value_smem, ring(STAGES, 1), ring(STAGES, 2)),
     )
-    sizes = (length, heads, groups, count_q, count_k, tiles)
+    sizes = (length, heads, groups, planes, section, count_q, count_k)
     strides = (stride_out_batch, stride_out_head, stride_out_row)
     gl.warp_specialize(
         [

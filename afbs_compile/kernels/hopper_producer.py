@@ -9,17 +9,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from afbs_compile.kernels.hopper_common import CHUNK, NOTE, QUERY_STAGES, STEP, after, locate, tell
+from afbs_compile.kernels.hopper_common import CHUNK, STEP, after, locate, tell
 
 
 @gluon.jit
-def _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL: gl.constexpr, PARTS: gl.constexpr):
+def _ends(tile, lists, planes, section, count_q, count_k, CAUSAL: gl.constexpr, PARTS: gl.constexpr):
     """Length of a tile's list and its last two entries (where two make a step; one entry twice where there is one)."""
-    tile = gl.minimum(tile, tiles - 1)
-    block = tile % count_q
-    if CAUSAL:
-        block = count_q - 1 - block
-    row = tile // count_q * count_q + block
+    counts, indices = lists
+    plane, block = locate(gl.minimum(tile, planes * count_q - 1), planes, section, count_q, CAUSAL)
+    row = plane * count_q + block
     count = gl.load(counts + row)
     end = indices + row.to(gl.int64) * count_k + count
     last = gl.load(end - 1)
@@ -50,26 +48,27 @@ def producer(
 ):  # fmt: skip
     """Draw tiles and copy what they need, as far ahead as the rings allow."""
     query_desc, key_desc, value_desc = descriptors
-    counts, indices = lists
+    _, indices = lists
     query_ring, key_ring, value_ring = rings
     query_smem, query_ready, query_free = query_ring
     _, _, key_free = key_ring
     _, _, value_free = value_ring
     numbers, told = notes
-    _, heads, groups, count_q, count_k, tiles = sizes
+    _, heads, groups, planes, section, count_q, count_k = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
     HALF: gl.constexpr = BLOCK_Q // 2
 
     slot = 0
     phase = 1
-    query_slot = 0
     query_phase = 1
     tile = gl.program_id(0)
-    count, last, before = _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL, PARTS)
-    while tile < tiles:
-        batch, head, block = locate(tile, heads, count_q, CAUSAL)
+    count, last, before = _ends(tile, lists, planes, section, count_q, count_k, CAUSAL, PARTS)
+    while tile < planes * count_q:
+        plane, block = locate(tile, planes, section, count_q, CAUSAL)
+        batch = plane // heads
+        head = plane % heads
         head_k = head // groups
-        entries = indices + (tile // count_q * count_q + block).to(gl.int64) * count_k
+        entries = indices + (plane * count_q + block).to(gl.int64) * count_k
         steps = (count + PARTS - 1) // PARTS
         left = last * BLOCK_K
         right = left
@@ -81,22 +80,22 @@ def producer(
             right = gl.where(odd == 1, count_k, last) * BLOCK_K
             entry = count - 2 + odd
 
-        mbarrier.wait(query_free.index(query_slot), query_phase)
-        tell(numbers, NOTE * query_slot, tile)
-        tell(numbers, NOTE * query_slot + 1, count)
-        tell(numbers, NOTE * query_slot + 2, left)
-        tell(numbers, NOTE * query_slot + 3, right)
-        mbarrier.arrive(told.index(query_slot), count=1)
-        ready = query_ready.index(query_slot)
+        mbarrier.wait(query_free.index(0), query_phase)
+        tell(numbers, 0, tile)
+        tell(numbers, 1, count)
+        tell(numbers, 2, left)
+        tell(numbers, 3, right)
+        mbarrier.arrive(told.index(0), count=1)
+        ready = query_ready.index(0)
         mbarrier.expect(ready, BLOCK_Q * HEAD_DIM * 2)
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(
                 query_desc,
                 [batch, head, block * BLOCK_Q + half * HALF, 0],
                 ready,
-                query_smem.index(2 * query_slot + half),
+                query_smem.index(half),
             )
-        query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
+        query_phase ^= 1
         for step in range(steps):
             # The next entry is on its way while this one waits for its place.
             entry -= PARTS
@@ -113,9 +112,9 @@ def producer(
             if step == 0:
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-                count, last, before = _ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL, PARTS)
+                count, last, before = _ends(tile, lists, planes, section, count_q, count_k, CAUSAL, PARTS)
 
-    mbarrier.wait(query_free.index(query_slot), query_phase)
-    tell(numbers, NOTE * query_slot, -1)
-    tell(numbers, NOTE * query_slot + 1, 0)
-    mbarrier.arrive(told.index(query_slot), count=1)
+    mbarrier.wait(query_free.index(0), query_phase)
+    tell(numbers, 0, -1)
+    tell(numbers, 1, 0)
+    mbarrier.arrive(told.index(0), count=1)

@@ -116,6 +116,6 @@ def tau_exponent(curves: Curves, tolerance: float) -> Tensor:
 
 
 def one_back(curves: Sequence[Curves], tau: Tensor) -> Tensor:
-    """The next more careful threshold of each head that was measured, else DENSE."""
-    grid = torch.cat([torch.where(c.measured[:, None], c.tau, KEEP_ALL) for c in curves if c.stage != "explore"], 1)
+    """The next more careful threshold of each head that every input was measured at, else DENSE."""
+    grid = torch.cat([torch.where(c.measured[:, None], c.tau, KEEP_ALL) for c in curves if c.stage == "validate"], 1)
     return torch.where(grid > tau[:, None], grid, KEEP_ALL).amin(1)

@@ -62,7 +62,7 @@ def with_fp8(inputs: Inputs, result: SiteResult, tolerance: float) -> SiteResult
         return replace(result, precision=_all(_OWN, (), _for_sparse(sparse, reason)))
     meter = Meter(inputs.elements, **result.shape._asdict(), windows=inputs.windows, policy=result.policy)
     found = _fitting(meter, everywhere, result, tolerance, fp8_ms / own_ms)
-    inputs.evaluations += meter.evaluations
+    inputs.spend(meter.evaluations)
     names = tuple(_FP8 if fits else _OWN for fits in found.fits.tolist())
     reasons = tuple(
         f"error {worst:.3g} in FP8" if mine and name == _OWN else None

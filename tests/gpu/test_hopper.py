@@ -210,7 +210,6 @@ def test_same_bits_every_time_and_in_a_graph() -> None:
 
 
 def test_the_operator_takes_it_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "HOPPER", True)
     taken: list[str] = []
     for engine in (hopper, block_sparse):
         plain = engine.attend
