@@ -15,6 +15,7 @@ Infinite entries become NaN, which E4M3 has, and no entry that is not finite has
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -111,6 +112,12 @@ class Constants(NamedTuple):
         """What :meth:`unpacked` takes, six significant digits each."""
         table = torch.cat([self.key_mean, self.key_peak[:, None], self.value_peak[:, None]], 1)
         return tuple(float(f"{value:.6g}") for value in table.flatten().tolist())
+
+
+@functools.cache  # thousands of numbers, for every call
+def no_constants(kv_heads: int, dim: int) -> tuple[float, ...]:
+    """The numbers that stand for no constants."""
+    return Constants.unpacked(None, kv_heads, dim).packed()
 
 
 def _finite(x: Tensor) -> Tensor:

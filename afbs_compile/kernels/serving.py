@@ -16,7 +16,8 @@ class Kernel(NamedTuple):
     """A kernel and how it is laid out.
 
     Attributes:
-        name: ``"hopper 128x128"``, ``"fp8 128x128"``, ``"portable 64x64 tiles, 4 warps, 2 stages"`` or ``"flex 64x64 tiles"``, say.
+        name: ``"hopper 128x128"``, ``"fp8 128x128"``, ``"portable 64x64 tiles, 4 warps, 2 stages"`` or
+            ``"flex 64x64 tiles"``, say.
         reason: why it is not the quickest kernel of the engine; ``None`` where it is, or where there is one only.
     """
 

@@ -17,6 +17,7 @@ from afbs_compile.tuner import fp8 as tuner_fp8
 from afbs_compile.tuner import site
 from afbs_compile.tuner.measure import Meter, relative_l1
 from afbs_compile.tuner.site import TuneSettings, tune_site
+from afbs_compile.tuner.speed import Stopwatch
 from tests.fp8_engine import stand_in
 from tests.toy import HEADS, WIDTH, Toy, always_faster, drifting
 from tests.tuner.test_site import operands
@@ -29,6 +30,8 @@ FP8 = TuneSettings(tolerance=TOLERANCE, precision="fp8")
 @pytest.fixture(autouse=True)
 def no_stop_watch(monkeypatch):
     monkeypatch.setattr(site.SiteSpeed, "measure", staticmethod(always_faster))
+    monkeypatch.setattr(Stopwatch, "predictor_ms", lambda *_: 0.0)
+    monkeypatch.setattr(Stopwatch, "attention_ms", lambda *_: 1.0)
 
 
 @pytest.fixture
@@ -197,3 +200,9 @@ def test_later_sites_are_calibrated_on_what_fp8_makes(monkeypatch):
         x = x + 0.1 * model.layers[0].out(out.transpose(1, 2).flatten(2))
         k = model.layers[1].qkv(x).chunk(3, -1)[1].unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(1, 2)
     assert float(relative_l1(seen[1].k, k).max()) < 1e-5
+
+
+def test_timings_lost_in_noise_decide_nothing(monkeypatch):
+    monkeypatch.setattr(Stopwatch, "attention_ms", lambda *_: 0.0)
+    result = tune_site([operands()], replace(FP8, precision="own"))
+    assert not result.thresholds.is_dense.all()
