@@ -35,10 +35,12 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture
 def sparse_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every sparse call is found to pay: what a test decides must not depend on the machine's speed."""
+    """Every sparse call is found to pay, and no predictor to cost: no decision may depend on the machine's speed."""
     from tests.toy import always_faster
 
-    monkeypatch.setattr("afbs_compile.tuner.site.SiteSpeed.measure", staticmethod(always_faster))
+    monkeypatch.setattr("afbs_compile.tuner.speed.SiteSpeed.measure", staticmethod(always_faster))
+    monkeypatch.setattr("afbs_compile.tuner.speed.Stopwatch.attention_ms", lambda *_: 1.0)
+    monkeypatch.setattr("afbs_compile.tuner.speed.Stopwatch.predictor_ms", lambda *_: 0.0)
 
 
 @pytest.fixture(autouse=True)

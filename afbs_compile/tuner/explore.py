@@ -39,6 +39,10 @@ OWN_CHOICE = 0.03
 """What a head must save more, in sparsity, to leave the choice of its site: each policy is a predictor call more."""
 
 
+EQUAL = 0.005
+"""Choices for a site whose savings differ by less are equal: times are noisy, the choice should not be."""
+
+
 @dataclass(frozen=True)
 class Explored:
     """The best choice per head for one block shape.
@@ -108,7 +112,8 @@ def _best(curves: Sequence[Curves], crossings: Sequence[Crossing], costs: Sequen
     sparsity = torch.stack([point.sparsity for point in crossings])
     # What is saved: the blocks that are not computed, less the time that finding them takes.
     saved = sparsity - torch.tensor(costs)[:, None]
-    common = int(saved.mean(1).argmax())  # the first of equals: the cheapest
+    mean = saved.mean(1)
+    common = int((mean >= mean.max() - EQUAL).nonzero()[0])  # the first of about equals: the cheapest
     own = saved.argmax(0)
     gain = saved.gather(0, own[None])[0] - saved[common]
     choice = torch.where(gain > OWN_CHOICE, own, common)

@@ -11,7 +11,7 @@ from torch import Tensor
 from afbs_compile.kernels import reference
 from afbs_compile.kernels.policy import predict_mask
 from afbs_compile.passes.capture import Operands
-from afbs_compile.tuner import paper, site, speed
+from afbs_compile.tuner import paper, speed
 from afbs_compile.tuner.explore import CANDIDATES
 from afbs_compile.tuner.inputs import BlockShape
 from afbs_compile.tuner.measure import WINDOWS, Meter, low_fidelity, relative_l1
@@ -19,15 +19,12 @@ from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.space import Thresholds, latent_to_thresholds
 from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
-from tests.toy import HEAD_DIM, HEADS, always_faster, drifting
+from tests.toy import HEAD_DIM, HEADS, drifting
+
+pytestmark = pytest.mark.usefixtures("sparse_is_faster")
 
 LENGTH = 1024
 MEASURE = SiteSpeed.measure
-
-
-@pytest.fixture(autouse=True)
-def no_stop_watch(monkeypatch):
-    monkeypatch.setattr(site.SiteSpeed, "measure", staticmethod(always_faster))
 
 
 SQUARE = (BlockShape(64, 64),)
