@@ -121,6 +121,7 @@ def _conditions(
         "tolerance": tuning.tolerance if tuning.budget is None else [tuning.budget.quantity, tuning.budget.limit],
         "method": tuning.method,
         "parameterization": tuning.parameterization,
+        "precision": tuning.precision,
         "shapes": tuning.shapes_on(device),
         "samples": calibrated_on,
         # Lengths are calibrated one by one only where the user asks for it.

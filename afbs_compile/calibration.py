@@ -13,7 +13,7 @@ from afbs_compile.errors import OptionError
 from afbs_compile.found import FoundGraph
 from afbs_compile.options import Options
 from afbs_compile.passes.capture import concrete
-from afbs_compile.recipe import Recipe
+from afbs_compile.recipe import Precision, Recipe
 from afbs_compile.tuner.graph import calibrate_graph
 from afbs_compile.tuner.site import Method
 from afbs_compile.tuner.space import Parameterization
@@ -29,6 +29,7 @@ def calibrate(
     tolerance: float | Mapping[str, float] = 0.055,
     method: Method = "afbs",
     parameterization: Parameterization = "corrected",
+    precision: Precision = "own",
     min_length: int = 1024,
 ) -> Recipe:
     """Calibrate every attention call of a model on sample inputs, without compiling it.
@@ -46,6 +47,9 @@ def calibrate(
         method: ``"afbs"``: largest sparsity within the tolerance, validated until it passes, else DENSE.
             ``"paper"``: Algorithm 1 as printed.
         parameterization: reading of the paper's Eq. 2 for ``method="paper"``.
+        precision: ``"own"``, that of the operands, or ``"fp8"``: heads compute in FP8 where that is faster, the device
+            and the call allow it, and the error stays within the tolerance, rounding included; ``explain`` says why the
+            others do not. Needs ``method="afbs"`` and a tolerance per head.
         min_length: attention over fewer tokens is refused as too short.
 
     Returns:
@@ -59,6 +63,7 @@ def calibrate(
             "tolerance": tolerance,
             "method": method,
             "parameterization": parameterization,
+            "precision": precision,
             "min_length": min_length,
             "samples": samples,
         }

@@ -12,7 +12,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from afbs_compile.errors import OptionError
-from afbs_compile.recipe import Recipe
+from afbs_compile.kernels.precision import PRECISIONS
+from afbs_compile.recipe import Precision, Recipe
 from afbs_compile.tuner.budget import QUANTITIES, Budget, Quantity
 from afbs_compile.tuner.lengths import OUTSIDE, Outside
 from afbs_compile.tuner.site import METHODS, Method, TuneSettings
@@ -28,6 +29,9 @@ class Options:
             the model's output that all heads share: ``{"kl": nats}`` or ``{"perplexity": relative rise}``.
         method: ``"afbs"`` or ``"paper"`` (Algorithm 1 as printed).
         parameterization: reading of the paper's Eq. 2, used by ``method="paper"``: ``"corrected"`` or ``"paper"``.
+        precision: ``"own"``, that of the operands, or ``"fp8"``: attention computes in FP8 where that is faster, the
+            device and the call allow it, and the error stays within the tolerance, rounding included, head by head. The
+            other heads keep their own precision, and ``explain`` says why.
         min_length: attention over fewer tokens is refused as too short.
         samples: model inputs to calibrate on; by default the inputs of the first call. Each is a mapping of argument
             names to tensors or, for a model that is called with one tensor, that tensor.
@@ -43,6 +47,7 @@ class Options:
     tolerance: float | Mapping[str, float] = 0.055
     method: Method = "afbs"
     parameterization: Parameterization = "corrected"
+    precision: Precision = "own"
     min_length: int = 1024
     samples: Iterable[Any] | None = None
     recipe: str | os.PathLike[str] | Recipe | None = None
@@ -69,7 +74,11 @@ class Options:
     @property
     def tuning(self) -> TuneSettings:
         """The part that the tuner needs."""
-        searched: dict[str, Any] = {"method": self.method, "parameterization": self.parameterization}
+        searched: dict[str, Any] = {
+            "method": self.method,
+            "parameterization": self.parameterization,
+            "precision": self.precision,
+        }
         if isinstance(self.tolerance, Mapping):
             ((quantity, limit),) = self.tolerance.items()
             return TuneSettings(budget=Budget(cast(Quantity, quantity), float(limit)), **searched)
@@ -87,6 +96,10 @@ class Options:
             self.parameterization in PARAMETERIZATIONS,
             _one_of(PARAMETERIZATIONS),
         )
+        _accept("precision", self.precision, self.precision in PRECISIONS, _one_of(PRECISIONS))
+        per_head = self.method == "afbs" and not isinstance(self.tolerance, Mapping)
+        only = "'own' unless method is 'afbs' and tolerance a number: FP8 is decided by the error of each head"
+        _accept("precision", self.precision, self.precision == "own" or per_head, only)
         whole = isinstance(self.min_length, int) and not isinstance(self.min_length, bool)
         _accept("min_length", self.min_length, whole and self.min_length >= 1, "a whole number of tokens, at least 1")
         one_input = isinstance(self.samples, str | Mapping | Tensor)
@@ -103,7 +116,7 @@ class Options:
         _accept("dump", self.dump, not file_in_the_way, "the path of a folder, and this is a file")
 
 
-_CALIBRATION_OPTIONS = {"tolerance", "method", "parameterization", "samples"}
+_CALIBRATION_OPTIONS = {"tolerance", "method", "parameterization", "precision", "samples"}
 
 
 def _is_tolerance(value: object) -> bool:

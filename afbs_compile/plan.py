@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from afbs_compile.errors import RecipeError
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.op import engine_name
+from afbs_compile.kernels.precision import refusal
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from afbs_compile.passes.rewrite import SiteConstants
 from afbs_compile.passes.site import AttentionSite
@@ -57,7 +58,7 @@ class Plan:
             return cls({}, refused)
         graph = _matching_graph(found, recipe)
         by_name = {site.name: site for site in graph.sites}
-        rows = [_applied(site, by_name.get(site.name), outside) for site in found.sites]
+        rows = [_in_precision(site, _applied(site, by_name.get(site.name), outside)) for site in found.sites]
         constants = {
             site: _constants(site, row, outside)
             for site, row in zip(found.sites, rows, strict=True)
@@ -147,6 +148,26 @@ def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside)
     return replace(recorded, outcome="dense", reason=reason)
 
 
+def _in_precision(site: AttentionSite, row: SiteRecipe) -> SiteRecipe:
+    """The row with its heads in their own precision where this device has no FP8; nothing of it is less accurate."""
+    if row.outcome != "sparse" or all(head.precision == "own" for head in row.heads):
+        return row
+    assert row.block_q is not None, "only refused rows lack a block shape"
+    assert row.block_k is not None
+    lam = [head.lam for head in row.heads]
+    reason = refusal(site.device, site.dtype, site.head_dim, lam, row.block_q, row.block_k)
+    return row if reason is None else in_own_precision(row, reason)
+
+
+def in_own_precision(row: SiteRecipe, reason: str) -> SiteRecipe:
+    """The row with every head in its own precision, and why those that were in FP8 are not."""
+    heads = tuple(
+        head if head.precision == "own" else replace(head, precision="own", precision_reason=reason)
+        for head in row.heads
+    )
+    return replace(row, heads=heads, fp8_constants=())
+
+
 def _extrapolated(head: HeadRecipe, validated: tuple[int, int], length: int) -> HeadRecipe:
     tau = extrapolated_tau(head.tau, head.tau_exponent, head.length_exponent, validated, length)
     return replace(head, tau=tau)
@@ -171,4 +192,6 @@ def _constants(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SiteCo
         min_length=shortest,
         max_length=longest,
         policy=tuple(head.policy for head in row.heads),
+        precision=tuple(head.precision for head in row.heads),
+        fp8_constants=row.fp8_constants,
     )

@@ -18,6 +18,7 @@ FORMAT = "afbs-recipe"
 SCHEMA_VERSION = 3
 
 Stage = Literal["explore", "refine", "validate"]
+Precision = Literal["own", "fp8"]
 Policy = Literal["meansim", "meanshare", "cumulant", "antidiagonal", "vertical_slash", "sink_window"]
 
 
@@ -62,6 +63,9 @@ class HeadRecipe:
         search: how the thresholds were found; empty where that was not recorded.
         tau_exponent, length_exponent: a and b of ``error ~ (1 - tau) ** a * length ** b`` about the operating point;
             both 0 where they were not measured.
+        precision: what a sparse head computes in: ``"own"``, that of its operands, or ``"fp8"``, whose rounding is part
+            of ``error``.
+        precision_reason: why a sparse head is not in FP8 where that was asked for.
     """
 
     outcome: Literal["sparse", "dense"]
@@ -75,6 +79,8 @@ class HeadRecipe:
     search: tuple[SearchPath, ...] = ()
     tau_exponent: float = 0.0
     length_exponent: float = 0.0
+    precision: Precision = "own"
+    precision_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class SiteRecipe:
         validated_lengths: shortest and longest length at which the thresholds were validated.
         kernel: what computed the sparse call when it was timed, e.g. ``"hopper 128x128"``; ``None`` where every head is
             DENSE. kernel_reason: why not the quickest kernel of the engine.
+        fp8_constants: what the samples say about keys and values, for the heads of precision ``"fp8"``: for each key
+            head its D means and its two peaks; empty where there is no such head.
     """
 
     name: str
@@ -112,6 +120,7 @@ class SiteRecipe:
     validated_lengths: tuple[int, int] | None = None
     kernel: str | None = None
     kernel_reason: str | None = None
+    fp8_constants: tuple[float, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -214,8 +223,11 @@ class GraphRecipe:
     promise: Promise | None = None
 
 
-_NOT_IN_RECORDS = {"name", "outcome", "reason", "heads"}
-"""Fields of a site that :meth:`Recipe.to_records` writes under another name, or one head at a time."""
+_NOT_IN_RECORDS = {"name", "outcome", "reason", "heads", "fp8_constants"}
+"""Fields of a site that :meth:`Recipe.to_records` writes under another name, one head at a time, or not at all."""
+
+_ADDED = {"precision", "precision_reason", "fp8_constants"}
+"""Fields that recipes of this schema lack where they are older; they then have their defaults."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +282,10 @@ class Recipe:
     def to_records(self) -> list[dict[str, Any]]:
         """One flat dictionary per head, e.g. for ``pandas.DataFrame(recipe.to_records())``.
 
-        Each has the fields of :class:`HeadRecipe` but ``search``, of its :class:`SiteRecipe` (its ``name`` as
-        ``site``, its ``outcome`` and ``reason`` as ``site_outcome`` and ``site_reason``), and the numbers ``graph`` and
-        ``head``. Calls that were refused have no heads; ``explain(recipe).to_records()`` has a row for every call.
+        Each has the fields of :class:`HeadRecipe` but ``search``, of its :class:`SiteRecipe` but ``fp8_constants`` (its
+        ``name`` as ``site``, its ``outcome`` and ``reason`` as ``site_outcome`` and ``site_reason``), and the numbers
+        ``graph`` and ``head``. Calls that were refused have no heads; ``explain(recipe).to_records()`` has a row for
+        every call.
         """
         return [
             {
@@ -355,6 +368,11 @@ def _check(recipe: Recipe) -> None:
     for site in recipe.sites:
         if site.outcome != "refused" and not (site.heads and site.block_q and site.block_k):
             raise _DamagedError(f"{site.name} is {site.outcome} and has no heads, or no block shape")
+        fp8 = any(head.precision == "fp8" for head in site.heads)
+        if fp8 and len(site.fp8_constants) != (site.kv_heads or 0) * ((site.head_dim or 0) + 2):
+            raise _DamagedError(f"{site.name} has heads in FP8 and not the constants of its key heads")
+        if not all(map(math.isfinite, site.fp8_constants)):
+            raise _DamagedError(f"{site.name} has an FP8 constant that is not finite")
         for index, head in enumerate(site.heads):
             numbers = [head.tau, head.theta, head.lam, head.sparsity, head.error, *head.validation_errors]
             if not all(math.isfinite(number) for number in numbers):
@@ -400,6 +418,7 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     names = {f.name for f in fields(kind)}
     if not isinstance(value, Mapping):
         raise _DamagedError(f"{where} is not an object")
+    names -= _ADDED - set(value)
     if wrong := names ^ set(value):
         raise _DamagedError(f"{where} lacks or has too much: {', '.join(sorted(wrong))}")
     hints = get_type_hints(kind)

@@ -17,6 +17,7 @@ from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import load_model
 from afbs_compile.cli.recipes import SUFFIX
 from afbs_compile.cli.sources import load_samples
+from afbs_compile.kernels.precision import PRECISIONS
 from afbs_compile.report.explain import explain
 from afbs_compile.report.inspection import summary
 from afbs_compile.tuner.site import METHODS
@@ -40,6 +41,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method", metavar="M", choices=METHODS, default="afbs", help=f"{' or '.join(METHODS)} (default: afbs)"
+    )
+    parser.add_argument(
+        "--precision",
+        metavar="P",
+        choices=PRECISIONS,
+        default="own",
+        help=f"{' or '.join(PRECISIONS)}: fp8 where it is faster and fits the tolerance (default: own, the operands')",
     )
     parser.add_argument(
         "--min-length",
@@ -73,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         samples,
         tolerance=arguments.tolerance,
         method=arguments.method,
+        precision=arguments.precision,
         min_length=arguments.min_length,
     )
     with options.writing(target):

@@ -88,7 +88,9 @@ def to_onnx(
     if opset not in OPSETS:
         raise OptionError(f"opset: got {opset!r}; accepted: {OPSETS[0]} to {OPSETS[-1]}")
     onnx, *_ = extra(("onnx", "onnxscript"), "export")
-    program = rewritten_program(model, recipe, example, dynamic=dynamic, refuse=no_form)
+    program = rewritten_program(
+        model, recipe, example, dynamic=dynamic, refuse=no_form, no_fp8="ONNX has no FP8 form of the call"
+    )
     proto = _translated(program, opset)
     proto.functions.extend(function_protos(opset))
     proto.metadata_props.add(key=NOTE, value=program.note.to_json())

@@ -27,7 +27,7 @@ from afbs_compile.passes.find import find
 from afbs_compile.passes.rewrite import SiteConstants, rewrite
 from afbs_compile.passes.site import AttentionSite, Refusal
 from afbs_compile.passes.sizes import fixed
-from afbs_compile.plan import Plan
+from afbs_compile.plan import Plan, in_own_precision
 from afbs_compile.recipe import Recipe, SiteRecipe
 
 NOT_CALIBRATED = "not calibrated: it was refused when the recipe was made"
@@ -66,6 +66,7 @@ def rewritten_program(
     *,
     dynamic: bool,
     refuse: Refuse = lambda constants: None,
+    no_fp8: str | None = None,
 ) -> Program:
     """Trace a model and rewrite its attention calls as a recipe says.
 
@@ -75,6 +76,7 @@ def rewritten_program(
         example: one input; its sizes are those of the program unless ``dynamic``.
         dynamic: leave every size free that the model can leave free, such as batch and length.
         refuse: what the format cannot express; such a call stays dense.
+        no_fp8: why the format has no FP8, if it has none; heads in FP8 are then in their own precision.
 
     Raises:
         OptionError: the model is in training mode, or the example does not fit it.
@@ -94,7 +96,7 @@ def rewritten_program(
     if dynamic and not any(isinstance(size, str) for shape in shapes.values() for size in shape):
         raise ExportError("dynamic: the model fixes the size of every input; export it without dynamic shapes.")
     plan = _carried_over(graphs, _in_order(gm, (*sites, *refusals)), recipe)
-    constants, rows = _expressible(plan, refuse)
+    constants, rows = _expressible(plan, refuse, no_fp8)
     before = _results(gm)
     rewrite(gm, constants)
     for old, new in zip(before, _results(gm), strict=True):
@@ -218,8 +220,13 @@ def _planned(found: FoundGraph, calls: list[AttentionSite | Refusal], recipe: Re
         raise RecipeError(f"the recipe {error}") from None
 
 
-def _expressible(plan: Plan, refuse: Refuse) -> tuple[dict[AttentionSite, SiteConstants], tuple[SiteRecipe, ...]]:
+def _expressible(
+    plan: Plan, refuse: Refuse, no_fp8: str | None
+) -> tuple[dict[AttentionSite, SiteConstants], tuple[SiteRecipe, ...]]:
     """The plan without what the format has no form for."""
+    if no_fp8 is not None:
+        own = {site: replace(constants, precision=(), fp8_constants=()) for site, constants in plan.constants.items()}
+        plan = replace(plan, constants=own, rows=tuple(in_own_precision(row, no_fp8) for row in plan.rows))
     reasons = {site.name: refuse(constants) for site, constants in plan.constants.items()}
     rows = tuple(
         replace(row, outcome="dense", reason=reason) if (reason := reasons.get(row.name)) else row for row in plan.rows

@@ -62,7 +62,8 @@ def to_tensorrt(
     """
     target = target_path(path, "tensorrt")
     (torch_tensorrt,) = extra(("torch_tensorrt",), "tensorrt")
-    program = rewritten_program(model, recipe, example, dynamic=dynamic)
+    no_fp8 = "the TensorRT plugin takes no FP8 heads"
+    program = rewritten_program(model, recipe, example, dynamic=dynamic, no_fp8=no_fp8)
     call_plugins(program.exported.graph_module)
     shown = Inputs.of(program.module, example).tensors
     ranges = [
@@ -115,6 +116,8 @@ def call_plugins(gm: fx.GraphModule) -> int:
         given = {argument.name: argument.default_value for argument in node.target._schema.arguments}
         given.update(zip(given, node.args, strict=False))
         given.update(node.kwargs)
+        if "fp8" in (given["precision"] or ()):
+            raise ExportError("TensorRT: the plugin takes no heads in FP8.")
         thresholds = (as_text(given[name]) for name in ("tau", "theta", "lam"))
         scale = given["scale"]
         if not isinstance(scale, float):

@@ -57,6 +57,34 @@ def _address(x: Tensor) -> int:
     return int(x.storage_offset()) * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
 
 
+def unsuited(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    lam: Sequence[float],
+    blocks: tuple[int, int],
+    accepted: Sequence[tuple[int, int]],
+) -> str | None:
+    """What of a call but its layout no Hopper kernel takes, or ``None``.
+
+    Args:
+        device, dtype, head_dim: of the operands; lam: one number per query head.
+        blocks: rows per block of queries and of keys; accepted: those that the kernel takes.
+    """
+    if _processors(device) == 0:
+        return f"{device.type} is no NVIDIA GPU of compute capability 9.x"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype is {dtype}; accepted: float16, bfloat16"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim is {head_dim}; accepted: {HEAD_DIMS}"
+    if blocks not in accepted:
+        shown = ", ".join(f"{rows}x{keys}" for rows, keys in accepted)
+        return f"blocks are {blocks[0]}x{blocks[1]}; accepted: {shown}"
+    if any(value > LAMBDA_OFF for value in lam):
+        return f"lam is {list(lam)}; accepted: at most {LAMBDA_OFF} for every head, which skips nothing"
+    return None
+
+
 def refusal(q: Tensor, k: Tensor, v: Tensor, lam: Sequence[float], block_q: int, block_k: int) -> str | None:
     """Why :func:`attend` does not take a call, or ``None`` if it does.
 
@@ -66,16 +94,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, lam: Sequence[float], block_q: int,
     Returns:
         A sentence that names what came and what is accepted.
     """
-    if _processors(q.device) == 0:
-        return f"{q.device.type} is no NVIDIA GPU of compute capability 9.x"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype is {q.dtype}; accepted: float16, bfloat16"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head_dim is {q.shape[3]}; accepted: {HEAD_DIMS}"
-    if (block_q, block_k) not in BLOCKS:
-        return f"blocks are {block_q}x{block_k}; accepted: {', '.join(f'{rows}x{keys}' for rows, keys in BLOCKS)}"
-    if any(value > LAMBDA_OFF for value in lam):
-        return f"lam is {list(lam)}; accepted: at most {LAMBDA_OFF} for every head, which skips nothing"
+    reason = unsuited(q.device, q.dtype, q.shape[3], lam, (block_q, block_k), BLOCKS)
+    if reason is not None:
+        return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
         if _misplaced(x):
             return (

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afbs_compile.kernels import flex, reference
+from afbs_compile.kernels import precision as precisions
 from afbs_compile.kernels.policy import check_policies, predict_mask
 from afbs_compile.kernels.predict import BlockLists, predict_blocks
 from afbs_compile.kernels.reference import KEEP_ALL
@@ -149,6 +150,8 @@ def _attend_in_groups(
     theta: Sequence[float],
     lam: Sequence[float],
     policy: Sequence[str] | None,
+    precision: Sequence[str] | None,
+    fp8_constants: Sequence[float] | None,
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     """Predict and attend on Triton for as many heads at a time as the memory of their block lists allows."""
@@ -160,7 +163,13 @@ def _attend_in_groups(
         parts = (q, k, v, out) if step >= heads else (q[:, mine], k[:, keys], v[:, keys], out[:, mine])
         names = None if policy is None else policy[mine]
         lists = predict_blocks(*parts[:2], tau[mine], theta[mine], policy=names, **call)
-        _attend_on_triton(*parts[:3], lists, lam[mine], out=parts[3], **call)
+        if precision is None:
+            _attend_on_triton(*parts[:3], lists, lam[mine], out=parts[3], **call)
+        else:
+            width = q.shape[3] + 2
+            constants = None if fp8_constants is None else fp8_constants[keys.start * width : keys.stop * width]
+            names, fused = precision[mine], _attend_on_triton
+            precisions.attend(*parts, lists, lam[mine], fused, precision=names, constants=constants, **call)
         counts.append(lists.counts)
         del lists  # before the next ones are made: their memory is what the groups are for
     return out, counts[0] if len(counts) == 1 else torch.cat(counts, 1)
@@ -201,12 +210,18 @@ def _sparse_attention(
     theta: Sequence[float],
     lam: Sequence[float],
     policy: Sequence[str] | None,
+    precision: Sequence[str] | None,
+    fp8_constants: Sequence[float] | None,
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_attention_with_counts` on checked arguments that hold at least one element."""
+    if precision is not None and "fp8" in precision:
+        reason = precisions.refusal(q.device, q.dtype, q.shape[3], lam, call["block_q"], call["block_k"])
+        if reason is not None:
+            raise ValueError(f"precision is fp8, and {reason}")
     with _own_precision(q):
         if engine_name(q.device) == "triton":
-            return _attend_in_groups(q, k, v, tau, theta, lam, policy, **call)
+            return _attend_in_groups(q, k, v, tau, theta, lam, policy, precision, fp8_constants, **call)
         live = predict_mask(q, k, tau, theta, policy, **call)
         return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
 
@@ -224,6 +239,8 @@ def sparse_attention_with_counts(
     block_q: int = 64,
     block_k: int = 64,
     policy: Sequence[str] | None = None,
+    precision: str | Sequence[str] | None = None,
+    fp8_constants: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sparse engine of the device, whatever the length and the constants, and how much it computed.
 
@@ -235,6 +252,10 @@ def sparse_attention_with_counts(
         block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
         policy: one name per query head, of :data:`afbs_compile.kernels.policy.POLICIES`; ``None`` is ``meansim`` for
             all. Only ``meansim`` has a theta; other heads need a negative one.
+        precision: one of :data:`afbs_compile.kernels.precision.PRECISIONS`, or such a name per query head; ``None`` is
+            that of the operands. FP8 needs a Hopper GPU, fp16 or bf16, D 64 or 128, blocks of 128 x 128 and lam off.
+        fp8_constants: what calibration knows of the keys and values, as
+            :meth:`afbs_compile.kernels.fp8.Constants.unpacked` takes it.
 
     Returns:
         The output ``[B, H, N, D]``, which lies in memory as ``[B, N, H, D]``, and the number of live key blocks of
@@ -245,11 +266,13 @@ def sparse_attention_with_counts(
     """
     _check_tensors(q, k, v)
     _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
+    precision = [precision] * q.shape[1] if isinstance(precision, str) else precision
+    precisions.check_precision(q, k, precision, fp8_constants)
     if q.numel() == 0:
         count_q = reference.block_count(q.shape[2], block_q)
         return _empty_output(q), q.new_zeros(*q.shape[:2], count_q, dtype=torch.int32)
     call = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k}
-    return _sparse_attention(q, k, v, tau, theta, lam, policy, **call)
+    return _sparse_attention(q, k, v, tau, theta, lam, policy, precision, fp8_constants, **call)
 
 
 @torch.library.custom_op(
@@ -257,7 +280,8 @@ def sparse_attention_with_counts(
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, bool is_causal, float? scale=None, "
-        "int block_q=64, int block_k=64, int min_length=0, int max_length=0, str[]? policy=None) -> Tensor"
+        "int block_q=64, int block_k=64, int min_length=0, int max_length=0, str[]? policy=None, "
+        "str[]? precision=None, float[]? fp8_constants=None) -> Tensor"
     ),
 )
 def sparse_attention(
@@ -274,6 +298,8 @@ def sparse_attention(
     min_length: int = 0,
     max_length: int = 0,
     policy: Sequence[str] | None = None,
+    precision: Sequence[str] | None = None,
+    fp8_constants: Sequence[float] | None = None,
 ) -> Tensor:
     """Block-sparse attention with each head's constants; dense where that is what they say.
 
@@ -292,13 +318,14 @@ def sparse_attention(
     """
     _check_tensors(q, k, v)
     _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
+    precisions.check_precision(q, k, precision, fp8_constants)
     if q.numel() == 0:
         return _empty_output(q)
     too_long = 0 < max_length < q.shape[2]
     if q.shape[2] < min_length or too_long or all(value >= KEEP_ALL for value in tau):
         return _dense_attention(q, k, v, is_causal, scale)
     call = {"causal": is_causal, "scale": scale, "block_q": block_q, "block_k": block_k}
-    out, _ = _sparse_attention(q, k, v, tau, theta, lam, policy, **call)
+    out, _ = _sparse_attention(q, k, v, tau, theta, lam, policy, precision, fp8_constants, **call)
     return out
 
 
@@ -317,10 +344,13 @@ def _(
     min_length: int = 0,
     max_length: int = 0,
     policy: Sequence[str] | None = None,
+    precision: Sequence[str] | None = None,
+    fp8_constants: Sequence[float] | None = None,
 ) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""
     _check_tensors(q, k, v)
     _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
+    precisions.check_precision(q, k, precision, fp8_constants)
     return _empty_output(q)
 
 

@@ -16,7 +16,8 @@ class Kernel(NamedTuple):
     """A kernel and how it is laid out.
 
     Attributes:
-        name: ``"hopper 128x128"``, ``"portable 64x64 tiles, 4 warps, 2 stages"`` or ``"flex 64x64 tiles"``, say.
+        name: ``"hopper 128x128"``, ``"fp8 128x128"``, ``"portable 64x64 tiles, 4 warps, 2 stages"`` or
+            ``"flex 64x64 tiles"``, say.
         reason: why it is not the quickest kernel of the engine; ``None`` where it is, or where there is one only.
     """
 
@@ -33,6 +34,7 @@ class SparseCall:
         lam: one number per query head.
         causal: whether row r attends keys 0..r only.
         block_q, block_k: rows per block.
+        precision: a name per query head; empty where every head computes in that of the operands.
     """
 
     q: Tensor
@@ -42,6 +44,7 @@ class SparseCall:
     causal: bool
     block_q: int
     block_k: int
+    precision: Sequence[str] = ()
 
     def kernel(self) -> Kernel:
         """What computes the call now.
@@ -49,6 +52,14 @@ class SparseCall:
         On GPUs other than Hopper the portable kernel's launch shape is a first guess until a call of at least
         :data:`afbs_compile.kernels.tiling.SHORTEST_TIMED` tokens has timed it against its neighbours.
         """
+        fp8 = f"fp8 {self.block_q}x{self.block_k}"
+        if "fp8" not in self.precision:
+            return self._own()
+        own = None if set(self.precision) == {"fp8"} else self._own()
+        return Kernel(fp8, None) if own is None else Kernel(f"{fp8} and {own.name}", own.reason)
+
+    def _own(self) -> Kernel:
+        """What computes the heads that are not in FP8."""
         blocks = (self.block_q, self.block_k)
         serving = op.serving(self.q, self.k, self.v, self.lam, *blocks)
         kind = (self.q.device, self.q.dtype, self.q.shape[3])

@@ -30,6 +30,8 @@ class SiteConstants:
         block_q, block_k: rows per block.
         min_length: below it the operator computes dense attention; max_length: above it likewise, 0 for no limit.
         policy: one name per query head; empty means ``meansim`` for all.
+        precision: one name per query head; empty means that of the operands for all.
+        fp8_constants: for the heads of precision ``fp8``; empty where there is none.
     """
 
     tau: tuple[float, ...]
@@ -40,6 +42,8 @@ class SiteConstants:
     min_length: int
     max_length: int = 0
     policy: tuple[str, ...] = ()
+    precision: tuple[str, ...] = ()
+    fp8_constants: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,10 @@ def _check(site: AttentionSite, constants: SiteConstants) -> None:
         count = len(getattr(constants, field))
         if count != site.heads:
             raise ValueError(f"{site.name}: {count} values of {field} for {site.heads} heads")
-    if constants.policy and len(constants.policy) != site.heads:
-        raise ValueError(f"{site.name}: {len(constants.policy)} names of policies for {site.heads} heads")
+    for field, what in (("policy", "policies"), ("precision", "precisions")):
+        count = len(getattr(constants, field))
+        if count not in (0, site.heads):
+            raise ValueError(f"{site.name}: {count} names of {what} for {site.heads} heads")
 
 
 def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) -> None:
@@ -136,6 +142,7 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) 
             "min_length": constants.min_length,
             **({"max_length": constants.max_length} if constants.max_length else {}),
             **_named_policies(constants),
+            **_named_precisions(constants),
         },
     )
     if site.rank != 4:  # the output has the shape of q: one head_dim for all operands
@@ -149,6 +156,13 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) 
 def _named_policies(constants: SiteConstants) -> dict[str, list[str]]:
     """The policies as an argument, unless all are the one that the operator takes by default."""
     return {"policy": list(constants.policy)} if set(constants.policy) - {DEFAULT} else {}
+
+
+def _named_precisions(constants: SiteConstants) -> dict[str, list[str] | list[float]]:
+    """The precisions and what they need, where a head does not compute in its own."""
+    if "fp8" not in constants.precision:
+        return {}
+    return {"precision": list(constants.precision), "fp8_constants": list(constants.fp8_constants)}
 
 
 def _four_d(build: NodeBuilder, node: fx.Node, rank: int) -> fx.Node:

@@ -31,6 +31,7 @@ class ExplainRow:
         site: where it stands in the model.
         outcome: ``"sparse"``, ``"dense"`` or ``"refused"``; reason: why not sparse, ``None`` if it is.
         heads: query heads, 0 if refused; dense_heads: those that keep every block.
+        fp8_heads: those that compute in FP8; precision_reason: why other sparse ones do not, where it was asked for.
         sparsity: 1 - live / causally valid blocks of what runs, mean over the heads.
         error: relative L1 of what runs, worst head and validation input.
         dense_ms, sparse_ms: milliseconds at the calibrated length, ``None`` where not measured.
@@ -51,6 +52,8 @@ class ExplainRow:
     sparse_ms: float | None
     kernel: str | None
     kernel_reason: str | None
+    fp8_heads: int = 0
+    precision_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,16 +181,30 @@ def _row(graph: int, site: SiteRecipe) -> ExplainRow:
         sparse_ms=site.sparse_ms,
         kernel=site.kernel,
         kernel_reason=site.kernel_reason,
+        fp8_heads=sum(head.precision == "fp8" for head in site.heads) if site.outcome == "sparse" else 0,
+        precision_reason=_not_in_fp8(site),
     )
 
 
+def _not_in_fp8(site: SiteRecipe) -> str | None:
+    """Why heads of a rewritten call are not in FP8, where that was asked for, and how many."""
+    if site.outcome != "sparse":
+        return None
+    reasons = Counter(head.precision_reason for head in site.heads if head.precision_reason is not None)
+    if not reasons:
+        return None
+    return "not in FP8: " + "; ".join(f"{count} x {why}" for why, count in reasons.most_common())
+
+
 def _cells(row: ExplainRow) -> list[str]:
-    heads = "" if not row.heads else str(row.heads) + (f", {row.dense_heads} dense" if row.dense_heads else "")
+    kinds = [f"{count} {kind}" for count, kind in ((row.dense_heads, "dense"), (row.fp8_heads, "fp8")) if count]
+    heads = "" if not row.heads else ", ".join([str(row.heads), *kinds])
+    reason = row.reason or row.precision_reason or ""
     times = ["" if ms is None else f"{ms:.3g}" for ms in (row.dense_ms, row.sparse_ms)]
     kernel = row.kernel or ""
     if row.kernel and row.outcome != "sparse":  # the one that the call would run on
         kernel = f"({row.kernel})"
-    return [row.site, row.outcome, heads, f"{row.sparsity:.1%}", f"{row.error:.3f}", *times, kernel, row.reason or ""]
+    return [row.site, row.outcome, heads, f"{row.sparsity:.1%}", f"{row.error:.3f}", *times, kernel, reason]
 
 
 def _note(recipe: Recipe) -> str:

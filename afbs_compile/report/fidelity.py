@@ -16,7 +16,7 @@ from afbs_compile.recipe import SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
 from afbs_compile.tuner.end_to_end import output_change
 from afbs_compile.tuner.measure import dense_attention, relative_l1, sparse_attention
-from afbs_compile.tuner.space import Thresholds
+from afbs_compile.tuner.space import SitePrecision, Thresholds
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def _errors(row: SiteRecipe, sample: Any) -> Tensor:
     assert row.block_q is not None
     assert row.block_k is not None
     policy = [head.policy for head in row.heads]
-    out, _ = sparse_attention(sample, Thresholds.of(row.heads), policy, row.block_q, row.block_k)
+    precision = SitePrecision.of(row)
+    out, _ = sparse_attention(sample, Thresholds.of(row.heads), policy, row.block_q, row.block_k, precision)
     return relative_l1(out, dense_attention(sample)).cpu()
 
 

@@ -86,7 +86,8 @@ def _sparse_calls(found: FoundGraph, plan: Plan) -> dict[str, SparseCall]:
         row = rows[site.name]
         if row.block_q and row.block_k and any(head.outcome == "sparse" for head in row.heads):
             lam = [head.lam for head in row.heads]
-            calls[site.name] = SparseCall(*site.operands(), lam, site.causal, row.block_q, row.block_k)
+            precision = [head.precision for head in row.heads]
+            calls[site.name] = SparseCall(*site.operands(), lam, site.causal, row.block_q, row.block_k, precision)
     return calls
 
 

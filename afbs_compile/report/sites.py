@@ -117,10 +117,14 @@ def _constants(row: SiteRecipe, constants: SiteConstants) -> list[str]:
     theta = [max(constants.theta[i], -1.0) if constants.theta[i] >= 0 else -1.0 for i in sparse]
     lam = [max(constants.lam[i], LAMBDA_OFF) for i in sparse]
     policies = Counter(row.heads[i].policy for i in sparse)
+    in_fp8 = constants.precision.count("fp8")
+    precision = f", {in_fp8} in FP8" if in_fp8 else ""
     return [
         tau + (f", {dense} dense" if dense else ""),
         f"{folded('theta', theta, -1.0)}, {folded('lambda', lam, LAMBDA_OFF)}",
-        "policy " + ", ".join(name if len(policies) == 1 else f"{n} {name}" for name, n in policies.most_common()),
+        "policy "
+        + ", ".join(name if len(policies) == 1 else f"{n} {name}" for name, n in policies.most_common())
+        + precision,
     ]
 
 

@@ -20,7 +20,8 @@ from afbs_compile.tuner.explore import explore
 from afbs_compile.tuner.inputs import BlockShape, Inputs
 from afbs_compile.tuner.measure import Meter
 from afbs_compile.tuner.progress import budget_progress
-from afbs_compile.tuner.site import SiteResult, TuneSettings, fastest_shape, with_speed
+from afbs_compile.tuner.result import SiteResult
+from afbs_compile.tuner.site import TuneSettings, fastest_shape, with_speed
 from afbs_compile.tuner.speed import Stopwatch
 from afbs_compile.tuner.validate import DECIMALS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,3 +113,9 @@ def tau_exponent(curves: Curves, tolerance: float) -> Tensor:
     dx = (x - ((near * x).sum(-1) / count)[:, None]) * near
     slope = (dx * y.nan_to_num(0.0)).sum(-1) / dx.square().sum(-1).clamp_min(1e-12)
     return slope.clamp(0.1, 4.0)
+
+
+def one_back(curves: Sequence[Curves], tau: Tensor) -> Tensor:
+    """The next more careful threshold of each head that every input was measured at, else DENSE."""
+    grid = torch.cat([torch.where(c.measured[:, None], c.tau, KEEP_ALL) for c in curves if c.stage == "validate"], 1)
+    return torch.where(grid > tau[:, None], grid, KEEP_ALL).amin(1)

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from afbs_compile.errors import OptionError
 from afbs_compile.passes.capture import Operands, SampleRun, run_with
 from afbs_compile.tuner.measure import sparse_attention
-from afbs_compile.tuner.space import Thresholds
+from afbs_compile.tuner.space import SitePrecision, Thresholds
 
 CHUNK_ELEMENTS = 2**25
 """Logits turned into fp32 probabilities at a time: 128 MiB, whatever the vocabulary."""
@@ -22,18 +22,20 @@ CHUNK_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class SiteThresholds:
-    """What runs at one site: thresholds per head, and the block shape and the policies they belong to."""
+    """What runs at one site: thresholds per head, their block shape and policies, and the heads' precision."""
 
     thresholds: Thresholds
     block_q: int
     block_k: int
     policy: tuple[str, ...] | None = None
+    precision: SitePrecision | None = None
 
     def attend(self, operands: Operands) -> Tensor | None:
         """Sparse attention on a site's operands; ``None`` where every head is DENSE."""
         if self.thresholds.is_dense.all():
             return None
-        return sparse_attention(operands, self.thresholds, self.policy, self.block_q, self.block_k)[0]
+        shape = self.block_q, self.block_k
+        return sparse_attention(operands, self.thresholds, self.policy, *shape, self.precision)[0]
 
 
 @dataclass(frozen=True)

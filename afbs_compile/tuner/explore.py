@@ -100,6 +100,8 @@ def _predictor_costs(
     if thresholds.is_dense.all():
         return [0.0] * len(curves)
     everything = stopwatch.attention_ms(element, thresholds, curve.policy, *shape)
+    if everything == 0:  # lost in the noise of two short timings
+        return [0.0] * len(curves)
     return [
         stopwatch.predictor_ms(element, thresholds.tau, choice.theta, choice.policy, *shape) / everything
         for choice in curves

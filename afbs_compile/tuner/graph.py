@@ -35,7 +35,8 @@ from afbs_compile.tuner.budgeted import tune_with_budget
 from afbs_compile.tuner.end_to_end import SiteThresholds
 from afbs_compile.tuner.progress import calibration_progress
 from afbs_compile.tuner.promise import promise
-from afbs_compile.tuner.site import SiteResult, TuneSettings, tune_site
+from afbs_compile.tuner.result import SiteResult
+from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.speed import Stopwatch
 
 Source = Literal["samples", "first call"]
@@ -118,7 +119,7 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
     def chosen(name: str, operands: Operands) -> Tensor | None:
         """Later sites are calibrated on what the sparse ones before them make."""
         result = results[name]
-        here = SiteThresholds(result.thresholds, *result.shape, result.policy)
+        here = SiteThresholds(result.thresholds, *result.shape, result.policy, result.precision)
         return None if result.dense_reason else here.attend(operands)
 
     with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs, chosen)) as walk:
@@ -151,7 +152,9 @@ def _padded(deciding: Tensor | None, like: Tensor) -> Tensor:
 def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
     speed, kernel = result.speed, None
     if speed is not None:
-        kernel = SparseCall(*site.operands(), result.thresholds.lam.tolist(), site.causal, *result.shape).kernel()
+        names = () if result.precision is None else result.precision.names
+        lam = result.thresholds.lam.tolist()
+        kernel = SparseCall(*site.operands(), lam, site.causal, *result.shape, names).kernel()
     return SiteRecipe(
         name=site.name,
         outcome="sparse" if result.dense_reason is None else "dense",
@@ -169,6 +172,7 @@ def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
         validated_lengths=None if result.lengths is None else result.lengths.validated,
         kernel=None if kernel is None else kernel.name,
         kernel_reason=None if kernel is None else kernel.reason,
+        fp8_constants=() if result.precision is None else result.precision.constants,
     )
 
 
@@ -191,6 +195,8 @@ def _head_recipe(result: SiteResult, head: int) -> HeadRecipe:
         search=(*paths, *_trial_paths(result, head)),
         tau_exponent=number(result.tau_exponent),
         length_exponent=0.0 if dense or result.lengths is None else number(result.lengths.exponent),
+        precision="own" if result.precision is None else result.precision.names[head],
+        precision_reason=None if result.precision is None else result.precision.reasons[head],
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.kernels.reference import block_count, visible_blocks
 from afbs_compile.passes.capture import Operands
-from afbs_compile.tuner.space import Thresholds
+from afbs_compile.tuner.space import SitePrecision, Thresholds
 
 WINDOWS = 5
 """Validation inputs that one sample is split into: the number of inputs the paper validates on."""
@@ -104,11 +104,11 @@ class Meter:
         windows = windows or self.windows
         return Meter(short, block_q=self.block_q, block_k=self.block_k, windows=windows, policy=self.policy)
 
-    def __call__(self, thresholds: Thresholds) -> Measurement:
-        """Run every sample at these thresholds."""
+    def __call__(self, thresholds: Thresholds, precision: SitePrecision | None = None) -> Measurement:
+        """Run every sample at these thresholds, every head in its precision."""
         errors, sparsities = [], []
         for sample, dense in zip(self.samples, self._dense, strict=True):
-            out, counts = sparse_attention(sample, thresholds, self.policy, self.block_q, self.block_k)
+            out, counts = sparse_attention(sample, thresholds, self.policy, self.block_q, self.block_k, precision)
             errors.append(relative_l1(out, dense, self.windows, self.block_q))
             sparsities.append(self._sparsity(sample, counts))
             self.calls += self._cost(sample)
@@ -144,7 +144,12 @@ def dense_attention(sample: Operands) -> Tensor:
 
 
 def sparse_attention(
-    sample: Operands, thresholds: Thresholds, policy: Sequence[str] | None, block_q: int, block_k: int
+    sample: Operands,
+    thresholds: Thresholds,
+    policy: Sequence[str] | None,
+    block_q: int,
+    block_k: int,
+    precision: SitePrecision | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output ``[B, H, N, D]`` of the operator at a site's thresholds, and its live blocks per query block."""
     return sparse_attention_with_counts(
@@ -159,6 +164,7 @@ def sparse_attention(
         block_q=block_q,
         block_k=block_k,
         policy=policy,
+        **(precision.arguments if precision is not None else {}),
     )
 
 

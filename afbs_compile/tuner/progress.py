@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from afbs_compile.tuner.site import SiteResult
+from afbs_compile.tuner.result import SiteResult
 
 
 class CalibrationProgress:

@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
 from afbs_compile.passes.capture import Operands
-from afbs_compile.recipe import Policy
+from afbs_compile.recipe import Policy, Precision
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.budget import Budget
-from afbs_compile.tuner.curves import Curves, tau_exponent
+from afbs_compile.tuner.curves import one_back, tau_exponent
 from afbs_compile.tuner.explore import Explored, explore
+from afbs_compile.tuner.fp8 import SHAPE, fp8_refusal, with_fp8
 from afbs_compile.tuner.inputs import BlockShape, Inputs
-from afbs_compile.tuner.lengths import Lengths, fit_lengths
+from afbs_compile.tuner.lengths import fit_lengths
 from afbs_compile.tuner.measure import WINDOWS, Measurement, Meter, low_fidelity, relative_l1, sparse_attention
-from afbs_compile.tuner.paper import Trial, algorithm_1
+from afbs_compile.tuner.paper import algorithm_1
+from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.space import Parameterization, Thresholds
 from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
 from afbs_compile.tuner.validate import Validated, validate
@@ -58,45 +59,12 @@ class TuneSettings:
     method: Method = "afbs"
     parameterization: Parameterization = "corrected"
     budget: Budget | None = None
+    precision: Precision = "own"
     shapes: tuple[BlockShape, ...] | None = None
 
     def shapes_on(self, device: torch.device) -> tuple[BlockShape, ...]:
         """Block shapes to compare on a device."""
         return self.shapes or BLOCK_SHAPES[engine_name(device)]
-
-
-@dataclass(frozen=True)
-class SiteResult:
-    """What was decided for one site.
-
-    Attributes:
-        thresholds: per head, DENSE where nothing feasible was found.
-        measured: error on every validation input and sparsity, per head; 0 for DENSE heads.
-        shape: rows per block; policy: a name per head.
-        speed: ``None`` where every head is DENSE.
-        dense_reason: why the whole site stays dense, or ``None`` if it is rewritten.
-        evaluations: cost in dense equivalents.
-        curves: all that was measured on the way; empty for ``method="paper"``, whose ``trials`` tell it.
-        lengths: what was learnt about other lengths; tau_exponent: ``[H]``, as in :class:`HeadRecipe`.
-        deciding: bool ``[inputs]``, inputs that kept a head from a bolder threshold; held_out: bool ``[inputs]``, those
-            that had no say in theta, policy and block shape.
-        posterior: the search landscape of ``method="paper"``, to warm-start the next site; trials: what it tried.
-    """
-
-    thresholds: Thresholds
-    measured: Measurement
-    shape: BlockShape
-    policy: tuple[Policy, ...]
-    speed: SiteSpeed | None
-    dense_reason: str | None
-    evaluations: float
-    curves: tuple[Curves, ...] = ()
-    lengths: Lengths | None = None
-    tau_exponent: Tensor | None = None
-    deciding: Tensor | None = None
-    held_out: Tensor | None = None
-    posterior: gp.Posterior | None = None
-    trials: tuple[Trial, ...] = ()
 
 
 def tune_site(
@@ -119,7 +87,12 @@ def tune_site(
     if settings.method == "paper":
         return with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, nothing)
     inputs = Inputs(samples)
+    fp8 = settings.precision == "fp8"
+    if fp8 and fp8_refusal(inputs.elements[inputs.first], SHAPE) is None:
+        settings = replace(settings, shapes=(SHAPE,))
     result = search_curves(inputs, settings, stopwatch)
+    if fp8:
+        result = with_fp8(inputs, result, settings.tolerance)
     dense_ms = inputs.dense_ms if samples[0].q.is_cuda else None
     return with_speed(result, inputs.elements[inputs.first], stopwatch, nothing, dense_ms)
 
@@ -139,7 +112,14 @@ def with_speed(
         return replace(result, dense_reason=nothing)
     sparsity = float(result.measured.sparsity.mean())
     speed = SiteSpeed.measure(
-        sample, result.thresholds, result.policy, sparsity, stopwatch, dense_ms=dense_ms, **result.shape._asdict()
+        sample,
+        result.thresholds,
+        result.policy,
+        sparsity,
+        stopwatch,
+        precision=result.precision,
+        dense_ms=dense_ms,
+        **result.shape._asdict(),
     )
     not_faster = None
     if speed.min_length is None:
@@ -237,17 +217,9 @@ def _confirmed(
         failing = ~(seen.amax(0) <= tolerance) & ~thresholds.is_dense
         if not failing.any():
             break
-        tau = torch.where(failing, _one_back(found, tau), tau)
+        tau = torch.where(failing, one_back(found.curves, tau), tau)
     else:
         tau = torch.where(failing, KEEP_ALL, tau)
     return replace(found, tau=tau, error=error), Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF)).where(
         tau < KEEP_ALL, Thresholds.dense(inputs.heads)
     )
-
-
-def _one_back(found: Validated, tau: Tensor) -> Tensor:
-    """The next more careful threshold of each head that every input was measured at, else DENSE."""
-    grid = torch.cat(
-        [torch.where(c.measured[:, None], c.tau, KEEP_ALL) for c in found.curves if c.stage == "validate"], 1
-    )
-    return torch.where(grid > tau[:, None], grid, KEEP_ALL).amin(1)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF, THETA_OFF
-from afbs_compile.recipe import HeadRecipe
+from afbs_compile.recipe import HeadRecipe, Precision, SiteRecipe
 
 Parameterization = Literal["corrected", "paper"]
 PARAMETERIZATIONS: tuple[str, ...] = get_args(Parameterization)
@@ -59,6 +59,33 @@ class Thresholds:
             torch.where(take, self.theta, other.theta),
             torch.where(take, self.lam, other.lam),
         )
+
+
+@dataclass(frozen=True)
+class SitePrecision:
+    """What the heads of one site compute in.
+
+    Attributes:
+        names: per head, as in :class:`HeadRecipe`; reasons: per head, why it is not in FP8, or ``None``.
+        constants: for the heads in FP8, as in :class:`SiteRecipe`.
+    """
+
+    names: tuple[Precision, ...]
+    constants: tuple[float, ...]
+    reasons: tuple[str | None, ...]
+
+    @staticmethod
+    def of(site: SiteRecipe) -> SitePrecision:
+        """A recipe's precision as the tuner holds it."""
+        names = tuple(head.precision for head in site.heads)
+        return SitePrecision(names, site.fp8_constants, tuple(head.precision_reason for head in site.heads))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The operator's arguments: none where every head computes in its own precision."""
+        if "fp8" not in self.names:
+            return {}
+        return {"precision": list(self.names), "fp8_constants": list(self.constants)}
 
 
 def latent_to_thresholds(s: Tensor, parameterization: Parameterization = "corrected") -> Thresholds:

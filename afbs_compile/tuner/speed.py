@@ -18,7 +18,7 @@ from afbs_compile.kernels.predict import predict_blocks
 from afbs_compile.kernels.reference import block_count
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner.measure import dense_attention, sparse_attention
-from afbs_compile.tuner.space import Thresholds
+from afbs_compile.tuner.space import SitePrecision, Thresholds
 
 WORTHWHILE = 0.97
 """Sparse must take at most this share of the dense time, so that noise in the timing cannot cost 3 %."""
@@ -68,14 +68,18 @@ class Stopwatch:
             (self._predictor_ms[key],) = best_ms([call])
         return self._predictor_ms[key]
 
-    def known_crossover(self, sample: Operands, sparsity: float, block_q: int, block_k: int) -> int | None:
+    def known_crossover(
+        self, sample: Operands, sparsity: float, block_q: int, block_k: int, fp8: bool = False
+    ) -> int | None:
         """Shortest worthwhile length that a site of this kind has shown with as much sparsity, or a little less."""
-        known = self._crossovers.get((_kind(sample), block_q, block_k), [])
+        known = self._crossovers.get((_kind(sample), block_q, block_k, fp8), [])
         return min((length for other, length in known if 0 <= sparsity - other <= ALIKE), default=None)
 
-    def learn_crossover(self, sample: Operands, sparsity: float, block_q: int, block_k: int, length: int) -> None:
+    def learn_crossover(
+        self, sample: Operands, sparsity: float, block_q: int, block_k: int, length: int, fp8: bool = False
+    ) -> None:
         """Remember a measured crossover."""
-        self._crossovers.setdefault((_kind(sample), block_q, block_k), []).append((sparsity, length))
+        self._crossovers.setdefault((_kind(sample), block_q, block_k, fp8), []).append((sparsity, length))
 
 
 def _kind(sample: Operands) -> Hashable:
@@ -105,6 +109,7 @@ class SiteSpeed:
         *,
         block_q: int,
         block_k: int,
+        precision: SitePrecision | None = None,
         dense_ms: float | None = None,
     ) -> SiteSpeed:
         """Time at the sample's length, then find the shortest of its halvings at which sparse pays, by bisection.
@@ -113,18 +118,19 @@ class SiteSpeed:
             sample: one input.
             thresholds: of the site; policy: a name per head; sparsity: what they skip.
             stopwatch: what earlier sites have shown.
-            block_q, block_k: rows per block.
+            block_q, block_k: rows per block; precision: of the heads.
             dense_ms: milliseconds of the dense call, where they are known.
         """
         length = sample.q.shape[2]
+        call = (thresholds, policy, block_q, block_k, precision)
         if dense_ms is None:
-            dense_ms, sparse_ms = _times(sample, thresholds, policy, block_q, block_k)
+            dense_ms, sparse_ms = _times(sample, *call)
         else:
-            call = sparse_call(sample, thresholds, policy, block_q, block_k)
-            sparse_ms = clocked(call, sample.q.device)[1]()  # it has run before
+            sparse_ms = clocked(sparse_call(sample, *call), sample.q.device)[1]()  # it has run before
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None)
-        known = stopwatch.known_crossover(sample, sparsity, block_q, block_k)
+        fp8 = precision is not None and "fp8" in precision.names
+        known = stopwatch.known_crossover(sample, sparsity, block_q, block_k, fp8)
         if known is not None:
             return SiteSpeed(dense_ms, sparse_ms, known)
         lengths = sorted(
@@ -132,11 +138,11 @@ class SiteSpeed:
         )
 
         def worthwhile(tried: int) -> bool:
-            dense, sparse = _times(_first_tokens(sample, tried), thresholds, policy, block_q, block_k)
+            dense, sparse = _times(_first_tokens(sample, tried), *call)
             return sparse <= WORTHWHILE * dense
 
         min_length = lengths[bisect_left(lengths[:-1], True, key=worthwhile)]
-        stopwatch.learn_crossover(sample, sparsity, block_q, block_k, min_length)
+        stopwatch.learn_crossover(sample, sparsity, block_q, block_k, min_length, fp8)
         return SiteSpeed(dense_ms, sparse_ms, min_length)
 
 
@@ -145,19 +151,29 @@ def _first_tokens(sample: Operands, length: int) -> Operands:
 
 
 def _times(
-    sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
+    sample: Operands,
+    thresholds: Thresholds,
+    policy: Sequence[str],
+    block_q: int,
+    block_k: int,
+    precision: SitePrecision | None,
 ) -> tuple[float, float]:
     dense, sparse = best_ms(
-        [lambda: dense_attention(sample), sparse_call(sample, thresholds, policy, block_q, block_k)]
+        [lambda: dense_attention(sample), sparse_call(sample, thresholds, policy, block_q, block_k, precision)]
     )
     return dense, sparse
 
 
 def sparse_call(
-    sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
+    sample: Operands,
+    thresholds: Thresholds,
+    policy: Sequence[str],
+    block_q: int,
+    block_k: int,
+    precision: SitePrecision | None = None,
 ) -> Callable[[], Tensor]:
     """Predictor and block-sparse attention on a sample, ready to be timed."""
-    return lambda: sparse_attention(sample, thresholds, policy, block_q, block_k)[0]
+    return lambda: sparse_attention(sample, thresholds, policy, block_q, block_k, precision)[0]
 
 
 def _predictor_call(

@@ -11,6 +11,7 @@ from torch import nn
 from afbs_compile.errors import ExportError, OptionError, RecipeError
 from afbs_compile.export.program import rewritten_program
 from tests.export.helpers import Grouped, all_left_alone, recipe_for, wandering
+from tests.fp8_engine import stand_in
 from tests.toy import Toy, drifting
 
 SPARSE = torch.ops.afbs.sparse_attention.default
@@ -207,3 +208,25 @@ class TestTransformers:
         assert out["logits"].shape == (1, 1, 64)
         assert program.inputs == {"input_ids": ("batch", "length")}
         assert program.note.inputs == ("input_ids",)
+
+
+def test_a_format_without_fp8_computes_in_its_own_precision_and_says_so(monkeypatch):
+    stand_in(monkeypatch)
+    model, x = Toy().eval(), drifting(130)
+    recipe = recipe_for(model, x, block=(128, 128))
+    (graph,) = recipe.graphs
+    sites = tuple(
+        dataclasses.replace(
+            site,
+            heads=tuple(dataclasses.replace(head, precision="fp8") for head in site.heads),
+            fp8_constants=(0.5,) * (4 * 34),
+        )
+        for site in graph.sites
+    )
+    recipe = dataclasses.replace(recipe, graphs=(dataclasses.replace(graph, sites=sites),))
+    for no_fp8 in (None, "none here"):
+        program = rewritten_program(model, recipe, x, dynamic=False, no_fp8=no_fp8)
+        for node, row in zip(calls(program, SPARSE), program.rows, strict=True):
+            assert ("precision" in node.kwargs) == ("fp8_constants" in node.kwargs) == (no_fp8 is None)
+            assert {head.precision for head in row.heads} == {"fp8" if no_fp8 is None else "own"}
+            assert {head.precision_reason for head in row.heads} == {no_fp8}

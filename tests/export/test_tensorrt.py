@@ -119,7 +119,7 @@ def test_every_argument_of_a_call_reaches_the_operator():
         "policy": ["meansim", "cumulant", "sink_window", "meanshare"],
     }  # fmt: skip
     known = {argument.name for argument in torch.ops.afbs.sparse_attention.default._schema.arguments}
-    assert known == {"q", "k", "v", *given}
+    assert known == {"q", "k", "v", *given, "precision", "fp8_constants"}
 
     def converted(**changed):
         graph = torch.fx.Graph()
@@ -142,6 +142,15 @@ def test_every_argument_of_a_call_reaches_the_operator():
         seen.append(converted(**changed))
         assert torch.equal(seen[-1], sparse_attention(q, k, v, **{**given, **changed})), changed
         assert not torch.equal(seen[-1], seen[0]), changed
+
+
+def test_heads_in_fp8_are_refused():
+    graph = torch.fx.Graph()
+    constants = {"tau": [0.5], "theta": [-1.0], "lam": [-1000.0], "is_causal": True, "scale": 0.3}
+    operands = tuple(graph.placeholder(name) for name in "qkv")
+    graph.call_function(torch.ops.afbs.sparse_attention.default, operands, {**constants, "precision": ["fp8"]})
+    with pytest.raises(ExportError, match="the plugin takes no heads in FP8"):
+        tensorrt.call_plugins(torch.fx.GraphModule({}, graph))
 
 
 def test_without_the_extra_it_is_named(tmp_path, monkeypatch):

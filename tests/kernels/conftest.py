@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def interpreter_knows_bf16() -> None:
     """Triton's interpreter keeps bf16 as 16-bit integers: it multiplies those and truncates on the way there.
 
-    Here it rounds to nearest, as GPUs do, and multiplies the numbers.
+    Here it rounds to nearest, as GPUs do, and multiplies the numbers; FP8 is rounded to nearest and clamped.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
@@ -25,6 +25,7 @@ def interpreter_knows_bf16() -> None:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    plain_fp = InterpreterBuilder.create_fp_to_fp
 
     def cast_impl(self, source, target):
         kinds = (source.dtype.scalar, target.scalar)
@@ -38,4 +39,11 @@ def interpreter_knows_bf16() -> None:
         a, b = (cast_impl(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return plain_dot(self, a, b, *rest)
 
+    def create_fp_to_fp(self, source, target, mode):
+        if target.scalar != tl.float8e4nv:
+            return plain_fp(self, source, target, mode)
+        rounded = torch.from_numpy(source.data).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

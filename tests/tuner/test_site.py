@@ -15,7 +15,8 @@ from afbs_compile.tuner import paper, speed
 from afbs_compile.tuner.explore import CANDIDATES
 from afbs_compile.tuner.inputs import BlockShape
 from afbs_compile.tuner.measure import WINDOWS, Meter, low_fidelity, relative_l1
-from afbs_compile.tuner.site import SiteResult, TuneSettings, tune_site
+from afbs_compile.tuner.result import SiteResult
+from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.space import Thresholds, latent_to_thresholds
 from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
 from tests.toy import HEAD_DIM, HEADS, drifting

@@ -1,0 +1,90 @@
+# ruff: noqa: N803 (Triton writes compile-time constants in capitals)
+# A kernel's arguments have Triton's own types:
+# mypy: disable-error-code="no-untyped-def"
+"""The warp of the FP8 kernel that draws tiles and starts the copies of what they need."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from afbs_compile.kernels.hopper_common import STEP, after
+from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, ends, locate, tell
+
+
+@gluon.jit
+def producer(
+    descriptors, lists, scales, counter, rings, notes, sizes,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Draw tiles and copy what they need, as far ahead as the rings allow."""
+    query_desc, key_desc, value_desc = descriptors
+    counts, indices = lists
+    key_scales, value_scales = scales
+    query_smem, query_ready, query_free = rings[0]
+    key_smem, key_ready, key_free = rings[1]
+    value_smem, value_ready, value_free = rings[2]
+    numbers, step_scales, told = notes
+    _, heads, groups, count_q, count_k, tiles = sizes
+
+    slot = 0
+    phase = 1
+    query_slot = 0
+    query_phase = 1
+    tile = gl.program_id(0)
+    count, last = ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL)
+    while tile < tiles:
+        batch, head, block = locate(tile, heads, count_q, CAUSAL)
+        head_k = head // groups
+        entries = indices + (tile // count_q * count_q + block).to(gl.int64) * count_k
+        # The scales of a key head's blocks lie one after the other.
+        first_scale = (batch * (heads // groups) + head_k) * count_k
+        entry = count - 1
+        block_k = last
+
+        mbarrier.wait(query_free.index(query_slot), query_phase)
+        tell(numbers, NOTE * query_slot, tile)
+        tell(numbers, NOTE * query_slot + 1, count)
+        tell(numbers, NOTE * query_slot + 2, last * STEP)
+        mbarrier.arrive(told.index(query_slot), count=1)
+        ready = query_ready.index(query_slot)
+        mbarrier.expect(ready, STEP * HEAD_DIM)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                query_desc,
+                [batch, head, block * STEP + half * (STEP // 2), 0],
+                ready,
+                query_smem.index(2 * query_slot + half),
+            )
+        query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
+        for step in range(count):
+            # The next entry, and this one's scales, are on their way while this one waits for its place.
+            key_scale = gl.load(key_scales + first_scale + block_k)
+            value_scale = gl.load(value_scales + first_scale + block_k)
+            entry -= 1
+            next_block = gl.load(entries + gl.maximum(entry, 0))
+            mbarrier.wait(key_free.index(slot), phase)
+            # Told before the barrier is armed, so whoever passes it can read them.
+            tell(step_scales, 2 * slot, key_scale)
+            tell(step_scales, 2 * slot + 1, value_scale)
+            mbarrier.expect(key_ready.index(slot), STEP * HEAD_DIM)
+            tma.async_copy_global_to_shared(
+                key_desc, [batch, head_k, block_k * STEP, 0], key_ready.index(slot), key_smem.index(slot)
+            )
+            mbarrier.wait(value_free.index(slot), phase)
+            mbarrier.expect(value_ready.index(slot), STEP * HEAD_DIM)
+            tma.async_copy_global_to_shared(
+                value_desc, [batch, head_k, 0, block_k * STEP], value_ready.index(slot), value_smem.index(slot)
+            )
+            block_k = next_block
+            slot, phase = after(slot, phase, STAGES)
+            if step == 0:
+                # The rings are filling: time to find out what comes after this tile.
+                tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+                count, last = ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL)
+
+    mbarrier.wait(query_free.index(query_slot), query_phase)
+    tell(numbers, NOTE * query_slot, -1)
+    tell(numbers, NOTE * query_slot + 1, 0)
+    mbarrier.arrive(told.index(query_slot), count=1)

@@ -1,0 +1,95 @@
+"""What FP8 costs and gains: its parts apart, its errors, and the bf16 kernels in the same run.
+
+    python benchmarks/fp8.py
+    python benchmarks/fp8.py --stages 2 3 4 5    how many steps of keys and values are kept
+
+Errors are relative L1 over the same live blocks, against float64, on sampled query blocks (kernel_cases.py): they show
+the rounding and not the sparsity. "Smoothed" knows the constants that calibration would find.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, save, settings
+from kernel_cases import Case, exact_rows, live_pairs, operands, relative_l1, thresholds_for
+from kernel_sections import off, ours, predict
+from peers import dense_sdpa
+from timing import times
+
+from afbs_compile.kernels import fp8, hopper, hopper_fp8
+from afbs_compile.kernels.fp8_triton import quantise
+
+CASES = (
+    Case("full-32k", 32768, False, 0.7, precision="fp8"),
+    Case("causal-32k", 32768, True, 0.7, precision="fp8"),
+    Case("causal-128k", 131072, True, 0.7, precision="fp8"),
+    Case("full-32k-dense", 32768, False, 0.0, precision="fp8"),
+    Case("causal-8k", 8192, True, 0.7, precision="fp8"),
+    Case("d64-causal-32k", 32768, True, 0.7, heads=16, kv_heads=16, head_dim=64, precision="fp8"),
+)
+BLOCKS = (fp8.BLOCK, fp8.BLOCK)
+
+
+def main() -> None:
+    names = [case.name for case in CASES]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
+    parser.add_argument("--stages", nargs="+", type=int, default=[hopper_fp8.STAGES])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="fp8_h200", help="name of the result file")
+    arguments = parser.parse_args()
+    with torch.no_grad():
+        rows = [measure(case, arguments) for case in CASES if case.name in arguments.cases]
+    save(arguments.name, arguments.out, {"settings": settings(arguments), "rows": rows})
+
+
+def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One case; prints a line for each part."""
+    q, k, v = operands(case, "cuda")
+    tau, lists = thresholds_for(case, q, k, BLOCKS)
+    truth = exact_rows(q, k, v, case, BLOCKS, lists)
+    constants = fp8.Constants.of([(k, v)]).packed()
+    call: dict[str, Any] = {"causal": case.causal, "block_q": fp8.BLOCK, "block_k": fp8.BLOCK}
+    lam = off(case)[1]
+
+    def attend(stages: int, known: tuple[float, ...] | None) -> Any:
+        def run() -> torch.Tensor:
+            hopper_fp8.STAGES = stages
+            return hopper_fp8.attend(q, k, v, lists, lam, constants=known, **call)
+
+        return run
+
+    calls = {
+        "SDPA": dense_sdpa(q, k, v, case),
+        "operator, fp8": ours(q, k, v, case, tau, BLOCKS),
+        "operator, bf16": ours(q, k, v, replace(case, precision=None), tau, BLOCKS),
+        "predictor": lambda: predict(q, k, case, tau, BLOCKS),
+        "rounding": lambda: quantise(q, k, v, constants, None),
+        "hopper kernel, bf16": lambda: hopper.attend(q, k, v, lists, lam, **call),
+        "rounding and kernel": attend(hopper_fp8.STAGES, None),
+        "smoothed": attend(hopper_fp8.STAGES, constants),
+    }
+    calls |= {f"{n} stages": attend(n, None) for n in arguments.stages}
+    flops = 4 * case.head_dim * live_pairs(lists, case, BLOCKS)
+    measured = times(calls, arguments.rounds)
+    dense = measured["SDPA"].median
+    record: dict[str, Any] = {"case": case.name, "dense_ms": dense}
+    print(f"\n{case.name}", flush=True)
+    for name, t in measured.items():
+        without = name in ("SDPA", "predictor", "rounding")
+        error = None if without else relative_l1(calls[name](), truth)
+        tflops = None if without else flops / t.median / 1e9
+        record[name] = {"ms": t.median, "ratio": dense / t.median, "tflops": tflops, "relative_l1": error}
+        tail = "" if without else f" {tflops:5.0f} TFLOP/s  error {error:.2e}"
+        print(f"  {name:20} {t.median:8.3f} ms [{t.low:.3f}, {t.high:.3f}] {dense / t.median:5.2f}x{tail}", flush=True)
+    return record
+
+
+if __name__ == "__main__":
+    main()

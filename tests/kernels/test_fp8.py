@@ -1,0 +1,286 @@
+"""FP8 without a GPU: what its specification promises, the kernel that rounds, what the compiler makes of the other."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels import fp8, fp8_triton, hopper, hopper_fp8, op, precision, predict, reference
+from tests.kernels.helpers import NO_SKIP, Shape, exact, inputs, some_blocks
+
+PLAIN = Shape(300, 64, heads=4, kv_heads=2, dtype=torch.bfloat16, block_q=128, block_k=128)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, live: Tensor, shape: Shape, constants: Any = None) -> Tensor:
+    return fp8.attend(fp8.quantise(q, k, v, constants, shape.scale), live, causal=shape.causal)
+
+
+def relative_l1(out: Tensor, truth: Tensor) -> float:
+    return float((out.double() - truth).abs().sum() / truth.abs().sum())
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """Bit for bit, but for the bits of a NaN."""
+    return torch.where(x.float().isnan(), math.nan, x.float()).contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_it_is_attention_up_to_rounding(dim: int, causal: bool) -> None:
+    for length, scale in ((1, None), (129, 0.3), (300, -0.1), (300, 0.0)):
+        shape = replace(PLAIN, length=length, head_dim=dim, causal=causal, batch=2, scale=scale)
+        q, k, v = inputs(shape)
+        live = some_blocks(shape)
+        assert relative_l1(attend(q, k, v, live, shape), exact(q, k, v, live, shape)) <= 4e-2
+
+
+def test_rounding_is_what_the_weights_are_worth() -> None:
+    """Keys that all score alike: the row sum is of weights before rounding, so values come out as they were rounded."""
+    q, k, v = inputs(PLAIN)
+    live = some_blocks(PLAIN)
+    out = attend(torch.zeros_like(q), k, torch.ones_like(v) * 1.5, live, PLAIN)
+    assert torch.equal(out, torch.full_like(out, 1.5))
+
+
+def test_the_mean_of_the_keys_cancels_and_takes_error_with_it() -> None:
+    q, k, v = inputs(PLAIN)
+    k = (k + 4 * torch.randn(2, 1, 64)).bfloat16()
+    constants = fp8.Constants.of([(k, v)])
+    torch.testing.assert_close(constants.key_mean, k.float().mean((0, 2)))
+    live = some_blocks(PLAIN)
+    truth = exact(q, k, v, live, PLAIN)
+    smoothed, plain = (relative_l1(attend(q, k, v, live, PLAIN, c), truth) for c in (constants.packed(), None))
+    assert smoothed < 0.8 * plain
+
+
+def test_constants_are_of_all_samples_and_of_what_is_finite() -> None:
+    (_, k, v), (_, k2, v2) = inputs(PLAIN), inputs(replace(PLAIN, length=130), seed=1)
+    k[0, 1, 5, 3] = math.inf
+    v2[0, 0, 7, 1] = math.nan
+    found = fp8.Constants.of([(k, v), (k2, v2)])
+    both = torch.cat([k, k2], 2).float()
+    both[0, 1, 5, 3] = 0
+    torch.testing.assert_close(found.key_mean, both.mean((0, 2)))
+    peaks = torch.cat([v, v2], 2).float().nan_to_num(0.0).abs().amax((0, 2, 3))
+    torch.testing.assert_close(found.value_peak, peaks)
+    back = fp8.Constants.unpacked(found.packed(), 2, 64)
+    for mine, theirs in zip(found, back, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
+    assert len(found.packed()) == fp8.constant_count(2, 64)
+
+
+def test_scales_are_powers_of_two_that_fit() -> None:
+    shape = replace(PLAIN, length=600)
+    q, k, v = inputs(shape)
+    k[:, :, 128:256] *= 2**10
+    v[:, :, 256:384] *= 2**-10
+    found = fp8.quantise(q, k, v, None, None)
+    for scale in (found.q_scale, found.k_scale, found.v_scale):
+        assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
+    assert ((found.q.float().abs().amax(-1) >= 2.0**7) & (found.q.float().abs().amax(-1) <= 2.0**8)).all()
+    first_rows = found.k.float()[:, :, ::128].abs().amax(-1)
+    assert ((first_rows >= 1) & (first_rows <= 2)).all()
+    # Values 2^10 smaller than the others have the smallest peak for theirs.
+    assert (found.v_scale[:, :, 2] == fp8.SMALLEST_PEAK).all()
+    assert (found.k_scale[:, :, 1] > 2**8 * found.k_scale[:, :, 0]).all()
+
+
+@pytest.mark.parametrize("poison", [None, math.nan, math.inf, -math.inf], ids=str)
+def test_no_row_knows_of_later_ones(poison: float | None) -> None:
+    for token in (0, 127, 128, 200):
+        q, k, v = inputs(PLAIN)
+        constants = fp8.Constants.of([(k, v)]).packed()
+        live = some_blocks(PLAIN)
+        before = attend(q, k, v, live, PLAIN, constants)
+        for x in (q, k, v):
+            # Values of a row's own block are multiplied by zero, as in every engine: those of later blocks are not.
+            first = token + 1 if x is not v or poison is None else (token // 128 + 1) * 128
+            x[:, :, first:] = 1e4 * torch.randn(x[:, :, first:].shape) if poison is None else poison
+        after = attend(q, k, v, live, PLAIN, constants)
+        assert torch.equal(before[:, :, : token + 1], after[:, :, : token + 1])
+
+
+def test_what_is_not_finite_is_seen_and_alters_no_scale() -> None:
+    q, k, v = inputs(PLAIN)
+    clean = fp8.quantise(q, k, v, None, None)
+    for x in (q, k, v):
+        x[0, 1, 128, 5] = math.inf
+    found = fp8.quantise(q, k, v, None, None)
+    for name in ("k_scale", "v_scale"):
+        old, new = getattr(clean, name), getattr(found, name)
+        assert ((new == old) | (new == old / 2)).all()  # of the other entries of that row
+    assert found.q[0, 1, 128].float().isnan().sum() == 1
+    out = attend(q, k, v, some_blocks(PLAIN, share=1.0), PLAIN)
+    assert out[0, 1, 128].isnan().all()
+    assert out[0, 2:, 128:].isnan().any(-1).all()  # the heads that share the keys and values
+    assert out[0, 0].isfinite().all()
+
+
+def test_large_values_are_clamped_not_lost() -> None:
+    q, k, v = inputs(PLAIN)
+    v[:, :, 0] = 0.01
+    v[0, 0, 50, 3] = 3000.0
+    found = fp8.quantise(q, k, v, None, None)
+    assert found.v.float().isfinite().all()
+    assert found.v.float().max() == fp8.LARGEST
+
+
+def test_the_order_of_keys_is_that_of_the_tensor_cores() -> None:
+    order = fp8.key_order()
+    assert order.sort().values.tolist() == list(range(128))
+    # Thread t of a quad holds scores of columns 2t, 2t + 1, 2t + 8, 2t + 9 and gives four weights in a row.
+    for t in range(4):
+        assert order[4 * t : 4 * t + 4].tolist() == [2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]
+    assert torch.equal(order.view(8, 16) - order.view(8, 16)[:, :1], order[:16].expand(8, 16))
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd", "gaps", "strided"])
+def test_the_kernel_rounds_as_specified(layout: str) -> None:
+    for length, dim, dtype in ((1, 64, torch.float16), (129, 128, torch.bfloat16), (300, 64, torch.bfloat16)):
+        shape = replace(PLAIN, length=length, head_dim=dim, dtype=dtype, batch=2, layout=layout)
+        q, k, v = inputs(shape)
+        for x in (q, k, v):
+            x[:, :, length // 2, 3] = torch.tensor([math.nan, math.inf], dtype=dtype)[:, None]
+            x[:, :, length // 3] *= 300
+        for constants in (None, fp8.Constants.of([(k, v)]).packed()):
+            expected, found = fp8.quantise(q, k, v, constants, 0.2), fp8_triton.quantise(q, k, v, constants, 0.2)
+            for name, x, y in zip(expected._fields, found, expected, strict=True):
+                cut = length if name == "q_scale" else None
+                assert torch.equal(as_bytes(x[:, :, :cut]), as_bytes(y[:, :, :cut])), name
+
+
+def call(names: Any, constants: Any = None, shape: Shape = PLAIN, **more: Any) -> Any:
+    q, k, v = inputs(shape)
+    given = {"precision": names, "fp8_constants": constants, **shape.call, **more}
+    return op.sparse_attention_with_counts(q, k, v, [0.9] * 4, [-1.0] * 4, [NO_SKIP] * 4, **given)
+
+
+@pytest.mark.parametrize(
+    ("names", "constants", "message"),
+    [
+        ("int8", None, "precision is 'int8'; accepted: own, fp8"),
+        (["fp8"] * 3, None, "precision has 3 names; accepted: one for each of the 4 query heads"),
+        (None, [0.0], "fp8_constants came without precision"),
+        ("fp8", [0.0] * 7, "fp8_constants has 7 numbers; accepted: 132, 64 means and two peaks for each of the 2 key"),
+        ("fp8", [math.nan] * 132, "fp8_constants has a number that is not finite"),
+        ("fp8", None, "precision is fp8, and cpu is no NVIDIA GPU of compute capability 9.x"),
+    ],
+)
+def test_what_the_operator_refuses(names: Any, constants: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(names, constants)
+
+
+def test_heads_of_their_own_precision_are_as_ever() -> None:
+    for mine, theirs in zip(call(["own"] * 4), call(None), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_other_calls_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    device = torch.device("cuda")
+
+    def refusal(dtype: torch.dtype = torch.bfloat16, dim: int = 128, lam: float = NO_SKIP, block_k: int = 128) -> Any:
+        return precision.refusal(device, dtype, dim, [lam], 128, block_k)
+
+    assert refusal() is None
+    assert "dtype is torch.float32; accepted: float16, bfloat16" in refusal(dtype=torch.float32)
+    assert "head_dim is 96; accepted" in refusal(dim=96)
+    assert "blocks are 128x64; accepted: 128x128" in refusal(block_k=64)
+    assert "lam is [-8.0]; accepted" in refusal(lam=-8.0)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_each_head_is_attended_in_its_precision(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = replace(PLAIN, kv_heads=kv_heads)
+    q, k, v = inputs(shape)
+    live = some_blocks(shape)
+    table = fp8.Constants.of([(k, v)]).packed()
+
+    def own(q: Tensor, k: Tensor, v: Tensor, lists: Any, lam: Any, *, out: Tensor, **call: Any) -> None:
+        out.copy_(reference.masked_attention(q, k, v, predict.lists_to_mask(lists, live.shape[3]), lam, **call))
+
+    def rounded(q: Tensor, k: Tensor, v: Tensor, lists: Any, lam: Any, *, constants: Any, out: Tensor, **call: Any):
+        out.copy_(attend(q, k, v, predict.lists_to_mask(lists, live.shape[3]), shape, constants))
+
+    monkeypatch.setattr(hopper_fp8, "attend", rounded)
+    whole = []
+    for names in (["own"] * 4, ["fp8"] * 4, ["fp8", "own", "own", "fp8"]):
+        out = torch.full_like(q, math.nan)
+        lists = predict.mask_to_lists(live)
+        precision.attend(
+            q, k, v, out, lists, [NO_SKIP] * 4, own, precision=names, constants=table, **shape.call
+        )  # fmt: skip
+        whole.append(out)
+    assert torch.equal(whole[2][:, [0, 3]], whole[1][:, [0, 3]])
+    assert torch.equal(whole[2][:, [1, 2]], whole[0][:, [1, 2]])
+    assert not torch.equal(whole[0], whole[1])
+
+
+# A driver that stands for a Hopper GPU: launches compile, and go no further.
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Hopper:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Hopper())
+from afbs_compile.kernels import fp8_triton, hopper, hopper_fp8, predict
+from tests.kernels.helpers import NO_SKIP, Shape, all_blocks, inputs
+
+hopper._processors = lambda device: 132
+for kernel in (fp8_triton._quantise_kernel, hopper_fp8.forward_kernel):
+    def compile_only(*args, run=kernel.run, name=kernel.__name__, warmup, **kwargs):
+        compiled = run(*args, warmup=True, **kwargs)
+        print(f"=== {name} {shape} grid {kwargs['grid']} shared {compiled.metadata.shared}")
+        print(compiled.asm["sass"])
+    kernel.run = compile_only
+common = dict(heads=4, kv_heads=2, batch=2, block_q=128, block_k=128, layout="bnhd")
+for shape in (
+    Shape(300, 128, dtype=torch.bfloat16, **common),
+    Shape(9000, 64, dtype=torch.float16, causal=False, **common),
+):
+    q, k, v = inputs(shape)
+    out = hopper_fp8.attend(q, k, v, predict.mask_to_lists(all_blocks(shape)), [NO_SKIP] * 4, **shape.call)
+    assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()
+"""
+
+
+def test_the_compiled_kernels_keep_their_promises() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    cases = run.stdout.split("=== ")[1:]
+    assert [case.split(" grid ")[1].split(" shared")[0] for case in cases] == ["(48,)", "(24,)", "(1136,)", "(132,)"]
+    for case in cases:
+        title, sass = case.split("\n", 1)
+        assert int(title.split()[-1]) <= 227 << 10, title
+        # Registers spilt to memory cost more than the whole design gains.
+        assert not re.search(r"\b(LDL|STL)\b", sass), title
+        if "forward" not in title:
+            assert re.search(r"LDG\.E\.128", sass), title
+            continue
+        assert "QGMMA" in sass, title
+        # Weights become an operand where they are: two conversions for four of them, and no byte moved after.
+        assert "MERGE_C" in sass, title
+        assert "PRMT" not in sass, title
+        # A product with V is added up in fp32: it starts from nothing, as every product does.
+        first = re.findall(r"QGMMA[^\n]*RZ, !UPT", sass)
+        assert len(first) == 10, title
