@@ -6,7 +6,6 @@ PyTorch predictor and FlexAttention.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,13 +15,10 @@ from torch import Tensor
 
 from afbs_compile.kernels import flex, reference
 from afbs_compile.kernels import precision as precisions
-from afbs_compile.kernels.policy import check_policies, predict_mask
+from afbs_compile.kernels.checks import check_call
+from afbs_compile.kernels.policy import predict_mask
 from afbs_compile.kernels.predict import BlockLists, predict_blocks
 from afbs_compile.kernels.reference import KEEP_ALL
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
-BLOCKS = (16, 32, 64, 128)
 
 LISTS_SHARE = 0.035
 """Largest part of the memory of q, k, v and the output that block lists may take; at 128K tokens they and the block
@@ -59,67 +55,6 @@ def serving(q: Tensor, k: Tensor, v: Tensor, lam: Sequence[float], block_q: int,
 
     reason = hopper.refusal(q, k, v, lam, block_q, block_k)
     return Serving("hopper") if reason is None else Serving("portable", reason)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse operands that no engine takes.
-
-    Raises:
-        ValueError: naming the argument, what came and what is accepted.
-    """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} has {x.dim()} dimensions; accepted: 4, [batch, heads, length, head_dim]")
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} has dtype {x.dtype}; accepted: {', '.join(map(str, DTYPES))}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; accepted: the same")
-    (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
-    if not SMALLEST_HEAD_DIM <= dim <= LARGEST_HEAD_DIM:
-        raise ValueError(f"q has head_dim {dim}; accepted: {SMALLEST_HEAD_DIM} to {LARGEST_HEAD_DIM}")
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q has {heads} heads and k has {kv_heads}; accepted: a multiple of k's heads")
-    if {type(batch), type(length), type(dim)} == {int} and (batch, kv_heads, length, dim) == k.shape == v.shape:
-        return  # the checks below also take symbolic sizes, and time
-    for name, x, shape in (("k", k, (batch, kv_heads, length, dim)), ("v", v, k.shape)):
-        for axis, (came, wanted) in enumerate(zip(x.shape, shape, strict=True)):
-            torch._check_value(
-                came == wanted,
-                lambda name=name, came=came, wanted=wanted, axis=axis: (
-                    f"{name} has size {came} in dimension {axis}; accepted: {wanted}, as the other operands have "
-                    "(query and key lengths must be equal)"
-                ),
-            )
-
-
-def _check_constants(
-    heads: int,
-    tau: Sequence[float],
-    theta: Sequence[float],
-    lam: Sequence[float],
-    block_q: int,
-    block_k: int,
-    policy: Sequence[str] | None,
-) -> None:
-    """Refuse constants that do not fit the call.
-
-    Raises:
-        ValueError: naming the argument, what came and what is accepted.
-    """
-    for name, values in (("tau", tau), ("theta", theta), ("lam", lam)):
-        if len(values) != heads:
-            raise ValueError(f"{name} has {len(values)} constants; accepted: one for each of the {heads} query heads")
-        if not all(map(math.isfinite, values)):
-            raise ValueError(f"{name} is {list(values)}; accepted: finite numbers")
-    if policy is not None:
-        check_policies(policy, theta)
-    if max(lam, default=0.0) > 0.0:
-        raise ValueError(f"lam is {list(lam)}; accepted: numbers at most 0 (log2 units under the running maximum)")
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block not in BLOCKS:
-            raise ValueError(f"{name} is {block}; accepted: {', '.join(map(str, BLOCKS))}")
-    if block_q % block_k:
-        raise ValueError(f"block_q is {block_q} and block_k is {block_k}; accepted: block_q a multiple of block_k")
 
 
 def _empty_output(q: Tensor) -> Tensor:
@@ -264,10 +199,8 @@ def sparse_attention_with_counts(
     Raises:
         ValueError: naming the argument, what came and what is accepted.
     """
-    _check_tensors(q, k, v)
-    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     precision = [precision] * q.shape[1] if isinstance(precision, str) else precision
-    precisions.check_precision(q, k, precision, fp8_constants)
+    check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants)
     if q.numel() == 0:
         count_q = reference.block_count(q.shape[2], block_q)
         return _empty_output(q), q.new_zeros(*q.shape[:2], count_q, dtype=torch.int32)
@@ -316,9 +249,7 @@ def sparse_attention(
         ValueError: naming the argument, what came and what is accepted.
         RuntimeError: a gradient is asked for.
     """
-    _check_tensors(q, k, v)
-    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
-    precisions.check_precision(q, k, precision, fp8_constants)
+    check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants)
     if q.numel() == 0:
         return _empty_output(q)
     too_long = 0 < max_length < q.shape[2]
@@ -348,9 +279,7 @@ def _(
     fp8_constants: Sequence[float] | None = None,
 ) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""
-    _check_tensors(q, k, v)
-    _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
-    precisions.check_precision(q, k, precision, fp8_constants)
+    check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants)
     return _empty_output(q)
 
 

@@ -10,12 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
+from afbs_compile.kernels.checks import DTYPES, HEAD_DIMS
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.operands import FUSED, Call, fused_name, is_flex_attention
 from afbs_compile.passes.sizes import Size, fixed, holds, shown
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = range(16, 257)
 RANKS = range(2, 6)
 
 GRADIENT = "gradient needed: the output requires grad; run under torch.no_grad() or torch.inference_mode()"

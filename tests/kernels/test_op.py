@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afbs_compile.kernels import flex, op, predict_triton, reference
+from afbs_compile.kernels import checks, flex, op, predict_triton, reference
 from tests.kernels.helpers import (
     NO_SKIP,
     TRITON,
@@ -92,7 +92,7 @@ def test_end_to_end_a_later_token_changes_no_query_block_that_ends_before_it(tok
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("dtype", op.DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("why", ["all-heads-dense", "too-short"])
 def test_dense_calls_are_sdpa(dtype: torch.dtype, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -133,7 +133,7 @@ def test_empty_calls_return_empty(batch: int, length: int) -> None:
     assert counts.shape == (batch, 4, reference.block_count(length, 64))
 
 
-@pytest.mark.parametrize("dtype", op.DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=lambda d: str(d)[6:])
 def test_one_token(dtype: torch.dtype) -> None:
     q, k, v = inputs(replace(SHAPE, length=1, dtype=dtype))
     assert torch.equal(run(q, k, v), v.repeat_interleave(2, 1))
