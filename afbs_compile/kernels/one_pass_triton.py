@@ -54,15 +54,15 @@ def _fold(
     return acc, total, new_peak
 
 
-@triton.jit
+# One compilation for all sizes: it takes about a second, and a calibration meets many sizes.
+@triton.jit(do_not_specialize=["length", "groups", "count", "count_k", "thresholds"])
 def _pass_kernel(
     query, key, value, dense, difference, magnitude, order, live, blocks,
-    scale, length, groups, count, count_k,
+    scale, length, groups, count, count_k, thresholds,
     stride_query_head, stride_query_row, stride_key_head, stride_key_row, stride_value_head, stride_value_row,
     stride_dense_head, stride_dense_row,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr, THRESHOLDS: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE_K: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``TILE_Q`` rows of a measured query block of one head: its output after each threshold, against ``dense``."""
     SPLIT_Q: tl.constexpr = BLOCK_Q // TILE_Q
@@ -85,8 +85,8 @@ def _pass_kernel(
 
     row = head * count + place
     order += row * count_k
-    live += row * THRESHOLDS
-    difference += (head * count * SPLIT_Q + tile) * THRESHOLDS
+    live += row * thresholds
+    difference += (head * count * SPLIT_Q + tile) * thresholds
     acc = tl.zeros([TILE_Q, DIM_PAD], tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     peak = tl.full([TILE_Q], float("-inf"), tl.float32)
@@ -102,7 +102,7 @@ def _pass_kernel(
             )  # fmt: skip
     changed = True
     error = 0.0
-    for threshold in range(THRESHOLDS):
+    for threshold in range(thresholds):
         end = tl.load(live + threshold) * SPLIT_K
         changed = changed | (end > first)
         for entry in range(first, end):
@@ -159,10 +159,10 @@ def triton_pass(
     with torch.cuda.device_of(q):  # Triton launches on the current device.
         _pass_kernel[(heads * count * split,)](
             q, k, v, dense, difference, magnitude, visit.order, live, rows,
-            scale * LOG2_E, length, heads // k.shape[0], count, visit.order.shape[2],
+            scale * LOG2_E, length, heads // k.shape[0], count, visit.order.shape[2], live.shape[2],
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dense.stride()[:2],
             HEAD_DIM=dim, DIM_PAD=dim_pad, BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, TILE_K=tile_k,
-            THRESHOLDS=live.shape[2], CAUSAL=causal, RAGGED=not causal and length % block_k != 0,
+            CAUSAL=causal, RAGGED=not causal and length % block_k != 0,
             PRECISION=precision, num_warps=8 if tile_q * dim_pad >= 128 * 128 else 4, num_stages=2,
         )  # fmt: skip
     return difference.unflatten(1, (count, split)).sum(2), magnitude.unflatten(1, (count, split)).sum(2)
