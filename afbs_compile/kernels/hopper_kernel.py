@@ -67,8 +67,9 @@ def forward_kernel(
     notes = (numbers, ring(1, 1))
     rings = (
         (query_smem, ring(1, 1), ring(1, 2)),
-        (key_smem, ring(STAGES, 1), ring(STAGES, 2)),
-        (value_smem, ring(STAGES, 1), ring(STAGES, 2)),
+        (key_smem, ring(STAGES, 1)),
+        (value_smem, ring(STAGES, 1)),
+        ring(STAGES, 2),
     )
     sizes = (length, heads, groups, planes, section, count_q, count_k)
     strides = (stride_out_batch, stride_out_head, stride_out_row)
