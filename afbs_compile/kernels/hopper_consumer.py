@@ -89,7 +89,9 @@ def consumer(
     scores = warpgroup_mma(queries, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     while tile >= 0:
-        # ``scores`` are those of the tile's first step, the one that may need a mask.
+        # ``scores`` are those of the tile's first step, the one that may need a mask. Its keys are free now, and so
+        # are the values of the step before, the end of the last tile.
+        mbarrier.arrive(free.index(slot), count=1)
         # In registers, or wgmma would read the queries from shared memory again for every step.
         query = queries.load(query_layout)
         mbarrier.arrive(query_free.index(0), count=1)
@@ -121,10 +123,6 @@ def consumer(
             decay = warpgroup_mma_wait(1, deps=[decay])
             acc = rescale(acc, decay)
             acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
-            # The keys of the step before, and the values of the one before that.
-            mbarrier.arrive(free.index(slot), count=1)
-            far, far_phase = after(near, near_phase, STAGES)
-            mbarrier.wait(key_ready.index(far), far_phase, pred=step + 1 < steps)
             scores = warpgroup_mma_wait(1, deps=[scores])
             if TWO_MASKS:  # noqa: SIM102 (one is known to the compiler, the other is not)
                 if (step == 1) & odd:
@@ -134,11 +132,13 @@ def consumer(
             left_half = gl.exp2(left_half)
             sums = decayed(sums, decay) + part_sums(left_half)
             # Halfway through the powers the product with V is done with the weights' registers, and the next weights
-            # are packed there between the other half. The first wait is for nothing and the second never happens:
-            # without its branch the compiler moves the third above all powers.
+            # are packed there while the other half is made. The first wait is for nothing; the second, a branch,
+            # keeps the compiler from moving the third above all powers.
             left_half, right_half, sums = warpgroup_mma_wait(1, deps=[left_half, right_half, sums])
-            mbarrier.wait(told.index(0), 0, pred=steps < 0)
+            far, far_phase = after(near, near_phase, STAGES)
+            mbarrier.wait(key_ready.index(far), far_phase, pred=step + 1 < steps)
             acc, weight, right_half = warpgroup_mma_wait(0, deps=[acc, weight, right_half])
+            mbarrier.arrive(free.index(near), count=1)
             right_half = gl.exp2(right_half)
             sums += part_sums(right_half)
             weight = gl.convert_layout(join(left_half, right_half).to(DTYPE), weight_layout)
@@ -148,7 +148,6 @@ def consumer(
         acc = rescale(acc, decay)
         mbarrier.wait(value_ready.index(slot), phase)
         acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
-        mbarrier.arrive(free.index(slot), count=1)
         query_phase ^= 1
         slot, phase = after(slot, phase, STAGES)
         mbarrier.wait(told.index(0), query_phase)

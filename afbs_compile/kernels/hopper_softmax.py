@@ -55,7 +55,7 @@ RESCALE_64, OPERANDS_64 = gl.constexpr(_rescaling(64)), gl.constexpr(_operands(6
 @gluon.jit
 def lowest(steep, ROWS: gl.constexpr, rows_of: gl.constexpr):
     """What is subtracted in rows that have seen no key: finite, and so is its product with ``steep``."""
-    return gl.full([ROWS], LOWEST, gl.float32, layout=rows_of) / gl.maximum(steep, 1.0)
+    return gl.zeros([ROWS], gl.float32, layout=rows_of) + gl.where(steep > 1.0, -(2.0**127) / steep, LOWEST)
 
 
 @gluon.jit
