@@ -25,6 +25,7 @@ from afbs_compile.recipe import SCHEMA_VERSION, Recipe
 from afbs_compile.report import registry
 from afbs_compile.samples import bind, materialised, tensors_of
 from afbs_compile.tuner.graph import Source, calibrate_graph
+from afbs_compile.tuner.lengths import Outside
 
 
 def afbs(
@@ -47,33 +48,36 @@ def afbs(
     """
     settings = Options.parse(options)
     found = FoundGraph.of(gm, example_inputs, settings.min_length)
-    recipe = None
     if found.sites:
-        recipe = _recipe(found, example_inputs, settings)
+        recipe, plan = _planned(found, example_inputs, settings)
         guard_parameters(gm, example_inputs)
-    plan = Plan.of(found, recipe, settings.outside)
-    rewritten = rewrite(gm, plan.constants)
+    else:
+        recipe, plan = None, Plan.of(found, None)
+    plan = plan.without_masks(found)
+    rewritten = rewrite(gm, plan.constants, plan.unmasked)
     if settings.dump is not None:
         dump(rewritten, settings.dump, f"graph_{registry.compile_id()}")
     if registry.record(found, plan, rewritten, recipe) and not rewritten.changed:
-        warnings.warn(f"afbs: {plan.summary()}; this graph runs unchanged.", AfbsWarning, stacklevel=2)
+        rest = "nothing else in this graph changed" if plan.unmasked else "this graph runs unchanged"
+        warnings.warn(f"afbs: {plan.summary()}; {rest}.", AfbsWarning, stacklevel=2)
     return lower(gm, example_inputs, mode=mode)
 
 
 afbs.reset = registry.clear  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
 
 
-def _recipe(found: FoundGraph, example_inputs: Sequence[Any], settings: Options) -> Recipe:
-    """The recipe the user named, else a cached one, else a new one."""
+def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options) -> tuple[Recipe, Plan]:
+    """The recipe the user named, else a cached one, else a new one, and what it makes of the graph."""
     if settings.recipe is not None:
-        return _named_recipe(found, settings.recipe)
+        return _as_named(found, settings.recipe, settings.outside)
     samples = None if settings.samples is None else materialised(settings.samples)
     path = cache.cache_path(_conditions(found, example_inputs, settings, samples))
     cached = cache.read(path)
     if cached is not None:
         try:
-            if Plan.of(found, cached).covered:
-                return cached
+            plan = Plan.of(found, cached, settings.outside)
+            if plan.covered:
+                return cached, plan
         except RecipeError as error:
             warnings.warn(f"{path}: {error} Calibrating again.", AfbsWarning, stacklevel=2)
     source: Source = "first call"
@@ -82,17 +86,16 @@ def _recipe(found: FoundGraph, example_inputs: Sequence[Any], settings: Options)
         source, runs = "samples", bind(found.gm, example_inputs, samples)
     recipe = calibrate_graph([(found, runs)], settings.tuning, source)
     cache.write(path, recipe)
-    return recipe
+    return recipe, Plan.of(found, recipe, settings.outside)
 
 
-def _named_recipe(found: FoundGraph, named: str | os.PathLike[str] | Recipe) -> Recipe:
+def _as_named(found: FoundGraph, named: str | os.PathLike[str] | Recipe, outside: Outside) -> tuple[Recipe, Plan]:
     recipe = named if isinstance(named, Recipe) else Recipe.load(named)
     try:
-        Plan.of(found, recipe)
+        return recipe, Plan.of(found, recipe, outside)
     except RecipeError as error:
         name = "the recipe given" if isinstance(named, Recipe) else f"recipe {Path(named)}"
         raise RecipeError(f"{name} {error}") from None
-    return recipe
 
 
 def _conditions(

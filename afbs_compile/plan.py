@@ -16,6 +16,7 @@ from afbs_compile.kernels.reference import PREDICTOR_VERSION
 from afbs_compile.passes.rewrite import SiteConstants
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.sizes import holds, shown
+from afbs_compile.passes.unmask import has_causal_mask
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SiteRecipe
 from afbs_compile.tuner.lengths import Outside, extrapolated_tau
 
@@ -28,11 +29,13 @@ class Plan:
         constants: the calls to rewrite.
         rows: every call, with its outcome in THIS graph, in the recipe's terms.
         covered: whether the recipe speaks for this graph's length: a call that did not pay at a shorter one may here.
+        unmasked: calls that stay dense and lose their mask; only :meth:`without_masks` names any.
     """
 
     constants: Mapping[AttentionSite, SiteConstants]
     rows: tuple[SiteRecipe, ...]
     covered: bool = True
+    unmasked: tuple[AttentionSite, ...] = ()
 
     @classmethod
     def of(cls, found: FoundGraph, recipe: Recipe | None, outside: Outside = "extrapolate") -> Plan:
@@ -64,6 +67,21 @@ class Plan:
         open_question = [row for row in rows if row.outcome == "dense" and row.min_length is None and row.sparse_ms]
         longer = any(_size(site.length) > longest for site in found.sites)
         return cls(constants, (*rows, *refused), covered=not (open_question and longer))
+
+    def without_masks(self, found: FoundGraph) -> Plan:
+        """The plan in which calls that stay dense lose a mask that was proven causal.
+
+        Args:
+            found: the graph that the plan is for.
+        """
+        dense = {row.name for row in self.rows if row.outcome == "dense"}
+        unmasked = tuple(site for site in found.sites if site.name in dense and has_causal_mask(site))
+        names = {site.name for site in unmasked}
+        rows = [
+            replace(row, reason=f"{row.reason}; stays dense; mask dropped: causal") if row.name in names else row
+            for row in self.rows
+        ]
+        return replace(self, rows=tuple(rows), unmasked=unmasked)
 
     def summary(self) -> str:
         """One sentence on why nothing was rewritten."""
@@ -139,8 +157,9 @@ def _constants(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SiteCo
     assert row.block_k is not None
     shortest, longest = row.min_length or 0, 0
     if isinstance(site.length, torch.SymInt) and statically_known_true(site.length >= shortest):
-        # A guard says so. A graph without it must not look the same: inductor's cache would bring the guard back.
-        shortest = 0
+        # A guard says so. A graph without it, or with one for another length, must not look the same: inductor's cache
+        # would bring the guard along. One token less is as never reached, and tells them apart.
+        shortest = max(0, shortest - 1)
     if outside != "extrapolate" and row.validated_lengths is not None and not isinstance(site.length, int):
         shortest, longest = max(shortest, row.validated_lengths[0]), row.validated_lengths[1]
     return SiteConstants(

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from afbs_compile.errors import RecipeError
 
 FORMAT = "afbs-recipe"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Stage = Literal["explore", "refine", "validate"]
 Policy = Literal["meansim", "meanshare", "cumulant", "antidiagonal", "vertical_slash", "sink_window"]
@@ -55,7 +55,7 @@ class HeadRecipe:
         policy: what scores the key blocks, by name (:mod:`afbs_compile.kernels.policies`): ``"meansim"``, say, the
             softmax of block means (SpargeAttn).
         tau: pooled-softmax mass kept; theta: self-similarity below which a block is always kept (negative: off);
-            lam: skip threshold in log2 units (-1000: off).
+            lam: skip threshold in log2 units (-1000: off, as every method but ``"paper"`` leaves it).
         sparsity: 1 - live / causally valid blocks, mean of the samples.
         error: relative L1 (Eq. 1), worst of ``validation_errors``.
         validation_errors: one per validation input.
@@ -92,6 +92,8 @@ class SiteRecipe:
         dense_ms, sparse_ms: milliseconds at the calibrated length; ``None`` where not measured.
         min_length: shortest length at which sparse is worthwhile; shorter inputs run dense.
         validated_lengths: shortest and longest length at which the thresholds were validated.
+        kernel: what computed the sparse call when it was timed, e.g. ``"hopper 128x128"``; ``None`` where every head is
+            DENSE. kernel_reason: why not the quickest kernel of the engine.
     """
 
     name: str
@@ -108,6 +110,8 @@ class SiteRecipe:
     sparse_ms: float | None = None
     min_length: int | None = None
     validated_lengths: tuple[int, int] | None = None
+    kernel: str | None = None
+    kernel_reason: str | None = None
 
     @property
     def sparsity(self) -> float:

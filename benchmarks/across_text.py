@@ -93,8 +93,6 @@ Curves = dict[str, tuple[Tensor, Tensor, Tensor]]
 def measure(model: Any, windows: list[Tensor]) -> Curves:
     """The curves of every score and rule on every window."""
     runs = sample_runs(model, windows)
-    for run, window in zip(runs, windows, strict=True):
-        assert any(isinstance(x, Tensor) and torch.equal(x, window) for x in run.inputs), "windows in another order"
     sites: dict[str, list[Tensor]] = {}
     for _, operands in capture(runs):
         windows_of_site: dict[str, list[Tensor]] = {}

@@ -48,14 +48,18 @@ def text_windows(tokenizer: Any, source: str, length: int, count: int, device: s
 
 
 def sample_runs(model: Any, windows: Sequence[Tensor]) -> list[SampleRun]:
-    """Each window as the graph with the model's attention calls sees it."""
+    """Each window as the graph with the model's attention calls sees it, in the order of the windows."""
     runs = []
-    for ids in windows:  # one at a time: Dynamo may capture again in between
-        for program in record_programs(model, [ids]):
-            found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
-            if found.sites:
-                runs.append(SampleRun(found.gm, found.sites, program.samples[0]))
-    return runs
+    for program in record_programs(model, list(windows)):
+        found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
+        if found.sites:
+            runs += [SampleRun(found.gm, found.sites, inputs) for inputs in program.samples]
+
+    def place(run: SampleRun) -> int:
+        tensors = [x for x in run.inputs if isinstance(x, Tensor)]
+        return next(i for i, ids in enumerate(windows) if any(x.equal(ids) for x in tensors if x.shape == ids.shape))
+
+    return sorted(runs, key=place)  # Dynamo may have captured again in between
 
 
 def environment() -> dict[str, Any]:

@@ -100,7 +100,7 @@ def sites_of(recipe: Recipe) -> dict[str, SiteThresholds]:
 
 
 def sparse_with(sites: Mapping[str, SiteThresholds]) -> Attention:
-    return lambda name, operands: sites[name].attend(operands)
+    return lambda name, operands: sites[name].attend(operands) if name in sites else None
 
 
 def point(

@@ -1,8 +1,9 @@
 """The cases of the kernel benchmark: shapes, operands with structure, thresholds for a wanted sparsity, and the truth.
 
-Operands are not noise. Each head has some directions that queries and keys turn to for a stretch of tokens, and a
-slow drift that neighbours share, so pooled scores spread as those of a trained head do. The predictor then runs as it
-does in a model: ``tau`` of each head is found by bisection on the sparsity that it measures, to within a point.
+Operands are not noise, but where a case says so. Each head has some directions that queries and keys turn to for a
+stretch of tokens, and a slow drift that neighbours share, so pooled scores spread as those of a trained head do. The
+predictor then runs as it does in a model: ``tau`` of each head is found by bisection on the sparsity that it measures,
+to within a point.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Case:
         sparsity: wanted share of the causally valid blocks that is not computed.
         at_least: times dense SDPA that the case must reach; None where nothing is asked.
         precision: passed on to the operator where it is not None.
+        noise: whether the operands are normal noise: the chip is limited by power, and numbers that have nothing in
+            common cost more of it. Most published kernel times are of noise.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Case:
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     precision: str | None = None
+    noise: bool = False
 
     @property
     def dense_flops(self) -> float:
@@ -68,6 +72,10 @@ GPU_CASES = (
     Case("gqa-32k-70", 32768, True, 0.7, 3.2, kv_heads=8),
     Case("d64-32k-70", 32768, True, 0.7, 3.0, heads=16, kv_heads=16, head_dim=64),
     Case("fp8-32k-70", 32768, False, 0.7, 4.5, precision="fp8"),
+    Case("noise-full-32k-70", 32768, False, 0.7, 3.3, noise=True),
+    Case("noise-causal-32k-70", 32768, True, 0.7, 3.2, noise=True),
+    Case("noise-causal-16k-70", 16384, True, 0.7, 3.0, noise=True),
+    Case("noise-d64-32k-70", 32768, True, 0.7, 3.0, heads=16, kv_heads=16, head_dim=64, noise=True),
 )
 _CPU: dict[str, Any] = {"heads": 4, "kv_heads": 4, "head_dim": 64}
 CPU_CASES = (
@@ -90,6 +98,8 @@ def operands(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Te
         torch.empty(1, case.length, heads, case.head_dim, dtype=case.dtype, device=device).transpose(1, 2)
         for heads in (case.heads, case.kv_heads, case.kv_heads)
     )
+    if case.noise:
+        return q.copy_(normal(*q.shape)), k.copy_(normal(*k.shape)), v.copy_(normal(*v.shape))
     for head in range(case.kv_heads):
         directions = F.normalize(normal(DIRECTIONS, case.head_dim), dim=-1)
         anchors = normal(1, case.head_dim, case.length // DRIFT + 2)

@@ -87,8 +87,8 @@ def main() -> None:
         found = compare(model, windows, unseen, arguments.methods, arguments.tolerance)
         rows += table(found, length)
         paths[length] = {name: mean_path(outcome.paths) for name, outcome in found.items()}
-    save(arguments.name, arguments.out, {"settings": settings(arguments), "rows": rows, "paths": paths})
-    write_csv(arguments.out / f"{arguments.name}.csv", rows)
+        save(arguments.name, arguments.out, {"settings": settings(arguments), "rows": rows, "paths": paths})
+        write_csv(arguments.out / f"{arguments.name}.csv", rows)
     plot(arguments.out / f"{arguments.name}.png", rows, paths)
 
 

@@ -25,6 +25,22 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("AFBS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before, nothing left behind. Not for every test: it would compile FlexAttention for each."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def sparse_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sparse call is found to pay: what a test decides must not depend on the machine's speed."""
+    from tests.toy import always_faster
+
+    monkeypatch.setattr("afbs_compile.tuner.site.SiteSpeed.measure", staticmethod(always_faster))
+
+
 @pytest.fixture(autouse=True)
 def no_mode_left_behind() -> Iterator[None]:
     yield

@@ -10,24 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import afbs_compile
 from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
 from afbs_compile.tuner import site as tuner_site
-from tests.toy import WIDTH, Toy, always_faster, drifting
+from tests.toy import HEAD_DIM, HEADS, WIDTH, Attention, Toy, always_faster, drifting
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
 
 LENGTH = 1024
 OPTIONS = {"min_length": 128}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -174,6 +169,53 @@ def test_a_site_that_is_not_faster_stays_dense(monkeypatch):
     with pytest.warns(AfbsWarning, match="not faster"):
         sparse(drifting(LENGTH))
     assert {row.reason for row in afbs_compile.explain(sparse).rows} == {"not faster: 1.1 ms sparse, 1 ms dense"}
+
+
+class Masked(nn.Module):
+    """A toy layer under a dense mask, as transformers hands it to attention."""
+
+    def __init__(self, extra: int) -> None:
+        super().__init__()
+        self.layer, self.extra = Attention(), extra
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1])
+        q, k, v = (t.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for t in self.layer.qkv(x).chunk(3, -1))
+        mask = (places <= places[:, None] + self.extra)[None, None]
+        o = F.scaled_dot_product_attention(q * self.layer.sharpness, k, v, attn_mask=mask)
+        return self.layer.out(o.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_call_that_stays_dense_loses_a_mask_that_is_proven_causal(monkeypatch, dynamic):
+    slow = tuner_site.SiteSpeed(1.0, 1.1, None)
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(lambda *_, **__: slow))
+    model = Masked(extra=0).eval()
+    sparse = torch.compile(model, backend="afbs", fullgraph=True, dynamic=dynamic, options=OPTIONS)
+    with pytest.warns(AfbsWarning, match="mask dropped: causal; nothing else in this graph changed"):
+        sparse(drifting(LENGTH))
+    for length in (LENGTH, 700):
+        x = drifting(length, seed=1)
+        torch.testing.assert_close(sparse(x), model(x))
+    explanation = afbs_compile.explain(sparse)
+    reason = "not faster: 1.1 ms sparse, 1 ms dense; stays dense; mask dropped: causal"
+    assert {(row.outcome, row.reason) for row in explanation.rows} == {("dense", reason)}
+    for before, after in zip(explanation.before, explanation.after, strict=True):
+        assert "attn_mask" in before
+        assert "arange" in before
+        assert "is_causal = True" in after
+        assert "arange" not in after
+
+
+@torch.no_grad()
+def test_another_mask_is_kept():
+    model, x = Masked(extra=1).eval(), drifting(LENGTH)
+    sparse = compiled(model)
+    torch.testing.assert_close(sparse(x), model(x))
+    (row,) = afbs_compile.explain(sparse).rows
+    assert (row.outcome, row.reason.split(":")[0]) == ("refused", "mask not proven")
+    assert "arange" in afbs_compile.explain(sparse).after[0]
 
 
 @torch.no_grad()

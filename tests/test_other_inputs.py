@@ -10,19 +10,12 @@ import torch
 
 import afbs_compile
 from afbs_compile import backend
-from afbs_compile.tuner import site as tuner_site
-from tests.toy import Toy, always_faster, drifting
+from tests.toy import Toy, drifting
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
 
 LENGTH = 1024
 OPTIONS = {"min_length": 128}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 import afbs_compile
 from afbs_compile.errors import RecipeError
-from tests import toy
 from tests.toy import Toy, drifting
 
 LENGTH = 512
@@ -19,9 +18,7 @@ TAU = [0.95, 0.93, 0.1, 0.7]
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("afbs_compile.tuner.site.SiteSpeed.measure", staticmethod(toy.always_faster))
+def recipe(fresh_dynamo, sparse_is_faster):
     calibrated = afbs_compile.calibrate(Toy().eval(), [drifting(LENGTH)], min_length=128)
     sites = [
         replace(
@@ -36,8 +33,7 @@ def recipe(monkeypatch):
         for site in calibrated.sites
     ]
     (graph,) = calibrated.graphs
-    yield replace(calibrated, graphs=(replace(graph, sites=tuple(sites)),))
-    torch._dynamo.reset()
+    return replace(calibrated, graphs=(replace(graph, sites=tuple(sites)),))
 
 
 @torch.no_grad()

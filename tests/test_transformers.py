@@ -20,8 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def llama():
-    torch._dynamo.reset()
+def llama(fresh_dynamo):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
@@ -33,8 +32,7 @@ def llama():
         head_dim=16,
         max_position_embeddings=1024,
     )
-    yield transformers.LlamaForCausalLM(config).eval()
-    torch._dynamo.reset()
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def call_plugins(gm: fx.GraphModule) -> int:
                     *thresholds,
                     given["is_causal"],
                     scale,
-                    *(given[name] for name in ("block_q", "block_k", "min_length")),
+                    *(given[name] for name in ("block_q", "block_k", "min_length", "max_length")),
                     ",".join(given.get("policy") or ()),
                 ),
             )
@@ -162,6 +162,7 @@ def sparse_attention_plugin(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    max_length: int = 0,
     policy: str = "",
 ) -> Tensor:
     """``afbs::sparse_attention`` with its thresholds as text and a contiguous result.
@@ -174,7 +175,7 @@ def sparse_attention_plugin(
     thresholds = (from_text(text) for text in (tau, theta, lam))
     names = policy.split(",") if policy else None
     out = afbs_compile.kernels.op.sparse_attention(
-        q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length, policy=names
+        q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length, max_length, names
     )
     result: Tensor = out.contiguous()
     return result
@@ -193,6 +194,7 @@ def _(
     block_q: int = 64,
     block_k: int = 64,
     min_length: int = 0,
+    max_length: int = 0,
     policy: str = "",
 ) -> Tensor:
     """The shape of q, unchecked: the generator asks with sizes that no attention has."""

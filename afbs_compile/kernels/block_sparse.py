@@ -280,14 +280,22 @@ def attend(
 
 
 def launch_choice(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, causal: bool, block_q: int, block_k: int
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    causal: bool,
+    block_q: int,
+    block_k: int,
+    uses_lambda: bool = False,
 ) -> str:
-    """What :func:`attend` launches for a kind of call without lambda, e.g. ``"triton 128x64, 4 warps"``.
+    """What :func:`attend` launches for a kind of call, e.g. ``"portable 128x64 tiles, 4 warps, 2 stages"``.
 
     On GPUs other than Hopper this is the first guess until a call of at least
     :data:`afbs_compile.kernels.tiling.SHORTEST_TIMED` tokens has timed it against its neighbours.
     """
-    return describe(_kind(device, dtype, head_dim, causal=causal, block_q=block_q, block_k=block_k, uses_lambda=False))
+    blocks = {"block_q": block_q, "block_k": block_k}
+    return describe(_kind(device, dtype, head_dim, causal=causal, uses_lambda=uses_lambda, **blocks))
 
 
 def _kind(

@@ -69,6 +69,25 @@ def _uncompilable() -> dict[tuple[str, torch.dtype, int], str]:
     return {}
 
 
+def _tiles(dtype: torch.dtype, block_q: int, block_k: int) -> tuple[int, int]:
+    """Rows of queries and of keys per block as FlexAttention is handed them."""
+    return min(block_q, LARGEST_TILE[dtype]), min(block_k, LARGEST_TILE[dtype])
+
+
+def choice(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int
+) -> tuple[str, str | None]:
+    """What :func:`attend` runs for a kind of call, e.g. ``"flex 64x64 tiles"``, and why it is not FlexAttention.
+
+    It is taken to compile until it has failed to.
+    """
+    reason = _uncompilable().get((device.type, dtype, head_dim))
+    if reason is not None:
+        return "masked dense attention", f"FlexAttention cannot be compiled: {reason}"
+    tiles = _tiles(dtype, block_q, block_k)
+    return f"flex {tiles[0]}x{tiles[1]} tiles", None
+
+
 def _cut(live: Tensor, length: int, blocks: tuple[int, int], tiles: tuple[int, int], causal: bool) -> Tensor:
     """The same mask over smaller blocks.
 
@@ -202,8 +221,7 @@ def attend(
     """
     batch, heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    largest = LARGEST_TILE[q.dtype]
-    tiles = (min(block_q, largest), min(block_k, largest))
+    tiles = _tiles(q.dtype, block_q, block_k)
     out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     kind = (q.device.type, q.dtype, dim)
     reason = _uncompilable().get(kind, "")

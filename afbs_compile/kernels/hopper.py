@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -48,7 +49,12 @@ def _misplaced(x: Tensor) -> bool:
     """Whether the copy engine cannot walk ``x``."""
     unit = ALIGNMENT // x.element_size()
     steps = (stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
-    return x.stride(3) != 1 or x.data_ptr() % ALIGNMENT != 0 or any(s <= 0 or s % unit != 0 for s in steps)
+    return x.stride(3) != 1 or _address(x) % ALIGNMENT != 0 or any(s <= 0 or s % unit != 0 for s in steps)
+
+
+def _address(x: Tensor) -> int:
+    """Where ``x`` starts; a fake one in its own memory, which starts at a multiple of :data:`ALIGNMENT`."""
+    return int(x.storage_offset()) * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, lam: Sequence[float], block_q: int, block_k: int) -> str | None:
@@ -73,7 +79,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, lam: Sequence[float], block_q: int,
     for name, x in (("q", q), ("k", k), ("v", v)):
         if _misplaced(x):
             return (
-                f"{name} starts at address {x.data_ptr():#x} with strides {x.stride()}; accepted: the last stride 1, "
+                f"{name} starts at address {_address(x):#x} with strides {x.stride()}; accepted: the last stride 1, "
                 f"the others positive, all of them and the address multiples of {ALIGNMENT} bytes"
             )
     return None

@@ -100,11 +100,11 @@ def one_pass(
     """
     heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    tau = tau.to(q.device)
+    tau = tau.to(q.device, non_blocking=True)
     count_k = block_count(length, block_k)
     shape = (block_count(length, block_q), count_k, block_q, block_k)
     rows = torch.arange(shape[0]) if rows is None else rows
-    rows = rows.to(q.device).contiguous()
+    rows = rows.to(q.device, non_blocking=True).contiguous()
     visible = visible_blocks(*shape, causal, q.device)[rows]
     diagonal = diagonal_blocks(*shape, q.device)[rows]
     measure = _triton_pass if q.device.type == "cuda" else torch_pass

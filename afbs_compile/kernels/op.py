@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,33 @@ means then stay under a twentieth of it. One key head's lists are the least that
 def engine_name(device: torch.device) -> str:
     """Which engine computes sparse attention on a device: ``"triton"`` or ``"flex"``."""
     return "triton" if device.type == "cuda" else "flex"
+
+
+class Serving(NamedTuple):
+    """Which kernel computes a sparse call.
+
+    Attributes:
+        kernel: ``"hopper"`` (:mod:`afbs_compile.kernels.hopper`), ``"portable"``
+            (:mod:`afbs_compile.kernels.block_sparse`) or ``"flex"`` (:mod:`afbs_compile.kernels.flex`).
+        reason: why a call on the engine ``"triton"`` is not on the Hopper kernel.
+    """
+
+    kernel: Literal["hopper", "portable", "flex"]
+    reason: str | None = None
+
+
+def serving(q: Tensor, k: Tensor, v: Tensor, lam: Sequence[float], block_q: int, block_k: int) -> Serving:
+    """Which kernel computes a sparse call; what launches one asks here, and so do the reports.
+
+    Args:
+        q, k, v, lam, block_q, block_k: as in :func:`sparse_attention_with_counts`; no data is read.
+    """
+    if engine_name(q.device) != "triton":
+        return Serving("flex")
+    from afbs_compile.kernels import hopper  # Triton is not installed everywhere.
+
+    reason = hopper.refusal(q, k, v, lam, block_q, block_k)
+    return Serving("hopper") if reason is None else Serving("portable", reason)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -145,10 +172,9 @@ def _attend_on_triton(
     """The kernel that serves the call; it writes into ``out``."""
     from afbs_compile.kernels import block_sparse, hopper  # Triton is not installed everywhere.
 
-    if hopper.refusal(q, k, v, lam, call["block_q"], call["block_k"]) is None:
-        hopper.attend(q, k, v, lists, lam, out=out, **call)
-    else:
-        block_sparse.attend(q, k, v, lists, lam, out=out, **call)
+    chosen = serving(q, k, v, lam, call["block_q"], call["block_k"]).kernel
+    kernel = hopper if chosen == "hopper" else block_sparse
+    kernel.attend(q, k, v, lists, lam, out=out, **call)
 
 
 def heads_at_once(q: Tensor, k: Tensor, block_q: int, block_k: int) -> int:

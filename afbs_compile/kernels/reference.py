@@ -26,7 +26,8 @@ THETA_OFF = -1.0
 """Self-similarity lies in [0, 1], so no block is ever below a negative ``theta``."""
 
 LAMBDA_OFF = -1000.0
-"""2**-1000 is zero in every dtype we take, so this ``lam`` skips nothing that could be seen."""
+"""2**-1000 is zero in every dtype we take, so this ``lam`` skips nothing that could be seen: DENSE-lambda, what
+calibration chooses. Testing tiles costs more than skipping them saves (``benchmarks/kernels.py --cases lambda``)."""
 
 LOG2_E = math.log2(math.e)
 

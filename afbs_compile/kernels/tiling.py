@@ -221,6 +221,7 @@ def _milliseconds(shape: LaunchShape, launch: Callable[[LaunchShape], None]) -> 
 
 
 def describe(kind: Kind) -> str:
-    """The launch shape that calls of a kind use, for a reader: ``"triton 128x64, 4 warps"``."""
+    """The launch shape that calls of a kind use, for a reader: ``"portable 128x64 tiles, 4 warps, 2 stages"``."""
     shape = _chosen.get(kind, _shapes(kind)[0])
-    return f"triton {shape.tile_q}x{shape.tile_k}, {shape.warps} warps"
+    stages = "1 stage" if shape.stages == 1 else f"{shape.stages} stages"
+    return f"portable {shape.tile_q}x{shape.tile_k} tiles, {shape.warps} warps, {stages}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import afbs_compile.kernels.op  # noqa: F401  registers the operator
 from afbs_compile.kernels.policy import DEFAULT
 from afbs_compile.passes.build import NodeBuilder, erase_unused
 from afbs_compile.passes.site import AttentionSite
+from afbs_compile.passes.unmask import unmask
 
 SIGNIFICANT_DIGITS = 6
 
@@ -46,7 +47,7 @@ class Rewrite:
     """What :func:`rewrite` did.
 
     Attributes:
-        changed: number of calls replaced.
+        changed: number of calls made sparse.
         before, after: the graph as readable Python.
     """
 
@@ -60,7 +61,9 @@ def rounded(value: float) -> float:
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
-def rewrite(gm: fx.GraphModule, plans: Mapping[AttentionSite, SiteConstants]) -> Rewrite:
+def rewrite(
+    gm: fx.GraphModule, plans: Mapping[AttentionSite, SiteConstants], unmasked: Sequence[AttentionSite] = ()
+) -> Rewrite:
     """Replace the planned sites of a graph, in place, and erase what only they used.
 
     Only pure nodes are erased, and only those that lose their last user here: whatever draws random numbers, writes
@@ -69,6 +72,7 @@ def rewrite(gm: fx.GraphModule, plans: Mapping[AttentionSite, SiteConstants]) ->
     Args:
         gm: the graph in which ``find`` found the sites.
         plans: constants of each site to replace; other calls stay as they are.
+        unmasked: other sites, whose mask :func:`afbs_compile.passes.unmask.unmask` drops.
 
     Raises:
         ValueError: a site's constants do not match its heads; the graph is then unchanged.
@@ -76,10 +80,11 @@ def rewrite(gm: fx.GraphModule, plans: Mapping[AttentionSite, SiteConstants]) ->
     for site, constants in plans.items():
         _check(site, constants)
     before = _text(gm)
-    if not plans:
+    if not plans and not unmasked:
         return Rewrite(0, before, before)
     for site, constants in plans.items():
         _replace(gm, site, constants)
+    unmask(gm, unmasked)
     gm.graph.lint()
     gm.recompile()
     return Rewrite(len(plans), before, _text(gm))

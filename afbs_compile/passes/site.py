@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from afbs_compile.passes.effects import value_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class AttentionSite:
 
     In canonical form the call is ``softmax(scale * Q K^T + causal mask) V`` with ``Q [batch, heads, length,
     head_dim]`` and ``K, V [batch, kv_heads, length, head_dim]``, query head ``h`` reading key head
-    ``h // kv_groups``. :meth:`canonical` brings a tensor of the graph into that form.
+    ``h // (heads // kv_heads)``. :meth:`canonical` brings a tensor of the graph into that form.
 
     Attributes:
         name: path of the module that makes the call, e.g. ``model.layers.3.self_attn``; unique in the graph.
@@ -59,10 +62,10 @@ class AttentionSite:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def kv_groups(self) -> int:
-        """Query heads that share one key head."""
-        return self.heads // self.kv_heads
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K and V in canonical form without data: fake tensors with the sizes and strides of this call."""
+        q, k, v = (self.canonical(_as_called(value_of(node))) for node in (self.q, self.k, self.v))
+        return q, k, v
 
     def canonical(self, tensor: Tensor) -> Tensor:
         """View a q, k or v of the graph as ``[batch, heads, length, head_dim]``.
@@ -72,3 +75,14 @@ class AttentionSite:
         if self.rank < 4:
             return tensor.reshape(-1, 1, *tensor.shape[-2:])
         return tensor.reshape(-1, *tensor.shape[-3:])
+
+
+def _as_called(value: Tensor) -> Tensor:
+    """A fake tensor like a recorded one whose sizes may be symbolic; reading their hints adds no guard."""
+    size, stride, (offset,) = (
+        [number.node.hint if isinstance(number, torch.SymInt) else number for number in numbers]
+        for numbers in (value.shape, value.stride(), (value.storage_offset(),))
+    )
+    end = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True)) + 1
+    with FakeTensorMode():
+        return torch.empty(end, dtype=value.dtype, device=value.device).as_strided(size, stride, offset)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
 from typing import Any
@@ -17,8 +18,8 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe
 from afbs_compile.report import registry
 
-WIDTH = 130
-HEADERS = ("site", "outcome", "heads", "sparsity", "error", "dense ms", "sparse ms", "reason")
+WIDTH = 150
+HEADERS = ("site", "outcome", "heads", "sparsity", "error", "dense ms", "sparse ms", "kernel", "reason")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class ExplainRow:
         sparsity: 1 - live / causally valid blocks of what runs, mean over the heads.
         error: relative L1 of what runs, worst head and validation input.
         dense_ms, sparse_ms: milliseconds at the calibrated length, ``None`` where not measured.
+        kernel: what computes the call where it is sparse, e.g. ``"hopper 128x128"``: of a compiled model the kernel
+            that serves it now, of a recipe the one that was timed. ``None`` where no head is sparse.
+        kernel_reason: why it is not the quickest kernel of the engine, ``None`` if it is.
     """
 
     graph: int
@@ -45,6 +49,8 @@ class ExplainRow:
     error: float
     dense_ms: float | None
     sparse_ms: float | None
+    kernel: str | None
+    kernel_reason: str | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Explanation:
 
     Attributes:
         rows: one per attention call.
-        notes: what the thresholds were calibrated on, one line per recipe.
+        notes: what the thresholds were calibrated on, one line per recipe, and why calls are not on a quicker kernel.
         before, after: text of each compiled graph before and after the rewrite; empty for a recipe.
     """
 
@@ -73,9 +79,10 @@ class Explanation:
             table.add_column("graph")
         table.add_column("site", no_wrap=True)
         table.add_column("outcome", no_wrap=True)
-        for header in HEADERS[2:-1]:
+        for header in HEADERS[2:-2]:
             table.add_column(header, justify="right")
-        table.add_column("reason", overflow="fold")
+        for header in HEADERS[-2:]:
+            table.add_column(header, overflow="fold")
         for index, row in enumerate(self.rows):
             last = index + 1 == len(self.rows) or self.rows[index + 1].graph != row.graph
             table.add_row(*([str(row.graph)] if several else []), *_cells(row), end_section=last)
@@ -112,13 +119,13 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     if isinstance(compiled_or_recipe, Recipe):
         recipe = compiled_or_recipe
         rows = [_row(index, site) for index, graph in enumerate(recipe.graphs) for site in graph.sites]
-        return Explanation(tuple(rows), (_note(recipe),))
+        return Explanation(tuple(rows), (_note(recipe), *_slower_kernels(rows)))
     graphs = _compiled_graphs(compiled_or_recipe)
-    rows = [_row(index, site) for index, graph in enumerate(graphs) for site in graph.rows]
+    rows = [_row(index, _served(site, graph)) for index, graph in enumerate(graphs) for site in graph.rows]
     notes = dict.fromkeys(_note(graph.recipe) for graph in graphs if graph.recipe is not None)
     return Explanation(
         tuple(rows),
-        tuple(notes) if graphs else ("nothing is compiled yet: call the model once",),
+        (*notes, *_slower_kernels(rows)) if graphs else ("nothing is compiled yet: call the model once",),
         tuple(graph.before for graph in graphs),
         tuple(graph.after for graph in graphs),
     )
@@ -144,6 +151,19 @@ def _compile_ids(original: Any) -> set[str]:
     return {f"{entry.compile_id.frame_id}_{entry.compile_id.frame_compile_id}" for entry in entries}
 
 
+def _served(site: SiteRecipe, graph: registry.CompiledGraph) -> SiteRecipe:
+    """A row with the kernel that would compute its call here and now, wherever it was calibrated."""
+    call = graph.calls.get(site.name)
+    name, reason = (None, None) if call is None else call.kernel()
+    return replace(site, kernel=name, kernel_reason=reason)
+
+
+def _slower_kernels(rows: Sequence[ExplainRow]) -> list[str]:
+    """Why calls are not on the quickest kernel of their engine, a line for each reason."""
+    slower = Counter((row.kernel, row.kernel_reason) for row in rows if row.kernel_reason is not None)
+    return [f"{n} {'call' if n == 1 else 'calls'} on {kernel}: {reason}" for (kernel, reason), n in slower.items()]
+
+
 def _row(graph: int, site: SiteRecipe) -> ExplainRow:
     return ExplainRow(
         graph=graph,
@@ -156,13 +176,18 @@ def _row(graph: int, site: SiteRecipe) -> ExplainRow:
         error=site.error,
         dense_ms=site.dense_ms,
         sparse_ms=site.sparse_ms,
+        kernel=site.kernel,
+        kernel_reason=site.kernel_reason,
     )
 
 
 def _cells(row: ExplainRow) -> list[str]:
     heads = "" if not row.heads else str(row.heads) + (f", {row.dense_heads} dense" if row.dense_heads else "")
     times = ["" if ms is None else f"{ms:.3g}" for ms in (row.dense_ms, row.sparse_ms)]
-    return [row.site, row.outcome, heads, f"{row.sparsity:.1%}", f"{row.error:.3f}", *times, row.reason or ""]
+    kernel = row.kernel or ""
+    if row.kernel and row.outcome != "sparse":  # the one that the call would run on
+        kernel = f"({row.kernel})"
+    return [row.site, row.outcome, heads, f"{row.sparsity:.1%}", f"{row.error:.3f}", *times, kernel, row.reason or ""]
 
 
 def _note(recipe: Recipe) -> str:

@@ -113,7 +113,7 @@ def _calls(recipe: Recipe) -> str:
     headers = [("graph", "")] if several else []
     headers += [("site", ""), ("outcome", "whole"), ("policy", ""), ("blocks", "whole")]
     headers += [(name, "number") for name in ("heads", "sparsity", "error", "dense ms", "sparse ms", "speed")]
-    headers += [("why not sparse", "")]
+    headers += [("kernel", ""), ("why not sparse", "")]
     head = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in headers)
     rows = []
     for number, graph in enumerate(recipe.graphs):
@@ -134,7 +134,7 @@ def _cell(name: str, kind: str, text: str) -> str:
 
 def _cells(site: SiteRecipe) -> list[str]:
     if not site.heads:
-        return [site.name, site.outcome, *[""] * 8, site.reason or ""]
+        return [site.name, site.outcome, *[""] * 9, site.reason or ""]
     dense = sum(head.outcome == "dense" for head in site.heads)
     sparsity = f"{sum(head.sparsity for head in site.heads) / len(site.heads):.1%}"
     error = f"{max(head.error for head in site.heads):.3f}"
@@ -149,8 +149,15 @@ def _cells(site: SiteRecipe) -> list[str]:
         error if site.outcome == "sparse" else f"({error})",
         *("" if ms is None else f"{ms:.3g}" for ms in (site.dense_ms, site.sparse_ms)),
         "" if ratio is None else f"{ratio:.2f}x",
+        _kernel(site),
         site.reason or "",
     ]
+
+
+def _kernel(site: SiteRecipe) -> str:
+    """What computed the sparse call when it was timed, in brackets where the call stays dense all the same."""
+    name = " ".join(part for part in (site.kernel, site.kernel_reason and f"({site.kernel_reason})") if part)
+    return name if site.outcome == "sparse" or not name else f"({name})"
 
 
 def _reasons(recipe: Recipe) -> str:

@@ -149,6 +149,11 @@ def reasons(recipe: Recipe) -> dict[tuple[str, str], list[str]]:
     return grouped
 
 
+def kernels(recipe: Recipe) -> dict[tuple[str, str | None], int]:
+    """How many calls each kernel computed when they were timed, with the reason why not a quicker one."""
+    return Counter((site.kernel, site.kernel_reason) for site in recipe.sites if site.kernel is not None)
+
+
 def speed(site: SiteRecipe) -> float | None:
     """Dense time over sparse time of the call alone, at the calibrated length."""
     return site.dense_ms / site.sparse_ms if site.dense_ms and site.sparse_ms else None
@@ -228,6 +233,14 @@ def _summary(recipe: Recipe) -> RenderableType:
     return Text("\n".join(lines))
 
 
+def _kernels(recipe: Recipe) -> RenderableType | None:
+    lines = [
+        f"{name}: {count} {'call' if count == 1 else 'calls'}" + (f" ({reason})" if reason else "")
+        for (name, reason), count in kernels(recipe).items()
+    ]
+    return Text("\n".join(lines)) if lines else None
+
+
 def _promise(recipe: Recipe) -> RenderableType:
     return Text("\n".join(promise(recipe)))
 
@@ -242,6 +255,7 @@ def _provenance(recipe: Recipe) -> RenderableType:
 SECTIONS: tuple[tuple[str, Callable[[Recipe], RenderableType | None]], ...] = (
     ("Attention calls", _sites),
     ("What is not sparse, and why", _reasons),
+    ("Kernels", _kernels),
     ("Summary", _summary),
     ("Promise", _promise),
     ("Provenance", _provenance),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from afbs_compile.found import FoundGraph
+from afbs_compile.kernels.serving import SparseCall
 from afbs_compile.passes.rewrite import Rewrite
 from afbs_compile.plan import Plan
 from afbs_compile.recipe import Recipe, SiteRecipe
@@ -21,12 +22,14 @@ class CompiledGraph:
     Attributes:
         compile_id: Dynamo's id of the compilation.
         rows: every attention call and its outcome in this graph.
+        calls: those that have sparse heads, by name, rewritten or not.
         recipe: what it was rewritten with, if anything.
         before, after: text of the graph.
     """
 
     compile_id: str
     rows: tuple[SiteRecipe, ...]
+    calls: Mapping[str, SparseCall]
     recipe: Recipe | None
     before: str
     after: str
@@ -66,6 +69,7 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
         CompiledGraph(
             compile_id=compile_id(),
             rows=plan.rows,
+            calls=_sparse_calls(found, plan),
             recipe=recipe,
             before=rewritten.before,
             after=rewritten.after,
@@ -73,6 +77,17 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
         )
     )
     return new and not answered
+
+
+def _sparse_calls(found: FoundGraph, plan: Plan) -> dict[str, SparseCall]:
+    rows = {row.name: row for row in plan.rows}
+    calls = {}
+    for site in found.sites:
+        row = rows[site.name]
+        if row.block_q and row.block_k and any(head.outcome == "sparse" for head in row.heads):
+            lam = [head.lam for head in row.heads]
+            calls[site.name] = SparseCall(*site.operands(), lam, site.causal, row.block_q, row.block_k)
+    return calls
 
 
 def graphs_of(tensors: Iterable[torch.Tensor], compile_ids: set[str]) -> list[CompiledGraph]:

@@ -112,12 +112,13 @@ def measure(name: str, samples: Sequence[Operands], settings: TuneSettings, stop
         stopwatch: what timing earlier sites has shown.
     """
     inputs = Inputs(samples)
-    explored = explore(inputs, REFERENCE_ERROR, settings.shapes_on(samples[0].q.device))
+    explored = explore(inputs, REFERENCE_ERROR, settings.shapes_on(samples[0].q.device), stopwatch)
     shape = fastest_shape(inputs, explored, stopwatch)
     choice = explored[shape]
     x = torch.linspace(0, math.log(SMALLEST), POINTS)
     tau = torch.round((1 - torch.exp(x)).expand(inputs.heads, -1), decimals=DECIMALS)
-    found = [inputs.curve(i, tau, choice.theta, choice.policy, shape) for i in range(len(inputs.elements))]
+    passes = [inputs.curve(i, tau, choice.theta, choice.policy, shape) for i in range(len(inputs.elements))]
+    found = [curve.cpu() for curve in passes]
     # What several inputs do to the output is averaged, and grows with the square of the error.
     error = torch.stack([curve.overall for curve in found]).square().mean(0).sqrt()
     sparsity = torch.stack([curve.sparsity for curve in found]).mean(0)

@@ -48,11 +48,6 @@ class OutputChange:
     kl: float
     loss: float
 
-    @property
-    def perplexity(self) -> float:
-        """Relative rise of the perplexity: ``exp(loss) - 1``."""
-        return math.expm1(self.loss)
-
 
 class EndToEnd:
     """Runs a graph with any thresholds at its sites and compares its logits with the dense ones.

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.reference import THETA_OFF, block_count
+from afbs_compile.kernels.one_pass import PassSums
+from afbs_compile.kernels.reference import LAMBDA_OFF, THETA_OFF, block_count
 from afbs_compile.recipe import Policy
 from afbs_compile.tuner.curves import SMALLEST, Crossing, Curves, crossing
 from afbs_compile.tuner.inputs import BlockShape, Inputs
+from afbs_compile.tuner.space import Thresholds
+from afbs_compile.tuner.speed import Stopwatch
 
 POINTS = 20
 """Thresholds per curve, from ``tau = 0`` to ``1 - SMALLEST``, evenly in the log of ``1 - tau``."""
@@ -33,7 +36,7 @@ CANDIDATES: tuple[tuple[Policy, float], ...] = (
 """Policies and thetas that are explored, the cheapest predictor first. The other policies won on no head of ours."""
 
 OWN_CHOICE = 0.03
-"""Sparsity by which a head must gain to leave the choice of its site: every further policy is a predictor call more."""
+"""What a head must save more, in sparsity, to leave the choice of its site: each policy is a predictor call more."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ class Explored:
     curves: tuple[Curves, ...]
 
 
-def explore(inputs: Inputs, tolerance: float, shapes: Sequence[BlockShape]) -> dict[BlockShape, Explored]:
-    """Per block shape and head, the policy and theta that reach the largest sparsity within the tolerance.
+def explore(
+    inputs: Inputs, tolerance: float, shapes: Sequence[BlockShape], stopwatch: Stopwatch
+) -> dict[BlockShape, Explored]:
+    """Per block shape and head, the policy and theta that are fastest within the tolerance.
 
     The first shape decides about them; the others are measured with what it chose.
 
@@ -61,6 +66,7 @@ def explore(inputs: Inputs, tolerance: float, shapes: Sequence[BlockShape]) -> d
         inputs: of the site; one of them is measured.
         tolerance: relative L1 over the measured rows.
         shapes: to compare.
+        stopwatch: what timing earlier sites has shown.
     """
     heads = inputs.heads
     found: dict[BlockShape, Explored] = {}
@@ -68,17 +74,41 @@ def explore(inputs: Inputs, tolerance: float, shapes: Sequence[BlockShape]) -> d
         ((policy,) * heads, torch.full((heads,), theta)) for policy, theta in CANDIDATES
     ]
     for shape in shapes:
-        curves = [_measure(inputs, policy, theta, shape) for policy, theta in choices]
-        found[shape] = _best(curves, [crossing(curve, tolerance) for curve in curves])
+        passes = [_pass(inputs, policy, theta, shape) for policy, theta in choices]  # all started before one is read
+        curves = [_curves(inputs, *choice, shape, sums) for choice, sums in zip(choices, passes, strict=True)]
+        crossings = [crossing(curve, tolerance) for curve in curves]
+        costs = [0.0] * len(curves)
+        if len(curves) > 1:
+            costs = _predictor_costs(inputs, curves, crossings, stopwatch)
+        found[shape] = _best(curves, crossings, costs)
         choices = [(found[shape].policy, found[shape].theta)]
     return found
 
 
-def _best(curves: Sequence[Curves], crossings: Sequence[Crossing]) -> Explored:
+def _predictor_costs(
+    inputs: Inputs, curves: Sequence[Curves], crossings: Sequence[Crossing], stopwatch: Stopwatch
+) -> list[float]:
+    """What each choice's predictor costs, as the share of the attention with every block live that takes as long."""
+    element, shape = inputs.elements[inputs.first], curves[0].shape
+    sparsest = max(range(len(curves)), key=lambda i: float(crossings[i].sparsity.mean()))
+    curve, point = curves[sparsest], crossings[sparsest]
+    thresholds = Thresholds(point.tau, curve.theta, torch.full_like(point.tau, LAMBDA_OFF))
+    if thresholds.is_dense.all():
+        return [0.0] * len(curves)
+    everything = stopwatch.attention_ms(element, thresholds, curve.policy, *shape)
+    return [
+        stopwatch.predictor_ms(element, thresholds.tau, choice.theta, choice.policy, *shape) / everything
+        for choice in curves
+    ]
+
+
+def _best(curves: Sequence[Curves], crossings: Sequence[Crossing], costs: Sequence[float]) -> Explored:
     sparsity = torch.stack([point.sparsity for point in crossings])
-    common = int(sparsity.mean(1).argmax())  # the first of equals: the cheapest
-    own = sparsity.argmax(0)
-    gain = sparsity.gather(0, own[None])[0] - sparsity[common]
+    # What is saved: the blocks that are not computed, less the time that finding them takes.
+    saved = sparsity - torch.tensor(costs)[:, None]
+    common = int(saved.mean(1).argmax())  # the first of equals: the cheapest
+    own = saved.argmax(0)
+    gain = saved.gather(0, own[None])[0] - saved[common]
     choice = torch.where(gain > OWN_CHOICE, own, common)
 
     def chosen(columns: list[Tensor]) -> Tensor:
@@ -93,15 +123,30 @@ def _best(curves: Sequence[Curves], crossings: Sequence[Crossing]) -> Explored:
     )
 
 
-def _measure(inputs: Inputs, policy: tuple[Policy, ...], theta: Tensor, shape: BlockShape) -> Curves:
+def _taus(heads: int) -> Tensor:
     x = torch.linspace(0, math.log(SMALLEST), POINTS)
-    tau = (1 - torch.exp(x)).expand(inputs.heads, -1).contiguous()
-    length = inputs.length
-    sums = inputs.sums(inputs.first, tau, theta, policy, shape, rows=sampled_blocks(length, shape.block_q))
+    return (1 - torch.exp(x)).expand(heads, -1).contiguous()
+
+
+def _pass(inputs: Inputs, policy: tuple[Policy, ...], theta: Tensor, shape: BlockShape) -> PassSums:
+    rows = sampled_blocks(inputs.length, shape.block_q)
+    return inputs.sums(inputs.first, _taus(inputs.heads), theta, policy, shape, rows=rows)
+
+
+def _curves(inputs: Inputs, policy: tuple[Policy, ...], theta: Tensor, shape: BlockShape, sums: PassSums) -> Curves:
     error = sums.difference.sum(1) / sums.magnitude.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     sparsity = 1 - sums.live.sum(1).float() / sums.visible.sum()
-    measured = torch.ones(inputs.heads, dtype=torch.bool)
-    return Curves("explore", length, shape, theta, policy, tau, error.float().cpu(), sparsity.cpu(), measured)
+    return Curves(
+        stage="explore",
+        length=inputs.length,
+        shape=shape,
+        theta=theta,
+        policy=policy,
+        tau=_taus(inputs.heads),
+        error=error.float().cpu(),
+        sparsity=sparsity.cpu(),
+        measured=torch.ones(inputs.heads, dtype=torch.bool),
+    )
 
 
 def sampled_blocks(length: int, block_q: int) -> Tensor:

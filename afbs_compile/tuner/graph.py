@@ -18,6 +18,7 @@ from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import PREDICTOR_VERSION
+from afbs_compile.kernels.serving import SparseCall
 from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import (
@@ -148,7 +149,9 @@ def _padded(deciding: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
-    speed = result.speed
+    speed, kernel = result.speed, None
+    if speed is not None:
+        kernel = SparseCall(*site.operands(), result.thresholds.lam.tolist(), site.causal, *result.shape).kernel()
     return SiteRecipe(
         name=site.name,
         outcome="sparse" if result.dense_reason is None else "dense",
@@ -164,6 +167,8 @@ def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
         sparse_ms=None if speed is None else round(speed.sparse_ms, 4),
         min_length=None if speed is None else speed.min_length,
         validated_lengths=None if result.lengths is None else result.lengths.validated,
+        kernel=None if kernel is None else kernel.name,
+        kernel_reason=None if kernel is None else kernel.reason,
     )
 
 

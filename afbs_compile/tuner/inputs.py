@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from afbs_compile.kernels.policy import heads_of
 from afbs_compile.kernels.reference import block_count
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner.measure import WINDOWS, dense_attention
-from afbs_compile.tuner.speed import timed
+from afbs_compile.tuner.speed import clocked
 
 PREFIXES = (4, 2)
 """A causal input of N tokens is an input of N / 4 and of N / 2 tokens as well: its first rows see nothing later."""
@@ -47,6 +47,20 @@ class InputCurve:
     prefixes: dict[int, Tensor]
     sparsity: Tensor
 
+    def cpu(self) -> InputCurve:
+        """The same, on the CPU."""
+        prefixes = {length: error.cpu() for length, error in self.prefixes.items()}
+        return InputCurve(self.error.cpu(), self.overall.cpu(), prefixes, self.sparsity.cpu())
+
+    def at(self, index: Tensor) -> InputCurve:
+        """The curve at some of its points, ``[H, p]`` for each head."""
+
+        def chosen(values: Tensor) -> Tensor:
+            return values.gather(-1, index.expand(*values.shape[:-1], -1))
+
+        prefixes = {length: chosen(error) for length, error in self.prefixes.items()}
+        return InputCurve(chosen(self.error), chosen(self.overall), prefixes, chosen(self.sparsity))
+
 
 class Inputs:
     """The batch elements of all samples of one site.
@@ -58,8 +72,6 @@ class Inputs:
         elements: one input each, batch size 1.
         windows: pieces that an input is split into: :data:`WINDOWS` where it is the only one.
         first: the input to explore on, the longest one.
-        evaluations: attention work so far, in dense attention calls over an input of full length.
-        dense_ms: milliseconds of the dense calls at full length.
     """
 
     def __init__(self, samples: Sequence[Operands]) -> None:
@@ -72,14 +84,28 @@ class Inputs:
         lengths = [int(element.q.shape[2]) for element in self.elements]
         self.length = max(lengths)
         self.first = lengths.index(self.length)
-        self.evaluations = 0.0
-        self.dense_ms: list[float] = []
+        self._work: list[Tensor | float] = []
+        self._clocks: list[Callable[[], float]] = []
         self._dense: dict[int, Tensor] = {}
 
     @property
     def heads(self) -> int:
         """Query heads of the site."""
         return int(self.elements[0].q.shape[1])
+
+    @property
+    def evaluations(self) -> float:
+        """Attention work so far, in dense attention calls over an input of full length."""
+        return sum(map(float, self._work))
+
+    @property
+    def dense_ms(self) -> float | None:
+        """Milliseconds of the fastest dense call at full length; ``None`` after only one, which may have compiled."""
+        return min(clock() for clock in self._clocks) if len(self._clocks) > 1 else None
+
+    def spend(self, work: Tensor | float) -> None:
+        """Count attention work; a tensor is not waited for."""
+        self._work.append(work)
 
     def cost(self, index: int) -> float:
         """A dense call on an input, as a share of one at full length."""
@@ -88,10 +114,11 @@ class Inputs:
     def dense(self, index: int) -> Tensor:
         """Dense output ``[1, H, N, D]`` of an input, computed once."""
         if index not in self._dense:
-            self._dense[index], ms = timed(lambda: dense_attention(self.elements[index]))
-            self.evaluations += self.cost(index)
+            element = self.elements[index]
+            self._dense[index], clock = clocked(lambda: dense_attention(element), element.q.device)
+            self.spend(self.cost(index))
             if self.cost(index) == 1:
-                self.dense_ms.append(ms)
+                self._clocks.append(clock)
         return self._dense[index]
 
     def sums(
@@ -120,19 +147,21 @@ class Inputs:
         wanted = torch.arange(self.heads) if heads is None else heads
         parts, places = [], []
         for name, mine in heads_of(policy).items():
-            some = wanted[mine].to(q.device)
+            some = wanted[mine].to(q.device, non_blocking=True)
             kv = some // (q.shape[0] // k.shape[0])
             operands = (q, k, v, out) if len(some) == self.heads else (q[some], k[kv], v[kv], out[some])
             parts.append(one_pass(*operands, tau[mine], theta[mine], policy=name, **call))
             places += mine
-        back = torch.tensor(places).argsort().to(q.device)
-        difference, magnitude, live = (torch.cat(x)[back] for x in list(zip(*parts, strict=True))[:3])
-        found = PassSums(difference, magnitude, live, parts[0].visible)
+        found = parts[0]
+        if len(parts) > 1:
+            back = torch.tensor(places).argsort().to(q.device, non_blocking=True)
+            difference, magnitude, live = (torch.cat(x)[back] for x in list(zip(*parts, strict=True))[:3])
+            found = PassSums(difference, magnitude, live, found.visible)
         # Blocks that the largest tau keeps were visited, of all that dense attention visits over all rows and heads.
         length = element.q.shape[2]
         everything = self.heads * block_count(length, shape.block_q) * block_count(length, shape.block_k)
-        visited = float(found.live[..., -1].sum()) / (everything / 2 if element.causal else everything)
-        self.evaluations += visited * self.cost(index)
+        visited = found.live[..., -1].sum() / (everything / 2 if element.causal else everything)
+        self.spend(visited * self.cost(index))
         return found
 
     def curve(
@@ -145,16 +174,16 @@ class Inputs:
         *,
         heads: Tensor | None = None,
     ) -> InputCurve:
-        """Error and sparsity of every threshold on all rows of an input; arguments as in :meth:`sums`."""
+        """Error and sparsity of every threshold on all rows of an input, on its device. Arguments: see :meth:`sums`."""
         sums = self.sums(index, tau, theta, policy, shape, heads=heads)
         element = self.elements[index]
         length, blocks = int(element.q.shape[2]), sums.magnitude.shape[1]
         edges = [blocks * i // self.windows for i in range(self.windows + 1)]
         pieces = [_error(sums, a, b) for a, b in itertools.pairwise(edges) if b > a]
         counts = [length // share // shape.block_q for share in PREFIXES] if element.causal else []
-        prefixes = {count * shape.block_q: _error(sums, 0, count).cpu() for count in counts if count >= FEWEST_BLOCKS}
+        prefixes = {count * shape.block_q: _error(sums, 0, count) for count in counts if count >= FEWEST_BLOCKS}
         sparsity = 1 - sums.live.sum(1).float() / sums.visible.sum()
-        return InputCurve(torch.stack(pieces).cpu(), _error(sums, 0, blocks).cpu(), prefixes, sparsity.cpu())
+        return InputCurve(torch.stack(pieces), _error(sums, 0, blocks), prefixes, sparsity)
 
 
 def _error(sums: PassSums, first: int, last: int) -> Tensor:

@@ -29,7 +29,7 @@ Method = Literal["afbs", "paper"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 BLOCK_SHAPES = {
-    "triton": (BlockShape(64, 64), BlockShape(128, 64), BlockShape(128, 128)),
+    "triton": (BlockShape(128, 128), BlockShape(128, 64), BlockShape(64, 64)),
     # FlexAttention is handed 64 x 64 tiles on the CPU, whatever the blocks: larger ones compute more, no faster.
     "flex": (BlockShape(64, 64),),
 }
@@ -37,6 +37,9 @@ BLOCK_SHAPES = {
 
 PAPER_POLICY: tuple[Policy, ...] = ("meansim",)
 """Algorithm 1 searches SpargeAttn's thresholds."""
+
+PAPER_SHAPE = BlockShape(64, 64)
+"""The paper's block size, B = 64 (its experimental setup)."""
 
 STEPS_BACK = 4
 """Thresholds that a head goes back where the kernel does not confirm the pass, before it is DENSE."""
@@ -117,9 +120,7 @@ def tune_site(
         return with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, nothing)
     inputs = Inputs(samples)
     result = search_curves(inputs, settings, stopwatch)
-    dense_ms = None
-    if samples[0].q.is_cuda and len(inputs.dense_ms) > 1:
-        dense_ms = min(inputs.dense_ms)
+    dense_ms = inputs.dense_ms if samples[0].q.is_cuda else None
     return with_speed(result, inputs.elements[inputs.first], stopwatch, nothing, dense_ms)
 
 
@@ -149,7 +150,7 @@ def with_speed(
 def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Posterior | None) -> SiteResult:
     """Algorithm 1, and what it measures at the thresholds it ends with."""
     samples = samples[:WINDOWS]  # "first 5 validation inputs" (Algorithm 1, line 40)
-    shape = settings.shapes_on(samples[0].q.device)[0]
+    shape = PAPER_SHAPE if settings.shapes is None else settings.shapes[0]
     meter = Meter(samples, **shape._asdict())
     low = low_fidelity(meter, windows=1)
     result = algorithm_1(low, meter, settings.tolerance, settings.parameterization, earlier)
@@ -173,7 +174,7 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
     The result has no speed yet.
     """
     tolerance = settings.tolerance
-    explored = explore(inputs, tolerance, settings.shapes_on(inputs.elements[0].q.device))
+    explored = explore(inputs, tolerance, settings.shapes_on(inputs.elements[0].q.device), stopwatch)
     shape = fastest_shape(inputs, explored, stopwatch)
     choice = explored[shape]
     found = validate(inputs, choice.tau, choice.theta, choice.policy, shape, tolerance)
@@ -204,15 +205,17 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
 
 
 def fastest_shape(inputs: Inputs, explored: dict[BlockShape, Explored], stopwatch: Stopwatch) -> BlockShape:
-    """The block shape whose live work takes least time at the crossing: the pairs it computes, and ms per pair."""
+    """The block shape whose predictor and live work take least time at the crossing."""
     element = inputs.elements[inputs.first]
     milliseconds: dict[BlockShape, float] = {}
     for shape, choice in explored.items():
         thresholds = Thresholds(choice.tau, choice.theta, torch.full_like(choice.tau, LAMBDA_OFF))
         if thresholds.is_dense.all() or len(explored) == 1:
             continue
-        live = float((1 - choice.sparsity).sum())
-        milliseconds[shape] = live * stopwatch.block_ms(element, thresholds, choice.policy, *shape)
+        live = float((1 - choice.sparsity).mean())
+        attention = live * stopwatch.attention_ms(element, thresholds, choice.policy, *shape)
+        predictor = stopwatch.predictor_ms(element, choice.tau, choice.theta, choice.policy, *shape)
+        milliseconds[shape] = attention + predictor
     return min(milliseconds, key=milliseconds.__getitem__, default=next(iter(explored)))
 
 
@@ -229,7 +232,7 @@ def _confirmed(
             break
         out, counts = sparse_attention(element, thresholds, choice.policy, *shape)
         seen = relative_l1(out, dense, windows, shape.block_q).cpu()
-        inputs.evaluations += float(counts.float().mean() / counts.shape[-1]) * (2 if element.causal else 1)
+        inputs.spend(counts.float().mean() / counts.shape[-1] * (2 if element.causal else 1))
         error[index : index + len(seen)] = seen  # several rows only for the windows of the only input
         failing = ~(seen.amax(0) <= tolerance) & ~thresholds.is_dense
         if not failing.any():
@@ -243,8 +246,8 @@ def _confirmed(
 
 
 def _one_back(found: Validated, tau: Tensor) -> Tensor:
-    """The next more careful threshold of each head that was measured, else DENSE."""
+    """The next more careful threshold of each head that every input was measured at, else DENSE."""
     grid = torch.cat(
-        [torch.where(c.measured[:, None], c.tau, KEEP_ALL) for c in found.curves if c.stage != "explore"], 1
+        [torch.where(c.measured[:, None], c.tau, KEEP_ALL) for c in found.curves if c.stage == "validate"], 1
     )
     return torch.where(grid > tau[:, None], grid, KEEP_ALL).amin(1)

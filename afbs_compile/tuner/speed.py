@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from afbs_compile.kernels.op import engine_name
+from afbs_compile.kernels.policy import predict_mask
+from afbs_compile.kernels.predict import predict_blocks
+from afbs_compile.kernels.reference import block_count
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner.measure import dense_attention, sparse_attention
 from afbs_compile.tuner.space import Thresholds
@@ -33,19 +39,34 @@ class Stopwatch:
     """What timing one site says about later ones of its kind, so that each thing is timed once in a calibration."""
 
     def __init__(self) -> None:
-        self._block_ms: dict[Hashable, float] = {}
+        self._attention_ms: dict[Hashable, float] = {}
+        self._predictor_ms: dict[Hashable, float] = {}
         self._crossovers: dict[Hashable, list[tuple[float, int]]] = {}
 
-    def block_ms(
+    def attention_ms(
         self, sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
     ) -> float:
-        """Milliseconds of a sparse call on the sample per (query, key) pair of its live blocks."""
-        key = (_kind(sample), tuple(sorted(set(policy))), block_q, block_k)
-        if key not in self._block_ms:
+        """Milliseconds of block-sparse attention on the sample if every block were live, at the rate of live ones."""
+        key = (_kind(sample), block_q, block_k)
+        if key not in self._attention_ms:
             _, counts = sparse_attention(sample, thresholds, policy, block_q, block_k)
             (ms,) = best_ms([sparse_call(sample, thresholds, policy, block_q, block_k)])
-            self._block_ms[key] = ms / (float(counts.sum()) * block_q * block_k)
-        return self._block_ms[key]
+            ms -= self.predictor_ms(sample, thresholds.tau, thresholds.theta, policy, block_q, block_k)
+            live = float(counts.float().mean()) / block_count(sample.q.shape[2], block_k)
+            # Predictor and attention are timed apart, and both are noisy: the difference may come out as nothing.
+            self._attention_ms[key] = max(ms, 0.0) / (2 * live if sample.causal else live)
+        return self._attention_ms[key]
+
+    def predictor_ms(
+        self, sample: Operands, tau: Tensor, theta: Tensor, policy: Sequence[str], block_q: int, block_k: int
+    ) -> float:
+        """Milliseconds of the predictor on the sample."""
+        has_theta = bool((theta >= 0).any())
+        key = (_kind(sample), tuple(sorted(set(policy))), has_theta, block_q, block_k)
+        if key not in self._predictor_ms:
+            call = _predictor_call(sample, tau, theta, policy, block_q, block_k)
+            (self._predictor_ms[key],) = best_ms([call])
+        return self._predictor_ms[key]
 
     def known_crossover(self, sample: Operands, sparsity: float, block_q: int, block_k: int) -> int | None:
         """Shortest worthwhile length that a site of this kind has shown with as much sparsity, or a little less."""
@@ -86,7 +107,7 @@ class SiteSpeed:
         block_k: int,
         dense_ms: float | None = None,
     ) -> SiteSpeed:
-        """Time at the sample's length, then at shorter ones, from the shortest up until sparse pays.
+        """Time at the sample's length, then find the shortest of its halvings at which sparse pays, by bisection.
 
         Args:
             sample: one input.
@@ -99,19 +120,22 @@ class SiteSpeed:
         if dense_ms is None:
             dense_ms, sparse_ms = _times(sample, thresholds, policy, block_q, block_k)
         else:
-            _, sparse_ms = timed(sparse_call(sample, thresholds, policy, block_q, block_k))  # it has run before
+            call = sparse_call(sample, thresholds, policy, block_q, block_k)
+            sparse_ms = clocked(call, sample.q.device)[1]()  # it has run before
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None)
         known = stopwatch.known_crossover(sample, sparsity, block_q, block_k)
         if known is not None:
             return SiteSpeed(dense_ms, sparse_ms, known)
-        shorter = [length >> halvings for halvings in range(1, 20) if length >> halvings >= SHORTEST]
-        min_length = length
-        for tried in reversed(shorter):
+        lengths = sorted(
+            length >> halvings for halvings in range(20) if length >> halvings >= SHORTEST or halvings == 0
+        )
+
+        def worthwhile(tried: int) -> bool:
             dense, sparse = _times(_first_tokens(sample, tried), thresholds, policy, block_q, block_k)
-            if sparse <= WORTHWHILE * dense:
-                min_length = tried
-                break
+            return sparse <= WORTHWHILE * dense
+
+        min_length = lengths[bisect_left(lengths[:-1], True, key=worthwhile)]
         stopwatch.learn_crossover(sample, sparsity, block_q, block_k, min_length)
         return SiteSpeed(dense_ms, sparse_ms, min_length)
 
@@ -136,15 +160,37 @@ def sparse_call(
     return lambda: sparse_attention(sample, thresholds, policy, block_q, block_k)[0]
 
 
-def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """A call's result and its milliseconds, synchronised on accelerators."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    result = call()
-    if result.is_cuda:
-        torch.cuda.synchronize(result.device)
-    return result, (time.perf_counter() - began) * 1e3
+def _predictor_call(
+    sample: Operands, tau: Tensor, theta: Tensor, policy: Sequence[str], block_q: int, block_k: int
+) -> Callable[[], Tensor]:
+    """The predictor of the sample's engine, ready to be timed."""
+    constants = tau.tolist(), theta.tolist()
+    call: dict[str, Any] = {
+        "policy": policy, "causal": sample.causal, "scale": sample.scale, "block_q": block_q, "block_k": block_k
+    }  # fmt: skip
+    if engine_name(sample.q.device) == "triton":
+        return lambda: predict_blocks(sample.q, sample.k, *constants, **call).counts
+    return lambda: predict_mask(sample.q, sample.k, *constants, **call)
+
+
+def clocked(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], float]]:
+    """A call's result, and what gives its milliseconds: nothing waits for an accelerator before that is asked for."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        result = call()
+        ms = (time.perf_counter() - began) * 1e3
+        return result, lambda: ms
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        result = call()
+        end.record()
+
+    def elapsed() -> float:
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    return result, elapsed
 
 
 def best_ms(calls: Sequence[Callable[[], Tensor]]) -> list[float]:

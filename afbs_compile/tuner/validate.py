@@ -1,8 +1,9 @@
 """Stages 2 and 3 of ``method="afbs"``: place tau on curves that every input measures, all rows of it.
 
 Refine measures the input that was explored, at thresholds close about what the exploration found; validate measures the
-others at the same thresholds. A head gets the boldest one that holds the tolerance on every input, as must all that
-keep more: stepping back costs no evaluation, and what is chosen was measured, not interpolated.
+others at the boldest of them that holds there and at some that keep more. A head gets the boldest one that holds the
+tolerance on every input, as must all that keep more: stepping back costs no evaluation, and what is chosen was
+measured, not interpolated.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from torch import Tensor
 from afbs_compile.kernels.reference import KEEP_ALL
 from afbs_compile.recipe import Policy, Stage
 from afbs_compile.tuner.curves import SMALLEST, Curves, boldest_safe
+from afbs_compile.tuner.explore import POINTS
 from afbs_compile.tuner.inputs import BlockShape, InputCurve, Inputs
 
-FACTORS = torch.cat([torch.tensor([0.3, 0.38, 0.46]), 0.52 * 1.0507 ** torch.arange(21)]).flip(0)
-"""Thresholds tried, as shares of the explored ``1 - tau``, the boldest first: 0.3 to 1.4, a twentieth apart about 1."""
+FACTORS = (0.52 * 1.0535 ** torch.arange(POINTS)).flip(0)
+"""Thresholds tried, as shares of the explored ``1 - tau``, the boldest first: 0.52 to 1.4, a twentieth apart. As many
+as are explored with: a pass is compiled for a number of them."""
+
+STEPS_BACK = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8])
+"""Thresholds that the other inputs are measured at, counted from the boldest that holds on the explored one. More would
+visit more blocks; a head that fails at all of them is measured again, further on."""
 
 DECIMALS = 6
 """Thresholds are rounded to what the recipe and the graph show before they are measured."""
@@ -26,9 +33,9 @@ DECIMALS = 6
 SAFE_SHARE = 0.998
 """Share of the tolerance that a threshold may use: the kernel that will run rounds in another order than the pass."""
 
-ROUNDS = 3
-LOWER, HIGHER = 0.25, 3.0
-"""Where the crossing lies outside the thresholds tried, they are scaled by this and measured again, for that head."""
+ROUNDS = 4
+HIGHER = 3.0
+"""Where even the boldest threshold holds, ``1 - tau`` is scaled by this and measured again, for that head."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +70,38 @@ def validate(
         shape: rows per block.
         tolerance: relative L1 on every input or window.
     """
-    count = len(inputs.elements)
     best = _Best(inputs.heads)
     centre = 1 - tau
     heads = (tau < KEEP_ALL).nonzero()[:, 0]
+    limit = SAFE_SHARE * tolerance
     curves: list[Curves] = []
     for _ in range(ROUNDS):
         if not len(heads):
             break
-        grid = _grid(centre[heads])
         names = [policy[head] for head in heads.tolist()]
-        measured = [inputs.curve(i, grid, theta[heads], names, shape, heads=heads) for i in range(count)]
-        index = best.take(heads, grid, measured, SAFE_SHARE * tolerance, inputs.first)
-        curves += _curves(inputs, heads, grid, theta, policy, shape, measured)
+        fine = _grid(centre[heads])
+        refined = inputs.curve(inputs.first, fine, theta[heads], names, shape, heads=heads).cpu()
+        start = boldest_safe(refined.error.nan_to_num(nan=torch.inf).amax(0), limit)
+        steps = (start[:, None] + STEPS_BACK).clamp_max(fine.shape[1] - 1)
+        grid = fine.gather(1, steps)
+        measured = [
+            refined.at(steps) if i == inputs.first else inputs.curve(i, grid, theta[heads], names, shape, heads=heads)
+            for i in range(len(inputs.elements))
+        ]
+        measured = [curve.cpu() for curve in measured]
+        index = best.take(heads, grid, measured, limit, inputs.first)
+        site = (inputs, heads, theta, policy, shape)
+        curves.append(_curves("refine", *site, fine, refined.overall, refined.sparsity))
+        if len(measured) > 1:
+            others = [curve for i, curve in enumerate(measured) if i != inputs.first]
+            curves.append(_curves("validate", *site, grid, *_worst(others)))
+        else:
+            curves.append(_curves("validate", *site, fine, *_worst([refined])))
         lower = (index == grid.shape[1]) & (grid[:, -1] < 1 - SMALLEST)
-        higher = (index == 0) & (grid[:, 0] > 0)
-        centre[heads] *= torch.where(lower, LOWER, torch.where(higher, HIGHER, 1.0))
+        higher = (index == 0) & (start == 0) & (fine[:, 0] > 0)
+        # Where no threshold held, the next ones begin where these ended.
+        further = (1 - grid[:, -1]) / FACTORS[0]
+        centre[heads] = torch.where(lower, further, centre[heads] * torch.where(higher, HIGHER, 1.0))
         heads = heads[lower | higher]
     return best.result(curves)
 
@@ -135,21 +158,23 @@ class _Best:
         return Validated(self.tau, self.sparsity, error, prefixes, self.deciding, tuple(curves))
 
 
+def _worst(measured: list[InputCurve]) -> tuple[Tensor, Tensor]:
+    """The worst error of the inputs or windows, and their mean sparsity."""
+    return torch.cat([curve.error for curve in measured]).amax(0), torch.stack([c.sparsity for c in measured]).mean(0)
+
+
 def _curves(
+    stage: Stage,
     inputs: Inputs,
     heads: Tensor,
-    grid: Tensor,
     theta: Tensor,
     policy: tuple[Policy, ...],
     shape: BlockShape,
-    measured: list[InputCurve],
-) -> list[Curves]:
-    """What refine and validate measured, for all heads of the site."""
-    first = measured[inputs.first]
-    others = [curve for i, curve in enumerate(measured) if i != inputs.first]
-    stages: list[tuple[Stage, Tensor, Tensor]] = [("refine", first.overall, first.sparsity)]
-    worst = torch.cat([curve.error for curve in others or measured]).amax(0)
-    stages.append(("validate", worst, torch.stack([curve.sparsity for curve in others or measured]).mean(0)))
+    tau: Tensor,
+    error: Tensor,
+    sparsity: Tensor,
+) -> Curves:
+    """What a stage measured, for all heads of the site."""
     mask = torch.zeros(inputs.heads, dtype=torch.bool)
     mask[heads] = True
 
@@ -158,17 +183,14 @@ def _curves(
         full[heads] = values
         return full
 
-    return [
-        Curves(
-            stage=stage,
-            length=inputs.length,
-            shape=shape,
-            theta=theta,
-            policy=policy,
-            tau=everywhere(grid),
-            error=everywhere(error),
-            sparsity=everywhere(sparsity),
-            measured=mask,
-        )
-        for stage, error, sparsity in stages
-    ]
+    return Curves(
+        stage=stage,
+        length=inputs.length,
+        shape=shape,
+        theta=theta,
+        policy=policy,
+        tau=everywhere(tau),
+        error=everywhere(error),
+        sparsity=everywhere(sparsity),
+        measured=mask,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,8 @@ POSITIONS, LENGTH = 1024, 256
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def every_command_compiles(fresh_dynamo: None) -> None:
+    """A command starts in a process of its own."""
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
-def examples_on_the_path(monkeypatch):
+def examples_on_the_path(monkeypatch, fresh_dynamo):
     monkeypatch.syspath_prepend(EXAMPLES)
-    torch._dynamo.reset()
     yield
-    torch._dynamo.reset()
     for name in ("vision", "own_model", "offline", "inspect_graph", "windows"):
         sys.modules.pop(name, None)
 

@@ -133,6 +133,7 @@ def test_a_file_of_fixed_size(tmp_path):
         assert relative_difference(out, model(x)) < TOLERANCE
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_the_example_runs_a_shipped_language_model_without_us(tmp_path, monkeypatch):
     """All of examples/export_onnx.py but its calibration, with the first two layers of its model."""
     transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
@@ -149,7 +150,6 @@ def test_the_example_runs_a_shipped_language_model_without_us(tmp_path, monkeypa
     assert [row[:2] for row in rows] == sizes
     assert all(row[2] < TOLERANCE for row in rows)
     assert [row[3] for row in rows] == [1.0], "the same most probable token at every position"
-    torch._dynamo.reset()
 
 
 class TestRefusals:

@@ -67,19 +67,18 @@ assert not any(name.startswith(("afbs_compile.export", "transformers", "onnx", "
 """
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_fresh_process_computes_the_compiled_model_bit_for_bit(exported, tmp_path):
     model, recipe, path = exported
     x = wandering(200, seed=1)
     torch.save(x, tmp_path / "x.pt")
     done = in_a_fresh_process(COMPILED_AGAIN, path, tmp_path / "x.pt", tmp_path / "out.pt")
     assert done.returncode == 0, done.stderr
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend=afbs, options={"recipe": recipe, "min_length": 1}, dynamic=False)
     with torch.no_grad():
         expected = compiled(x)
     _, by_inductor = torch.load(tmp_path / "out.pt")
     assert torch.equal(by_inductor, expected)
-    torch._dynamo.reset()
 
 
 def test_a_process_without_the_operator_is_told_its_name(exported):

@@ -63,7 +63,18 @@ def test_the_program_that_the_library_gets(library, tmp_path, grouped):
     program = torch.export.load(tmp_path / "model.ep")
     (node,) = program.graph.find_nodes(op="call_function", target=OPERATOR)
     assert node.kwargs == {}, "the generated converter reads positional arguments only"
-    assert node.args[3:] == ("0.3,0.6,0.9,1.0", "0.3,0.3,0.3,0.3", node.args[5], grouped.causal, 0.25, 64, 64, 64, "")
+    assert node.args[3:] == (
+        "0.3,0.6,0.9,1.0",
+        "0.3,0.3,0.3,0.3",
+        node.args[5],
+        grouped.causal,
+        0.25,
+        64,
+        64,
+        64,
+        0,
+        "",
+    )
     run = load(tmp_path / "model.ep")
     assert run.recipe == recipe
     for batch, length in ((2, 130), (1, 64), (1, 20)):
@@ -98,6 +109,39 @@ def test_the_operator_is_the_sparse_one_with_its_thresholds_as_text():
     assert out.is_contiguous()
     assert torch.equal(out, sparse_attention(q, k, v, tau, theta, lam, True, 0.25))
     torch.library.opcheck(OPERATOR, (q, k, v, *texts, True, 0.25, 64, 64, 0))
+
+
+def test_every_argument_of_a_call_reaches_the_operator():
+    q, k, v = (torch.randn(1, heads, 200, 16) for heads in (4, 2, 2))
+    given = {
+        "tau": [0.3, 0.3, 0.3, 0.9], "theta": [0.2, -1.0, -1.0, -1.0], "lam": [-1000.0] * 4, "is_causal": True,
+        "scale": 0.3, "block_q": 32, "block_k": 16, "min_length": 5, "max_length": 250,
+        "policy": ["meansim", "cumulant", "sink_window", "meanshare"],
+    }  # fmt: skip
+    known = {argument.name for argument in torch.ops.afbs.sparse_attention.default._schema.arguments}
+    assert known == {"q", "k", "v", *given}
+
+    def converted(**changed):
+        graph = torch.fx.Graph()
+        operands = [graph.placeholder(name) for name in "qkv"]
+        node = graph.call_function(torch.ops.afbs.sparse_attention.default, tuple(operands), {**given, **changed})
+        node.meta["val"] = torch.empty_like(q)
+        graph.output(node)
+        gm = torch.fx.GraphModule({}, graph)
+        assert tensorrt.call_plugins(gm) == 1
+        (plugin,) = gm.graph.find_nodes(op="call_function", target=OPERATOR)
+        assert plugin.kwargs == {}
+        return gm(q, k, v)
+
+    seen = [converted()]
+    assert torch.equal(seen[0], sparse_attention(q, k, v, **given))
+    for changed in (
+        {"tau": [0.9, 0.3, 0.3, 0.3]}, {"theta": [-1.0] * 4}, {"is_causal": False}, {"scale": 0.2}, {"block_q": 16},
+        {"block_k": 32}, {"min_length": 201}, {"max_length": 199}, {"policy": ["meansim"] * 4, "theta": [-1.0] * 4},
+    ):  # fmt: skip
+        seen.append(converted(**changed))
+        assert torch.equal(seen[-1], sparse_attention(q, k, v, **{**given, **changed})), changed
+        assert not torch.equal(seen[-1], seen[0]), changed
 
 
 def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
@@ -145,7 +189,7 @@ class TestGenerator:
         generator.generate_plugin(tensorrt.PLUGIN)
         described = recorder.described[tensorrt.PLUGIN]
         inputs = [Descriptor(["b", heads, "n", 64]) for heads in (4, 2, 2)]
-        (out,) = described(*inputs, "0.5", "-1.0", "-1000.0", *map(np.asarray, (True, 0.25, 64, 64, 0)), "")
+        (out,) = described(*inputs, "0.5", "-1.0", "-1000.0", *map(np.asarray, (True, 0.25, 64, 64, 0, 0)), "")
         assert list(out.shape_expr) == ["b", 4, "n", 64]
         assert described.__annotations__["tau"] is str
         assert tensorrt.PLUGIN in recorder.implemented

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import afbs_compile
 from afbs_compile.backend import afbs
+from afbs_compile.kernels.serving import SparseCall
 from afbs_compile.tuner import site as tuner_site
-from tests.toy import Toy, always_faster, drifting
+from tests.toy import Toy, drifting
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")]
 
 LENGTH = 4096
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
-    yield
-    torch._dynamo.reset()
 
 
 def relative_l1(a, b):
@@ -67,3 +62,38 @@ def test_the_stop_watch_decides_for_itself(monkeypatch):
         worthwhile = site.sparse_ms <= 0.97 * site.dense_ms
         assert (site.outcome == "sparse") == worthwhile
         assert (site.reason is None) == worthwhile
+
+
+class Masked(nn.Module):
+    """Attention under a dense causal mask, as transformers makes it."""
+
+    def forward(self, q, k, v):
+        places = torch.arange(q.shape[2], device=q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(places <= places[:, None])[None, None])
+
+
+@torch.no_grad()
+def test_a_call_that_stays_dense_runs_without_its_causal_mask(monkeypatch):
+    slow = tuner_site.SiteSpeed(1.0, 1.1, None)
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(lambda *_, **__: slow))
+    q, k, v = (torch.randn(2, 4, 1500, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    sparse = torch.compile(Masked(), backend=afbs, fullgraph=True)
+    out = sparse(q, k, v)
+    (row,) = afbs_compile.explain(sparse).rows
+    assert row.outcome == "dense"
+    assert (row.reason or "").endswith("; stays dense; mask dropped: causal")
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert float((out - exact).abs().max()) < 3e-2
+    changed = v.clone()
+    changed[:, :, 1000:] = 100.0
+    assert torch.equal(sparse(q, k, changed)[:, :, :1000], out[:, :, :1000]), "later tokens are read"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dim", "kernel"), [(64, "hopper"), (32, "portable")])
+def test_the_kernel_that_is_told_is_one_of_this_gpu(dim, kernel):
+    q, k, v = (torch.randn(1, 2, 2048, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    expected = kernel if torch.cuda.get_device_capability()[0] == 9 else "portable"
+    told = SparseCall(q, k, v, [-1000.0] * 2, True, 128, 128).kernel()
+    assert told.name.startswith(f"{expected} 128x128" if expected == "hopper" else "portable ")
+    assert (told.reason is None) == (expected == "hopper")

@@ -71,12 +71,12 @@ def test_the_quickest_is_found_once_and_told(monkeypatch: pytest.MonkeyPatch) ->
     clock = Clock(monkeypatch)
     assert tiling.choose(KIND, 100, nothing) == clock.shapes[0]
     assert not clock.timed, "a short call decides nothing"
-    assert tiling.describe(KIND) == "triton 128x64, 8 warps"
+    assert tiling.describe(KIND) == "portable 128x64 tiles, 8 warps, 2 stages"
     for _ in range(2):
         assert tiling.choose(KIND, 4096, nothing) == clock.shapes[2]
     assert tuple(clock.timed) == clock.shapes
     assert tiling.choose(KIND, 100, nothing) == clock.shapes[2]
-    assert tiling.describe(KIND) == "triton {}x{}, {} warps".format(*clock.shapes[2])
+    assert tiling.describe(KIND) == "portable {}x{} tiles, {} warps, {} stages".format(*clock.shapes[2])
     assert tiling.choose(KIND._replace(causal=False), 100, nothing) == clock.shapes[0], "another kind"
 
 
@@ -111,4 +111,4 @@ def test_every_candidate_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_choice_can_be_read() -> None:
     text = block_sparse.launch_choice(torch.device("cpu"), torch.bfloat16, 96, causal=True, block_q=128, block_k=64)
-    assert text == "triton 128x64, 4 warps"
+    assert text == "portable 128x64 tiles, 4 warps, 1 stage"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,7 @@ def compiled(
             result.rewrites.append(rewrite(gm, {site: keep_everything(site) for site in sites}))
         return gm.forward
 
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # a test may compile several functions of the same code
     result = Compiled(torch.compile(fn, backend=backend, dynamic=dynamic))
     return result
 
@@ -84,10 +84,8 @@ def look() -> Callable[..., Compiled]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
+def every_graph_is_captured(fresh_dynamo: None) -> None:
     torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

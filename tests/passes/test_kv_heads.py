@@ -72,7 +72,7 @@ def test_repeats_on_top_of_shared_heads(look, compile_with):
     inputs = torch.randn(2, 8, 24, 16), *kv()[1:]
     found = compile_with(fn, change=True)
     torch.testing.assert_close(found.call(*inputs), fn(*inputs))
-    assert (found.site.kv_heads, found.site.kv_groups) == (2, 4)
+    assert (found.site.heads, found.site.kv_heads) == (8, 2)
 
 
 def tiled(x, n):

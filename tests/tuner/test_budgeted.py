@@ -9,15 +9,11 @@ from torch import nn
 from afbs_compile import Recipe, calibrate, explain
 from afbs_compile.errors import OptionError
 from afbs_compile.tuner.end_to_end import output_change
-from tests.toy import Attention, LanguageToy, Toy, always_faster, drifting, token_ids
+from tests.toy import Attention, LanguageToy, Toy, drifting, token_ids
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
 
 LENGTH = 512
-
-
-@pytest.fixture(autouse=True)
-def deterministic(monkeypatch):
-    monkeypatch.setattr("afbs_compile.tuner.speed.SiteSpeed.measure", always_faster)
-    torch._dynamo.reset()
 
 
 def samples(count: int) -> list[torch.Tensor]:

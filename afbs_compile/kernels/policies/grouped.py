@@ -74,7 +74,10 @@ class GroupedPolicy:
         from afbs_compile.kernels.policies import grouped_triton  # Triton is not installed everywhere.
 
         features = self.features_on_gpu(q, k, scale)
-        grouped_triton.write_log_mass(features, q.shape[2], out, causal=causal, block_q=block_q, block_k=block_k)
+        # Sums of half precision numbers are worth no more digits than the numbers have.
+        grouped_triton.write_log_mass(
+            features, out, q.shape[2], exact=q.dtype == torch.float32, causal=causal, block_q=block_q, block_k=block_k
+        )
 
 
 def block_mass(features: Features, length: int, *, causal: bool, block_q: int, block_k: int) -> Tensor:

@@ -22,7 +22,11 @@ from afbs_compile.kernels.reference import block_count
 ROWS, COLS = 64, 64
 """Query groups and key groups of a tile; every block's groups divide them or are a multiple."""
 
-PRECISION = "ieee" if torch.version.hip else "tf32x3"
+
+def _precision(dtype: torch.dtype, exact: bool) -> str:
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32x3" if exact else "tf32"
 
 
 @triton.jit
@@ -233,8 +237,15 @@ def moment_rows(x: Tensor, scale: float, *, of_queries: bool) -> Tensor:
     return out
 
 
-def write_log_mass(features: Features, length: int, out: Tensor, *, causal: bool, block_q: int, block_k: int) -> None:
-    """Write the logarithm of :func:`grouped.block_mass` into ``out``, int32 ``[B, H, n_q, n_k]``, as bits of fp32."""
+def write_log_mass(
+    features: Features, out: Tensor, length: int, *, exact: bool, causal: bool, block_q: int, block_k: int
+) -> None:
+    """Write the logarithm of :func:`grouped.block_mass` into ``out``, int32 ``[B, H, n_q, n_k]``, as bits of fp32.
+
+    Args:
+        features, length, causal, block_q, block_k: as there.
+        exact: whether products of fp32 features are to be as exact as fp32, or have TF32's 11 bits.
+    """
     q, k = features.q, features.k
     batch, heads, rows_q, dim = q.shape
     groups_q, groups_k = block_count(length, GROUP), block_count(length, features.span)
@@ -243,14 +254,15 @@ def write_log_mass(features: Features, length: int, out: Tensor, *, causal: bool
     per_k = block_k // features.span
     with torch.cuda.device_of(q):
         _log_mass(
-            (layout(q), layout(k), length, features.scale, features.parts, features.span, block_q, block_k, causal),
+            (layout(q), layout(k), length, exact, causal)
+            + (features.scale, features.parts, features.span, block_q, block_k),
             batch * heads * block_count(groups_q, ROWS),
             *(q, k, out, features.scale),
             *(heads, heads // k.shape[1], rows_q, k.shape[2], groups_q, groups_k, *out.shape[2:]),
             *(*q.stride(), *k.stride()),
             *(dim, features.parts, features.reverse, features.span, features.last, GROUP),
             *(block_q // GROUP, per_k, causal, depth, dim_pad // depth),
-            *(PRECISION if q.dtype == torch.float32 else "ieee", ROWS, max(COLS, per_k)),
+            *(_precision(q.dtype, exact), ROWS, max(COLS, per_k)),
             warps=4,
             stages=3,
         )

@@ -1,0 +1,45 @@
+"""Drop the mask of attention calls that stay dense, where it was proven to be the causal one.
+
+``scaled_dot_product_attention(is_causal=True)`` without a mask computes the same up to rounding, and runs on kernels
+that skip the future instead of reading a mask of N x N elements. The proof is the one that a sparse call needs, with
+the guards that it left (:mod:`afbs_compile.passes.mask_proof`); nothing is proven here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from afbs_compile.passes.build import NodeBuilder, erase_unused
+from afbs_compile.passes.effects import value_of
+from afbs_compile.passes.operands import Call
+from afbs_compile.passes.site import AttentionSite
+from afbs_compile.passes.sizes import same_sizes
+
+
+def has_causal_mask(site: AttentionSite) -> bool:
+    """Whether a site is causal by a mask that may be dropped: it does not widen the output beyond q's shape either."""
+    masked = site.causal and Call.of(site.node).mask is not None
+    return masked and same_sizes(value_of(site.node).shape, value_of(site.q).shape)
+
+
+def unmask(gm: fx.GraphModule, sites: Iterable[AttentionSite]) -> None:
+    """Make sites with a proven causal mask say ``is_causal=True`` instead, in place; their operands stay as they are.
+
+    Args:
+        gm: the graph in which ``find`` found the sites; it must be recompiled.
+        sites: those for which :func:`has_causal_mask` holds.
+
+    Raises:
+        ValueError: it does not hold for one.
+    """
+    for site in sites:
+        if not has_causal_mask(site):
+            raise ValueError(f"{site.name}: it has no mask that is proven causal")
+        call, build = Call.of(site.node), NodeBuilder(site.node)
+        options = {"is_causal": True, "scale": call.scale, "enable_gqa": call.enable_gqa}
+        plain = build.call(site.node.target, (call.q, call.k, call.v), options)
+        site.node.replace_all_uses_with(build.in_layout_of(site.node, plain))
+        gm.graph.erase_node(site.node)
+        erase_unused(gm.graph, [call.mask] if call.mask is not None else [])

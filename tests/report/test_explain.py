@@ -1,0 +1,110 @@
+"""The kernel of every call: in the recipe, in the table of a compiled model, in what ``inspect`` prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import afbs_compile
+from afbs_compile.cli.main import main
+from afbs_compile.found import FoundGraph
+from afbs_compile.kernels import op, serving
+from afbs_compile.recipe import Recipe
+from afbs_compile.tuner.site import SiteSpeed
+from tests.toy import Toy, drifting
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
+
+LENGTH = 512
+REASON = "head_dim is 32; accepted: (64, 128)"
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Reports see a GPU whose portable kernel serves; what runs is not touched."""
+    from afbs_compile.kernels import block_sparse
+
+    def patch():
+        monkeypatch.setattr(serving.op, "serving", lambda *_: op.Serving("portable", REASON))
+        monkeypatch.setattr(block_sparse, "launch_choice", lambda *_, **__: "portable 64x64 tiles, 4 warps, 2 stages")
+
+    return patch
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_models_rows_name_the_kernel_that_serves_now(dynamic, elsewhere):
+    sparse = torch.compile(Toy().eval(), backend="afbs", dynamic=dynamic, options={"min_length": 128})
+    sparse(drifting(LENGTH))
+    explanation = afbs_compile.explain(sparse)
+    assert [row.kernel for row in explanation.rows] == ["flex 64x64 tiles"] * 2
+    assert [record["kernel_reason"] for record in explanation.to_records()] == [None, None]
+    assert "flex 64x64 tiles" in str(explanation)
+    assert "flex 64x64 tiles" in explanation._repr_html_()
+    elsewhere()
+    explanation = afbs_compile.explain(sparse)
+    assert {row.kernel for row in explanation.rows} == {"portable 64x64 tiles, 4 warps, 2 stages"}
+    assert {row.kernel_reason for row in explanation.rows} == {f"not the Hopper kernel: {REASON}"}
+    line = f"2 calls on portable 64x64 tiles, 4 warps, 2 stages: not the Hopper kernel: {REASON}"
+    assert explanation.notes[1:] == (line,)
+    if dynamic:
+        sparse(drifting(LENGTH + 100))
+        assert len(afbs_compile.explain(sparse).after) == 1, "reading the sizes added a guard"
+
+
+@torch.no_grad()
+def test_a_recipe_keeps_the_kernel_that_was_timed(elsewhere, tmp_path, capsys):
+    elsewhere()
+    recipe = afbs_compile.calibrate(Toy().eval(), [drifting(LENGTH)], min_length=128)
+    recipe.save(tmp_path / "r.json")
+    kernel, reason = "portable 64x64 tiles, 4 warps, 2 stages", f"not the Hopper kernel: {REASON}"
+    assert Recipe.load(tmp_path / "r.json") == recipe
+    assert {(head["kernel"], head["kernel_reason"]) for head in recipe.to_records()} == {(kernel, reason)}
+    assert {(row.kernel, row.kernel_reason) for row in afbs_compile.explain(recipe).rows} == {(kernel, reason)}
+    assert main(["inspect", str(tmp_path / "r.json")]) == 0
+    assert f"{kernel}: 2 calls ({reason})" in capsys.readouterr().out
+    assert main(["inspect", "--json", str(tmp_path / "r.json")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {(site["kernel"], site["kernel_reason"]) for site in told["sites"]} == {(kernel, reason)}
+
+
+@torch.no_grad()
+def test_a_call_that_stays_dense_has_its_kernel_in_brackets(monkeypatch):
+    monkeypatch.setattr(SiteSpeed, "measure", staticmethod(lambda *_, **__: SiteSpeed(1.0, 2.0, None)))
+    recipe = afbs_compile.calibrate(Toy().eval(), [drifting(LENGTH)], min_length=128)
+    explanation = afbs_compile.explain(recipe)
+    assert [(row.outcome, row.kernel) for row in explanation.rows] == [("dense", "flex 64x64 tiles")] * 2
+    assert "(flex 64x64 tiles)" in str(explanation)
+
+
+@torch.no_grad()
+def test_where_no_head_is_sparse_no_kernel_is_named():
+    recipe = afbs_compile.calibrate(Toy().eval(), [drifting(LENGTH)], min_length=128, tolerance=1e-9)
+    assert [(row.outcome, row.kernel) for row in afbs_compile.explain(recipe).rows] == [("dense", None)] * 2
+
+
+class Sliced(nn.Module):
+    """Queries from the middle of wider rows, one key head for all of them."""
+
+    def forward(self, x):
+        q = x[:, :, :, 1:33]
+        k = x[:, :1, :, 32:].expand(-1, 4, -1, -1)
+        return F.scaled_dot_product_attention(q, k, k, is_causal=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_operands_lie_as_in_the_call(dynamic):
+    graphs = []
+    model = torch.compile(Sliced(), backend=lambda gm, inputs: graphs.append((gm, inputs)) or gm, dynamic=dynamic)
+    model(torch.randn(2, 4, 100, 64))
+    (site,) = FoundGraph.of(*graphs[0], 1).sites
+    q, k, v = site.operands()
+    assert (q.shape, q.stride(), q.storage_offset()) == ((2, 4, 100, 32), (25600, 6400, 64, 1), 1)
+    assert k.stride()[2:] == (64, 1)
+    assert v.storage_offset() == 32
+    assert {type(size) for x in (q, k, v) for size in (*x.shape, *x.stride())} == {int}
