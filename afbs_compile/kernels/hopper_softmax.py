@@ -59,7 +59,7 @@ def lowest(steep, ROWS: gl.constexpr, rows_of: gl.constexpr):
 
 
 @gluon.jit
-def _row_maxima(x, rows_of: gl.constexpr):
+def row_maxima(x, rows_of: gl.constexpr):
     """Maximum of each row: first over every sixteenth column, four maxima a row and thread that need not wait."""
     part = gl.max(x.reshape([x.shape[0], x.shape[1] // 16, 16]), 1)
     return gl.convert_layout(gl.max(part, 1), rows_of, assert_trivial=True)
@@ -97,7 +97,7 @@ def follow(scores, peak, scale, steep):
     # the power of two above it, which rounds nothing.
     edge = STEEP / scale
     slack = gl.where(gl.abs(peak) < edge, SLACK / scale, SLACK / steep)
-    highest = _row_maxima(scores, rows_of)
+    highest = row_maxima(scores, rows_of)
     new_peak = gl.where(highest > peak + slack, highest, peak)
     # Both products at once: fewer instructions wait for each other.
     gentle = gl.abs(new_peak) < edge
