@@ -10,40 +10,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from afbs_compile.kernels.hopper_common import STEP, after, locate, read
-
-STEEP = gl.constexpr(2.0**28)
-"""Scores, in log2 units, from which on the power of two above the scale takes its place; see :func:`_softmax`."""
-
-
-@gluon.jit
-def _row_sums(x, rows_of: gl.constexpr):
-    """Sum of each row: first over every eighth column, four sums a thread that do not wait for each other."""
-    part = gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 8]), 1)
-    return gl.convert_layout(gl.sum(part, 1), rows_of, assert_trivial=True)
-
-
-@gluon.jit
-def _row_maxima(x, rows_of: gl.constexpr):
-    """Maximum of each row, in the order of :func:`_row_sums`."""
-    part = gl.max(x.reshape([x.shape[0], x.shape[1] // 8, 8]), 1)
-    return gl.convert_layout(gl.max(part, 1), rows_of, assert_trivial=True)
-
-
-@gluon.jit
-def _softmax(scores, peak, total, scale, steep):
-    """One step of the running softmax: weights, maxima, sums, and the factor of what came before."""
-    rows_of: gl.constexpr = peak.type.layout
-    new_peak = gl.maximum(peak, _row_maxima(scores, rows_of))
-    # A row that has seen no key yet has no maximum to subtract.
-    base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    # l <- l * 2^(c (m_old - m)) + rowsum(2^(c s - c m)),   c s - c m fused into one instruction.
-    # Rounding c m is a factor on the row, no larger than rounding s itself, until it is so large that it overflows.
-    # Beyond 2^28 neighbouring scores lie 16 log2 units apart and the largest take all, whatever the scale: there c is
-    # the power of two above it, which rounds nothing.
-    c = gl.where(gl.abs(base) * scale < STEEP, scale, steep)
-    weights = gl.exp2(scores * c[:, None] - (base * c)[:, None])
-    decay = gl.exp2((peak - base) * c)
-    return weights, new_peak, total * decay + _row_sums(weights, rows_of), decay
+from afbs_compile.kernels.hopper_softmax import (
+    decayed,
+    exponents,
+    follow,
+    halves,
+    join,
+    lowest,
+    part_sums,
+    rescale,
+    row_sums,
+)
 
 
 @gluon.jit
@@ -78,10 +55,10 @@ def consumer(
     STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Half ``PART`` of the rows of every tile that the producer tells of."""
-    query_ring, key_ring, value_ring = rings
+    query_ring, key_ring, value_ring, free = rings
     query_smem, query_ready, query_free = query_ring
-    key_smem, key_ready, key_free = key_ring
-    value_smem, value_ready, value_free = value_ring
+    key_smem, key_ready = key_ring
+    value_smem, value_ready = value_ring
     numbers, told = notes
     length, heads, _, planes, section, count_q, count_k = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
@@ -92,7 +69,6 @@ def consumer(
     query_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     rows_of: gl.constexpr = gl.SliceLayout(1, score_layout)
-    out_rows_of: gl.constexpr = gl.SliceLayout(1, out_layout)
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STEP, HEAD_DIM], DTYPE)
     half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], DTYPE)
     keys = key_smem._reinterpret(DTYPE, [STAGES, STEP, HEAD_DIM], tile_layout)
@@ -113,8 +89,9 @@ def consumer(
     scores = warpgroup_mma(queries, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     while tile >= 0:
-        # ``scores`` are those of the tile's first step, the one that may need a mask.
-        mbarrier.arrive(key_free.index(slot), count=1)
+        # ``scores`` are those of the tile's first step, the one that may need a mask. Its keys are free now, and so
+        # are the values of the step before, the end of the last tile.
+        mbarrier.arrive(free.index(slot), count=1)
         # In registers, or wgmma would read the queries from shared memory again for every step.
         query = queries.load(query_layout)
         mbarrier.arrive(query_free.index(0), count=1)
@@ -123,11 +100,11 @@ def consumer(
         rows = first_row + gl.arange(0, ROWS, layout=rows_of)
         steps = (count + PARTS - 1) // PARTS
         scores = _mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
-        peak = gl.full([ROWS], float("-inf"), gl.float32, layout=rows_of)
-        total = gl.zeros([ROWS], gl.float32, layout=rows_of)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)
-        weights, peak, total, decay = _softmax(scores, peak, total, scale, steep)
-        weight = gl.convert_layout(weights.to(DTYPE), weight_layout)
+        peak, c, shift, decay = follow(scores, lowest(steep, ROWS, rows_of), scale, steep)
+        left_half, right_half = halves(gl.exp2(exponents(scores, c, shift)))
+        sums = part_sums(left_half) + part_sums(right_half)
+        weight = gl.convert_layout(join(left_half, right_half).to(DTYPE), weight_layout)
         odd = False
         if TWO_MASKS:
             # The block before the last may lie on the diagonal too; in an odd list it belongs to the second step.
@@ -138,34 +115,39 @@ def consumer(
         near, near_phase = after(slot, phase, STAGES)
         mbarrier.wait(key_ready.index(near), near_phase, pred=steps > 1)
         for step in range(1, steps):
+            # Until the scores are there the tensor cores are busy: whatever is done up to then costs no time.
             near, near_phase = after(slot, phase, STAGES)
             scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            mbarrier.wait(value_ready.index(slot), phase)
             # A wait for nothing: it keeps the compiler from rescaling before the product is issued.
             decay = warpgroup_mma_wait(1, deps=[decay])
-            acc = acc * gl.convert_layout(decay, out_rows_of)[:, None]
-            mbarrier.wait(value_ready.index(slot), phase)
+            acc = rescale(acc, decay)
             acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(key_free.index(near), count=1)
             if TWO_MASKS:  # noqa: SIM102 (one is known to the compiler, the other is not)
                 if (step == 1) & odd:
                     scores = _mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
-            weights, peak, total, decay = _softmax(scores, peak, total, scale, steep)
-            next_weight = gl.convert_layout(weights.to(DTYPE), weight_layout)
-            # Waiting here, not at the top: a branch that keeps the compiler from moving the next wait above the
-            # softmax. This step's keys are free already: with two stages the producer waits for them.
+            peak, c, shift, decay = follow(scores, peak, scale, steep)
+            left_half, right_half = halves(exponents(scores, c, shift))
+            left_half = gl.exp2(left_half)
+            sums = decayed(sums, decay) + part_sums(left_half)
+            # Halfway through the powers the product with V is done with the weights' registers, and the next weights
+            # are packed there while the other half is made. The first wait is for nothing; the second, a branch,
+            # keeps the compiler from moving the third above all powers.
+            left_half, right_half, sums = warpgroup_mma_wait(1, deps=[left_half, right_half, sums])
             far, far_phase = after(near, near_phase, STAGES)
             mbarrier.wait(key_ready.index(far), far_phase, pred=step + 1 < steps)
-            acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
-            mbarrier.arrive(value_free.index(slot), count=1)
-            weight = next_weight
+            acc, weight, right_half = warpgroup_mma_wait(0, deps=[acc, weight, right_half])
+            mbarrier.arrive(free.index(near), count=1)
+            right_half = gl.exp2(right_half)
+            sums += part_sums(right_half)
+            weight = gl.convert_layout(join(left_half, right_half).to(DTYPE), weight_layout)
             slot, phase = near, near_phase
 
         # The last product with V, and the first with K of the next tile.
-        acc = acc * gl.convert_layout(decay, out_rows_of)[:, None]
+        acc = rescale(acc, decay)
         mbarrier.wait(value_ready.index(slot), phase)
         acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
-        last_slot = slot
         query_phase ^= 1
         slot, phase = after(slot, phase, STAGES)
         mbarrier.wait(told.index(0), query_phase)
@@ -178,6 +160,6 @@ def consumer(
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
         scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc, weight = warpgroup_mma_wait(1, deps=[acc, weight])
-        mbarrier.arrive(value_free.index(last_slot), count=1)
+        total = row_sums(sums, rows_of)
         _store(out, strides, acc, total, plane // heads, plane % heads, first_row, length)
         scores = warpgroup_mma_wait(0, deps=[scores])

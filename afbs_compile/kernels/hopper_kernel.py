@@ -13,6 +13,10 @@ A consumer issues the product of step s with K and, at once, that of step s - 1 
 the tensor cores still work; across tiles, the first product of the next one runs while the last one is stored. A list
 is walked from its end: only its last entries can need a mask, so the loop over the others has none.
 
+What bounds a consumer is the chain of its own instructions, so nothing stands between the scores and the next product
+that need not: see :mod:`afbs_compile.kernels.hopper_softmax`. One arrival a step frees its keys and the values of the
+step before.
+
 Every wait is on an mbarrier's phase, a bit: a ring's reader waits for its own phase, and its writer for the opposite
 one, which a fresh barrier has behind it.
 """
@@ -67,8 +71,9 @@ def forward_kernel(
     notes = (numbers, ring(1, 1))
     rings = (
         (query_smem, ring(1, 1), ring(1, 2)),
-        (key_smem, ring(STAGES, 1), ring(STAGES, 2)),
-        (value_smem, ring(STAGES, 1), ring(STAGES, 2)),
+        (key_smem, ring(STAGES, 1)),
+        (value_smem, ring(STAGES, 1)),
+        ring(STAGES, 2),
     )
     sizes = (length, heads, groups, planes, section, count_q, count_k)
     strides = (stride_out_batch, stride_out_head, stride_out_row)

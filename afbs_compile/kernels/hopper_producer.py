@@ -30,7 +30,7 @@ def _ends(tile, lists, planes, section, count_q, count_k, CAUSAL: gl.constexpr, 
 @gluon.jit
 def _copy(desc, batch, head, left, right, ring, slot, PARTS: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Start the copy of a step: ``STEP`` rows from ``left``, or half from ``left`` and half from ``right``."""
-    smem, ready, _ = ring
+    smem, ready = ring
     mbarrier.expect(ready.index(slot), STEP * HEAD_DIM * 2)
     for column in gl.static_range(HEAD_DIM // CHUNK):
         chunk = (slot * (HEAD_DIM // CHUNK) + column) * PARTS
@@ -49,10 +49,8 @@ def producer(
     """Draw tiles and copy what they need, as far ahead as the rings allow."""
     query_desc, key_desc, value_desc = descriptors
     _, indices = lists
-    query_ring, key_ring, value_ring = rings
+    query_ring, key_ring, value_ring, free = rings
     query_smem, query_ready, query_free = query_ring
-    _, _, key_free = key_ring
-    _, _, value_free = value_ring
     numbers, told = notes
     _, heads, groups, planes, section, count_q, count_k = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
@@ -103,12 +101,13 @@ def producer(
             next_right = next_left
             if PARTS == 2:
                 next_right = gl.load(entries + gl.maximum(entry + 1, 0)) * BLOCK_K
-            mbarrier.wait(key_free.index(slot), phase)
+            # These keys' place was freed by the step that freed the place of the values before.
             _copy(key_desc, batch, head_k, left, right, key_ring, slot, PARTS, HEAD_DIM)
-            mbarrier.wait(value_free.index(slot), phase)
-            _copy(value_desc, batch, head_k, left, right, value_ring, slot, PARTS, HEAD_DIM)
-            left, right = next_left, next_right
+            value_slot = slot
             slot, phase = after(slot, phase, STAGES)
+            mbarrier.wait(free.index(slot), phase)
+            _copy(value_desc, batch, head_k, left, right, value_ring, value_slot, PARTS, HEAD_DIM)
+            left, right = next_left, next_right
             if step == 0:
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")

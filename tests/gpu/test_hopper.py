@@ -159,6 +159,20 @@ def test_scores_of_any_size_are_the_specification() -> None:
         assert error(attend(*big, v, live, shape), exact(*big, v, live, shape)) <= 4e-3, factor
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("rise", [0.0, 0.4, 3.0, 5.0, 40.0, -3.0], ids=str)
+def test_maxima_that_rise_from_block_to_block(rise: float, dtype: torch.dtype) -> None:
+    # By some log2 units a block, in the kernel's order (from the end) or against it: less than what it lets pass, more,
+    # and so much that earlier blocks vanish. One row in three sees none of it.
+    shape = replace(PLAIN, length=1500, dtype=dtype)
+    q, k, v = inputs(shape, "cuda")
+    block = torch.arange(1500, device="cuda") // 128
+    q[..., 0], k[..., 0] = 8.0, ((11 - block) * rise * 128**0.5 / 8 * 0.6931).to(dtype)
+    q[:, :, ::3, 0] = 0.0
+    live = some_blocks(shape, "cuda", share=0.7)
+    assert error(attend(q, k, v, live, shape), exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+
+
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 0.3])
 def test_any_scale(scale: float) -> None:
     shape = replace(PLAIN, scale=scale)
