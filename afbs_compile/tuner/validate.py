@@ -16,10 +16,12 @@ from torch import Tensor
 from afbs_compile.kernels.reference import KEEP_ALL
 from afbs_compile.recipe import Policy, Stage
 from afbs_compile.tuner.curves import SMALLEST, Curves, boldest_safe
+from afbs_compile.tuner.explore import POINTS
 from afbs_compile.tuner.inputs import BlockShape, InputCurve, Inputs
 
-FACTORS = (0.52 * 1.0507 ** torch.arange(21)).flip(0)
-"""Thresholds tried, as shares of the explored ``1 - tau``, the boldest first: 0.52 to 1.4, a twentieth apart."""
+FACTORS = (0.52 * 1.0535 ** torch.arange(POINTS)).flip(0)
+"""Thresholds tried, as shares of the explored ``1 - tau``, the boldest first: 0.52 to 1.4, a twentieth apart. As many
+as are explored with: a pass is compiled for a number of them."""
 
 STEPS_BACK = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8])
 """Thresholds that the other inputs are measured at, counted from the boldest that holds on the explored one. More would

@@ -53,6 +53,7 @@ def test_the_exit_codes():
         (["calibrate", "m", *SOME, "--seq-len", "0"], "a whole number, at least 1"),
         (["calibrate", "m", *SOME, "--samples", "few"], "got 'few'; accepted: a whole number"),
         (["calibrate", "m", *SOME, "--method", "guess"], "invalid choice: 'guess'"),
+        (["calibrate", "m", *SOME, "--precision", "int8"], "invalid choice: 'int8'"),
         (["calibrate", "m", "--data", "random", "-o", "r.yaml"], "-o: got r.yaml; accepted: a file name that ends in"),
         (["calibrate", "m", "--data", "random", "-o", "no/where/r.json"], "folder that exists, and no/where does"),
         (["calibrate", "./nowhere", *SOME], "MODEL: there is no folder ./nowhere"),
@@ -88,6 +89,14 @@ def test_a_wrong_argument(argv, sentence, capsys):
 def test_a_tolerance_out_of_range(toy_inputs, tmp_path, capsys, nothing_new):
     argv = ["calibrate", TOY, "--data", toy_inputs, "--tolerance", "7", "-o", str(tmp_path / "r.json")]
     assert "tolerance: got 7.0; accepted: a number between 0 and 1" in refused(capsys, *argv)
+
+
+def test_fp8_with_a_budget(toy_inputs, tmp_path, capsys, nothing_new):
+    out = ["-o", str(tmp_path / "r.json")]
+    argv = ["calibrate", TOY, "--data", toy_inputs, "--tolerance", "kl=0.1", "--precision", "fp8", *out]
+    assert "precision: got 'fp8'; accepted: 'own' unless method is 'afbs' and tolerance a number" in refused(
+        capsys, *argv
+    )
 
 
 def test_a_length_beyond_the_models_positions(llama, text, recipes, tmp_path, capsys, nothing_new):

@@ -11,15 +11,18 @@ from torch import Tensor
 from afbs_compile.kernels import reference
 from afbs_compile.kernels.policy import predict_mask
 from afbs_compile.passes.capture import Operands
-from afbs_compile.tuner import paper, site
+from afbs_compile.tuner import paper, site, speed
+from afbs_compile.tuner.explore import CANDIDATES
 from afbs_compile.tuner.inputs import BlockShape
 from afbs_compile.tuner.measure import WINDOWS, Meter, low_fidelity, relative_l1
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.space import Thresholds, latent_to_thresholds
+from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
 from tests.toy import HEAD_DIM, HEADS, always_faster, drifting
 
 LENGTH = 1024
+MEASURE = SiteSpeed.measure
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +77,54 @@ def test_heads_use_what_the_tolerance_allows():
         bolder = Thresholds(1 - (1 - result.thresholds.tau) / step, result.thresholds.theta, result.thresholds.lam)
         worst = torch.stack([errors_by_reference(operands(seed), bolder, result.policy)[0] for seed in (0, 1)]).amax(0)
     assert (worst > 0.05 * 0.93).all()
+
+
+@pytest.mark.parametrize("weight", [4.0, 16.0], ids=["a little", "far"])
+def test_an_input_that_is_harder_than_the_explored_one_decides(weight):
+    easy, hard = operands(length=LENGTH + 64), operands(1)
+    hard.v[:, :, : LENGTH // 2] *= weight  # what far blocks hold counts for more
+    without = tune_site([easy, easy], TuneSettings(tolerance=0.05, shapes=SQUARE))
+    result = tune_site([easy, hard], TuneSettings(tolerance=0.05, shapes=SQUARE))
+    worst = errors_by_reference(hard, result.thresholds, result.policy)[0]
+    assert (worst <= 0.05 + 1e-4).all()
+    assert not result.thresholds.is_dense.any()
+    stricter = result.thresholds.tau > without.thresholds.tau
+    assert stricter.any(), "the test must make a head step back"
+    assert result.deciding[1]
+    assert (worst[stricter] > 0.05 / 2).all(), "no further back than the hard input asks for, in few and coarse blocks"
+
+
+def test_the_time_of_the_predictor_counts_in_the_choice_of_policy(monkeypatch):
+    def chosen(**milliseconds: float) -> set[str]:
+        def predictor_ms(self, sample, tau, theta, policy, block_q, block_k):
+            return max(milliseconds.get(name, 0.0) for name in policy)
+
+        monkeypatch.setattr(Stopwatch, "predictor_ms", predictor_ms)
+        return set(tune_site([operands()], TuneSettings(tolerance=0.05, shapes=SQUARE)).policy)
+
+    monkeypatch.setattr(Stopwatch, "attention_ms", lambda self, *_: 1.0)
+    every = {name for name, _ in CANDIDATES}
+    for name in every:
+        assert chosen(**dict.fromkeys(every - {name}, 1.0)) == {name}, "all others take as long as dense attention"
+
+
+@pytest.mark.parametrize("pays_from", [256, 1024, 8192, 10**9])
+def test_the_crossover_is_the_shortest_halving_that_pays(monkeypatch, pays_from):
+    tried = []
+
+    def times(sample, *_):
+        tried.append(sample.q.shape[2])
+        return 1.0, 0.5 if tried[-1] >= min(pays_from, 16384) else 2.0
+
+    monkeypatch.setattr(speed, "_times", times)
+    sample = Operands(*(torch.zeros(1, 1, 16384, 16) for _ in range(3)), 1.0, True)
+    stopwatch = Stopwatch()
+    arguments = (sample, Thresholds.dense(1), ("meansim",), 0.7, stopwatch)
+    found = MEASURE(*arguments, block_q=64, block_k=64)
+    assert found.min_length == min(pays_from, 16384)
+    assert len(tried) <= 4
+    assert MEASURE(*arguments, block_q=64, block_k=64).min_length == found.min_length
+    assert len(tried) <= 5, "what one site has shown is not timed again"
 
 
 def test_one_sample_is_validated_on_disjoint_windows():
