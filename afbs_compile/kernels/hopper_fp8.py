@@ -24,6 +24,10 @@ from afbs_compile.kernels.reference import block_count
 STAGES = 4
 """Steps whose keys and values are kept."""
 
+HALVES = True
+TURNS = True
+"""Whether the consumers take turns at the tensor cores, each in the other's softmax."""
+
 
 def refusal(
     device: torch.device, dtype: torch.dtype, head_dim: int, lam: Sequence[float], block_q: int, block_k: int
@@ -107,7 +111,7 @@ def _launch(operands: Quantised, lists: BlockLists, out: Tensor, causal: bool) -
     forward_kernel[(min(hopper._processors(out.device), tiles),)](
         _descriptor(operands.q, BLOCK // 2, dim),
         _descriptor(operands.k, BLOCK, dim),
-        _descriptor(operands.v, dim, BLOCK),
+        _descriptor(operands.v, dim, BLOCK // 2),
         operands.q_scale,
         operands.k_scale.view(torch.int32),
         operands.v_scale.view(torch.int32),
@@ -125,6 +129,8 @@ def _launch(operands: Quantised, lists: BlockLists, out: Tensor, causal: bool) -
         HEAD_DIM=dim,
         STAGES=STAGES,
         CAUSAL=causal,
+        TURNS=TURNS,
+        HALVES=HALVES,
         CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS,
         num_warps=4,

@@ -11,26 +11,57 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from afbs_compile.kernels.fp8 import WEIGHT_EXPONENT
 from afbs_compile.kernels.hopper_common import STEP, after
-from afbs_compile.kernels.hopper_consumer import _mask, _row_maxima, _row_sums, _store
+from afbs_compile.kernels.hopper_consumer import _mask, _row_maxima, _store
 from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, locate, read
 
 SHIFT = gl.constexpr(float(WEIGHT_EXPONENT))
 
 
 @gluon.jit
-def _softmax(scores, peak, total, factor):
-    """One step of the running softmax: weights times 2^SHIFT, maxima, sums, and the factor of what came before.
+def _maxima(scores, peak, factor):
+    """The running maxima, what is subtracted from the scores, and the factor of what came before.
 
-    ``scores * factor`` are in log2 units; factors are powers of two, so nothing but the sum is rounded.
+    ``scores * factor`` are in log2 units; factors are powers of two, so nothing but the difference is rounded.
     """
     rows_of: gl.constexpr = peak.type.layout
     new_peak = gl.maximum(peak, _row_maxima(scores, rows_of) * factor)
     # A row that has seen no key yet has no maximum to subtract.
     base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    return new_peak, SHIFT - base, gl.exp2(peak - base)
+
+
+@gluon.jit
+def _partial_sums(x, layout: gl.constexpr):
+    """Sums of every eighth column: of those that one thread holds."""
+    sums = gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 8]), 1)
+    return gl.convert_layout(sums, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _add_up(sums, decay, left, right):
+    """The running sums of the weights, each thread its own: they are added to each other at the end of a tile."""
+    layout: gl.constexpr = sums.type.layout
+    decay = gl.convert_layout(decay, gl.SliceLayout(1, layout), assert_trivial=True)
     # l <- l * 2^(m_old - m) + rowsum(2^(s - m))
-    weights = gl.exp2(scores * factor[:, None] + (SHIFT - base)[:, None])
-    decay = gl.exp2(peak - base)
-    return weights, new_peak, total * decay + _row_sums(weights, rows_of), decay
+    return sums * decay[:, None] + (_partial_sums(left, layout) + _partial_sums(right, layout))
+
+
+@gluon.jit
+def _weights(scores, factor, shift):
+    """2^(s - m), times 2^SHIFT."""
+    rows_of: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+    factor = gl.convert_layout(factor, rows_of, assert_trivial=True)
+    shift = gl.convert_layout(shift, rows_of, assert_trivial=True)
+    return gl.exp2(scores * factor[:, None] + shift[:, None])
+
+
+@gluon.jit
+def _halves(scores, layout: gl.constexpr):
+    """The first and the second half of the columns."""
+    rows: gl.constexpr = scores.shape[0]
+    columns: gl.constexpr = scores.shape[1]
+    left, right = scores.reshape([rows, 2, columns // 2]).permute((0, 2, 1)).split()
+    return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(right, layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -75,12 +106,13 @@ def _inverse(bits):
 def consumer(
     out, strides, query_scales, rings, notes, sizes,
     PART: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Half ``PART`` of the rows of every tile that the producer tells of."""
     query_smem, query_ready, query_free = rings[0]
     key_smem, key_ready, key_free = rings[1]
     value_smem, value_ready, value_free = rings[2]
-    numbers, step_scales, told = notes
+    numbers, step_scales, told, turns = notes
     length, heads, _, count_q, _, _ = sizes
     ROWS: gl.constexpr = STEP // 2
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 32])
@@ -89,10 +121,12 @@ def consumer(
     rows_of: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows_of: gl.constexpr = gl.SliceLayout(1, out_layout)
     key_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STEP, HEAD_DIM], gl.float8e4nv)
-    value_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEAD_DIM, STEP], gl.float8e4nv)
+    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    part_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP // 2, 32])
+    value_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEAD_DIM, STEP // 2], gl.float8e4nv)
     half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], gl.float8e4nv)
     keys = key_smem._reinterpret(gl.float8e4nv, [STAGES, STEP, HEAD_DIM], key_layout)
-    values = value_smem._reinterpret(gl.float8e4nv, [STAGES, HEAD_DIM, STEP], value_layout)
+    values = value_smem._reinterpret(gl.float8e4nv, [2 * STAGES, HEAD_DIM, STEP // 2], value_layout)
     queries = query_smem._reinterpret(gl.float8e4nv, [2 * QUERY_STAGES, ROWS, HEAD_DIM], half_layout)
     lines = PART * ROWS + gl.arange(0, ROWS, layout=rows_of)
     no_scores = gl.zeros([ROWS, STEP], gl.float32, layout=score_layout)
@@ -102,6 +136,7 @@ def consumer(
     phase = 0
     query_slot = 0
     query_phase = 0
+    turn = 1 - PART
     mbarrier.wait(told.index(0), 0)
     tile = read(numbers, 0)
     mbarrier.wait(query_ready.index(0), 0)
@@ -120,18 +155,40 @@ def consumer(
         query_scale = gl.load(query_scales + (tile // count_q * count_q + block).to(gl.int64) * STEP + lines)
         scores = _mask(scores, rows, first_key, first_key, length, STEP, CAUSAL)
         peak = gl.full([ROWS], float("-inf"), gl.float32, layout=rows_of)
-        total = gl.zeros([ROWS], gl.float32, layout=rows_of)
+        sums = gl.zeros([ROWS, 8], gl.float32, layout=sums_layout)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)
         unit = 1.0
         for _ in range(1, steps):
-            weights, peak, total, decay = _softmax(scores, peak, total, query_scale * key_scale)
-            weight = _operand(weights, weight_layout)
+            factor = query_scale * key_scale
+            peak, shift, decay = _maxima(scores, peak, factor)
+            left, right = _halves(scores, part_layout)
+            left = _weights(left, factor, shift)
+            weight = _operand(left, weight_layout)
+            if not HALVES:
+                right = _weights(right, factor, shift)
+                other = _operand(right, weight_layout)
             mbarrier.wait(value_ready.index(slot), phase)
-            added = warpgroup_mma(weight, values.index(slot).permute((1, 0)), no_values, use_acc=False, is_async=True)
+            if TURNS and not HALVES:
+                mbarrier.wait(turns.index(PART), turn)
+                turn ^= 1
+            added = warpgroup_mma(
+                weight, values.index(2 * slot).permute((1, 0)), no_values, use_acc=False, is_async=True
+            )
+            # A branch, which keeps the compiler from moving the other half's exponentials above the product.
             near, near_phase = after(slot, phase, STAGES)
             mbarrier.wait(key_ready.index(near), near_phase)
+            if HALVES:
+                right = _weights(right, factor, shift)
+                other = _operand(right, weight_layout)
+            sums = _add_up(sums, decay, left, right)
+            if TURNS and HALVES:
+                mbarrier.wait(turns.index(PART), turn)
+                turn ^= 1
+            added = warpgroup_mma(other, values.index(2 * slot + 1).permute((1, 0)), added, is_async=True)
             query = queries.index(2 * query_slot + PART)
             scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turns.index(1 - PART), count=1)
             added = warpgroup_mma_wait(1, deps=[added])
             mbarrier.arrive(value_free.index(slot), count=1)
             # The tensor cores add FP8 products with 14 bits, so only a step's own are left to them. The sum is in
@@ -146,10 +203,20 @@ def consumer(
             slot, phase = near, near_phase
 
         # The last product with V, and the first with K of the next tile.
-        weights, peak, total, decay = _softmax(scores, peak, total, query_scale * key_scale)
-        weight = _operand(weights, weight_layout)
+        factor = query_scale * key_scale
+        peak, shift, decay = _maxima(scores, peak, factor)
+        left, right = _halves(scores, part_layout)
+        left = _weights(left, factor, shift)
+        weight = _operand(left, weight_layout)
+        right = _weights(right, factor, shift)
+        other = _operand(right, weight_layout)
+        sums = _add_up(sums, decay, left, right)
         mbarrier.wait(value_ready.index(slot), phase)
-        added = warpgroup_mma(weight, values.index(slot).permute((1, 0)), no_values, use_acc=False, is_async=True)
+        if TURNS:
+            mbarrier.wait(turns.index(PART), turn)
+            turn ^= 1
+        added = warpgroup_mma(weight, values.index(2 * slot).permute((1, 0)), no_values, use_acc=False, is_async=True)
+        added = warpgroup_mma(other, values.index(2 * slot + 1).permute((1, 0)), added, is_async=True)
         mbarrier.arrive(query_free.index(query_slot), count=1)
         last_slot = slot
         last_tile = tile
@@ -162,9 +229,12 @@ def consumer(
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
         query = queries.index(2 * query_slot + PART)
         scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        if TURNS:
+            mbarrier.arrive(turns.index(1 - PART), count=1)
         added = warpgroup_mma_wait(1, deps=[added])
         mbarrier.arrive(value_free.index(last_slot), count=1)
         acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added
         batch, head, block = locate(last_tile, heads, count_q, CAUSAL)
+        total = gl.convert_layout(gl.sum(sums, 1), rows_of, assert_trivial=True)
         _store(out, strides, acc, total * _inverse(value_bits), batch, head, block * STEP + PART * ROWS, length)
         scores = warpgroup_mma_wait(0, deps=[scores])

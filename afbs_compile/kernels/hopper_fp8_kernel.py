@@ -45,6 +45,8 @@ def forward_kernel(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr,
+    HALVES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -52,10 +54,10 @@ def forward_kernel(
     FP8: gl.constexpr = query_desc.dtype
     query_smem = gl.allocate_shared_memory(FP8, [2 * QUERY_STAGES, 1, 1, STEP // 2, HEAD_DIM], query_desc.layout)
     key_smem = gl.allocate_shared_memory(FP8, [STAGES, 1, 1, STEP, HEAD_DIM], key_desc.layout)
-    value_smem = gl.allocate_shared_memory(FP8, [STAGES, 1, 1, HEAD_DIM, STEP], value_desc.layout)
+    value_smem = gl.allocate_shared_memory(FP8, [2 * STAGES, 1, 1, HEAD_DIM, STEP // 2], value_desc.layout)
     numbers = gl.allocate_shared_memory(gl.int32, [NOTE * QUERY_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     step_scales = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    notes = (numbers, step_scales, ring(QUERY_STAGES, 1))
+    notes = (numbers, step_scales, ring(QUERY_STAGES, 1), ring(2, 1))
     rings = (
         (query_smem, ring(QUERY_STAGES, 1), ring(QUERY_STAGES, 2)),
         (key_smem, ring(STAGES, 1), ring(STAGES, 2)),
@@ -65,8 +67,8 @@ def forward_kernel(
     strides = (stride_out_batch, stride_out_head, stride_out_row)
     gl.warp_specialize(
         [
-            (consumer, (out, strides, query_scales, rings, notes, sizes, 0, HEAD_DIM, STAGES, CAUSAL)),
-            (consumer, (out, strides, query_scales, rings, notes, sizes, 1, HEAD_DIM, STAGES, CAUSAL)),
+            (consumer, (out, strides, query_scales, rings, notes, sizes, 0, HEAD_DIM, STAGES, CAUSAL, TURNS, HALVES)),
+            (consumer, (out, strides, query_scales, rings, notes, sizes, 1, HEAD_DIM, STAGES, CAUSAL, TURNS, HALVES)),
             (
                 producer,
                 (

@@ -25,7 +25,7 @@ def producer(
     query_smem, query_ready, query_free = rings[0]
     key_smem, key_ready, key_free = rings[1]
     value_smem, value_ready, value_free = rings[2]
-    numbers, step_scales, told = notes
+    numbers, step_scales, told, _ = notes
     _, heads, groups, count_q, count_k, tiles = sizes
 
     slot = 0
@@ -74,9 +74,13 @@ def producer(
             )
             mbarrier.wait(value_free.index(slot), phase)
             mbarrier.expect(value_ready.index(slot), STEP * HEAD_DIM)
-            tma.async_copy_global_to_shared(
-                value_desc, [batch, head_k, 0, block_k * STEP], value_ready.index(slot), value_smem.index(slot)
-            )
+            for half in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    value_desc,
+                    [batch, head_k, 0, block_k * STEP + half * (STEP // 2)],
+                    value_ready.index(slot),
+                    value_smem.index(2 * slot + half),
+                )
             block_k = next_block
             slot, phase = after(slot, phase, STAGES)
             if step == 0:

@@ -268,7 +268,7 @@ def test_the_compiled_kernels_keep_their_promises() -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     cases = run.stdout.split("=== ")[1:]
-    assert [case.split(" grid ")[1].split(" shared")[0] for case in cases] == ["(48,)", "(24,)", "(1136,)", "(132,)"]
+    assert [case.split(" grid ")[1].split(" shared")[0] for case in cases] == ["(96,)", "(24,)", "(2272,)", "(132,)"]
     for case in cases:
         title, sass = case.split("\n", 1)
         assert int(title.split()[-1]) <= 227 << 10, title
