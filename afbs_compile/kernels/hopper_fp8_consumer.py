@@ -11,8 +11,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from afbs_compile.kernels.fp8 import WEIGHT_EXPONENT
 from afbs_compile.kernels.hopper_common import STEP, after
-from afbs_compile.kernels.hopper_consumer import _mask, _row_maxima, _store
+from afbs_compile.kernels.hopper_consumer import _mask, _store
 from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, locate, read
+from afbs_compile.kernels.hopper_softmax import halves, part_sums, row_maxima
 
 SHIFT = gl.constexpr(float(WEIGHT_EXPONENT))
 
@@ -24,7 +25,7 @@ def _maxima(scores, peak, factor):
     ``scores * factor`` are in log2 units; factors are powers of two, so nothing but the difference is rounded.
     """
     rows_of: gl.constexpr = peak.type.layout
-    new_peak = gl.maximum(peak, _row_maxima(scores, rows_of) * factor)
+    new_peak = gl.maximum(peak, row_maxima(scores, rows_of) * factor)
     # A row that has seen no key yet has no maximum to subtract.
     base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
     return new_peak, SHIFT - base, gl.exp2(peak - base)
@@ -33,8 +34,7 @@ def _maxima(scores, peak, factor):
 @gluon.jit
 def _partial_sums(x, layout: gl.constexpr):
     """Sums of every eighth column: of those that one thread holds."""
-    sums = gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 8]), 1)
-    return gl.convert_layout(sums, layout, assert_trivial=True)
+    return gl.convert_layout(part_sums(x), layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -58,9 +58,7 @@ def _weights(scores, factor, shift):
 @gluon.jit
 def _halves(scores, layout: gl.constexpr):
     """The first and the second half of the columns."""
-    rows: gl.constexpr = scores.shape[0]
-    columns: gl.constexpr = scores.shape[1]
-    left, right = scores.reshape([rows, 2, columns // 2]).permute((0, 2, 1)).split()
+    left, right = halves(scores)
     return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(right, layout, assert_trivial=True)
 
 
