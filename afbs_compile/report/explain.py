@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -19,7 +19,8 @@ from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe
 from afbs_compile.report import registry
 
 WIDTH = 150
-HEADERS = ("site", "outcome", "heads", "sparsity", "error", "dense ms", "sparse ms", "kernel", "reason")
+NUMBERS = ("heads", "sparsity", "error", "dense ms", "sparse ms")
+HEADERS = ("graph", "site", "outcome", *NUMBERS, "kernel", "reason")
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,16 @@ class Explanation:
         return [dict(vars(row)) for row in self.rows]
 
     def __rich__(self) -> Table:
-        several = len({row.graph for row in self.rows}) > 1
+        headers, lines = self._shown()
         table = Table(caption="\n".join(self.notes), caption_justify="left")
-        if several:
-            table.add_column("graph")
-        table.add_column("site", no_wrap=True)
-        table.add_column("outcome", no_wrap=True)
-        for header in HEADERS[2:-2]:
-            table.add_column(header, justify="right")
-        for header in HEADERS[-2:]:
-            table.add_column(header, overflow="fold")
-        for index, row in enumerate(self.rows):
+        for header in headers:
+            number = header in NUMBERS
+            wraps = header in ("kernel", "reason")
+            justify: Literal["right", "left"] = "right" if number else "left"
+            table.add_column(header, justify=justify, no_wrap=not (number or wraps), overflow="fold")
+        for index, (row, line) in enumerate(zip(self.rows, lines, strict=True)):
             last = index + 1 == len(self.rows) or self.rows[index + 1].graph != row.graph
-            table.add_row(*([str(row.graph)] if several else []), *_cells(row), end_section=last)
+            table.add_row(*line, end_section=last)
         return table
 
     def __str__(self) -> str:
@@ -100,13 +98,22 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         """The table for a notebook."""
-        several = len({row.graph for row in self.rows}) > 1
-        headers = ["graph"] * several + list(HEADERS)
+        headers, lines = self._shown()
         head = "".join(f"<th>{name}</th>" for name in headers)
-        lines = [[str(row.graph)] * several + _cells(row) for row in self.rows]
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+
+    def _shown(self) -> tuple[list[str], list[list[str]]]:
+        """Headers and a line of cells for each row, without the columns in which all rows would say the same."""
+        lines = [_cells(row) for row in self.rows]
+        alike = {
+            header
+            for header, values in (("graph", {row.graph for row in self.rows}), ("kernel", _kernels(self.rows)))
+            if len(values) <= 1
+        }
+        headers = [header for header in HEADERS if header not in alike]
+        return headers, [[line[header] for header in headers] for line in lines]
 
 
 def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
@@ -122,13 +129,13 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     if isinstance(compiled_or_recipe, Recipe):
         recipe = compiled_or_recipe
         rows = [_row(index, site) for index, graph in enumerate(recipe.graphs) for site in graph.sites]
-        return Explanation(tuple(rows), (_note(recipe), *_slower_kernels(rows)))
+        return Explanation(tuple(rows), (_note(recipe), *_kernel_notes(rows)))
     graphs = _compiled_graphs(compiled_or_recipe)
     rows = [_row(index, _served(site, graph)) for index, graph in enumerate(graphs) for site in graph.rows]
     notes = dict.fromkeys(_note(graph.recipe) for graph in graphs if graph.recipe is not None)
     return Explanation(
         tuple(rows),
-        (*notes, *_slower_kernels(rows)) if graphs else ("nothing is compiled yet: call the model once",),
+        (*notes, *_kernel_notes(rows)) if graphs else ("nothing is compiled yet: call the model once",),
         tuple(graph.before for graph in graphs),
         tuple(graph.after for graph in graphs),
     )
@@ -161,9 +168,16 @@ def _served(site: SiteRecipe, graph: registry.CompiledGraph) -> SiteRecipe:
     return replace(site, kernel=name, kernel_reason=reason)
 
 
-def _slower_kernels(rows: Sequence[ExplainRow]) -> list[str]:
-    """Why calls are not on the quickest kernel of their engine, a line for each reason."""
+def _kernels(rows: Sequence[ExplainRow]) -> set[str]:
+    """The kernels that compute calls, or would if they were sparse."""
+    return {row.kernel for row in rows if row.kernel is not None}
+
+
+def _kernel_notes(rows: Sequence[ExplainRow]) -> list[str]:
+    """The kernel of the sparse calls where all have the same one, and why calls are not on a quicker one."""
     slower = Counter((row.kernel, row.kernel_reason) for row in rows if row.kernel_reason is not None)
+    if not slower and len(_kernels(rows)) == 1 and any(row.outcome == "sparse" for row in rows):
+        return [f"sparse calls run on {', '.join(_kernels(rows))}"]
     return [f"{n} {'call' if n == 1 else 'calls'} on {kernel}: {reason}" for (kernel, reason), n in slower.items()]
 
 
@@ -196,15 +210,24 @@ def _not_in_fp8(site: SiteRecipe) -> str | None:
     return "not in FP8: " + "; ".join(f"{count} x {why}" for why, count in reasons.most_common())
 
 
-def _cells(row: ExplainRow) -> list[str]:
+def _cells(row: ExplainRow) -> dict[str, str]:
+    """What the table says of a row, by header."""
     kinds = [f"{count} {kind}" for count, kind in ((row.dense_heads, "dense"), (row.fp8_heads, "fp8")) if count]
-    heads = "" if not row.heads else ", ".join([str(row.heads), *kinds])
-    reason = row.reason or row.precision_reason or ""
-    times = ["" if ms is None else f"{ms:.3g}" for ms in (row.dense_ms, row.sparse_ms)]
     kernel = row.kernel or ""
     if row.kernel and row.outcome != "sparse":  # the one that the call would run on
         kernel = f"({row.kernel})"
-    return [row.site, row.outcome, heads, f"{row.sparsity:.1%}", f"{row.error:.3f}", *times, kernel, reason]
+    return {
+        "graph": str(row.graph),
+        "site": row.site,
+        "outcome": row.outcome,
+        "heads": "" if not row.heads else ", ".join([str(row.heads), *kinds]),
+        "sparsity": f"{row.sparsity:.1%}",
+        "error": f"{row.error:.3f}",
+        "dense ms": "" if row.dense_ms is None else f"{row.dense_ms:.3g}",
+        "sparse ms": "" if row.sparse_ms is None else f"{row.sparse_ms:.3g}",
+        "kernel": kernel,
+        "reason": row.reason or row.precision_reason or "",
+    }
 
 
 def _note(recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from afbs_compile.cli.main import main
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels import op, serving
 from afbs_compile.recipe import Recipe
+from afbs_compile.report.explain import Explanation
 from afbs_compile.tuner.site import SiteSpeed
 from tests.toy import Toy, drifting
 
@@ -43,8 +45,7 @@ def test_a_compiled_models_rows_name_the_kernel_that_serves_now(dynamic, elsewhe
     explanation = afbs_compile.explain(sparse)
     assert [row.kernel for row in explanation.rows] == ["flex 64x64 tiles"] * 2
     assert [record["kernel_reason"] for record in explanation.to_records()] == [None, None]
-    assert "flex 64x64 tiles" in str(explanation)
-    assert "flex 64x64 tiles" in explanation._repr_html_()
+    assert explanation.notes[1:] == ("sparse calls run on flex 64x64 tiles",)
     elsewhere()
     explanation = afbs_compile.explain(sparse)
     assert {row.kernel for row in explanation.rows} == {"portable 64x64 tiles, 4 warps, 2 stages"}
@@ -78,7 +79,26 @@ def test_a_call_that_stays_dense_has_its_kernel_in_brackets(monkeypatch):
     recipe = afbs_compile.calibrate(Toy().eval(), [drifting(LENGTH)], min_length=128)
     explanation = afbs_compile.explain(recipe)
     assert [(row.outcome, row.kernel) for row in explanation.rows] == [("dense", "flex 64x64 tiles")] * 2
-    assert "(flex 64x64 tiles)" in str(explanation)
+    assert len(explanation.notes) == 1
+    one, other = explanation.rows
+    table = Explanation((one, replace(other, outcome="sparse", kernel="flex 128x64 tiles")), ())
+    for text in (str(table), table._repr_html_()):
+        assert "(flex 64x64 tiles)" in text
+        assert "flex 128x64 tiles" in text
+        assert "(flex 128x64 tiles)" not in text
+
+
+@torch.no_grad()
+def test_columns_in_which_all_rows_say_the_same_are_left_out():
+    recipe = afbs_compile.calibrate(Toy().eval(), [drifting(LENGTH)], min_length=128)
+    explanation = afbs_compile.explain(recipe)
+    for text in (str(explanation), explanation._repr_html_()):
+        assert "kernel" not in text
+        assert "graph" not in text
+    one, other = explanation.rows
+    several = Explanation((one, replace(other, graph=1)), ())
+    assert "<th>graph</th><th>site</th>" in several._repr_html_()
+    assert "<td>1</td><td>" in several._repr_html_()
 
 
 @torch.no_grad()
