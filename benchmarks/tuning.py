@@ -85,7 +85,7 @@ def main() -> None:
             windows = text_windows(tokenizer, arguments.calibrate, length, arguments.inputs, device)
             unseen = text_windows(tokenizer, arguments.test, length, arguments.unseen, device)
         found = compare(model, windows, unseen, arguments.methods, arguments.tolerance)
-        rows += table(found, length)
+        rows += table(found, length, arguments.tolerance)
         paths[length] = {name: mean_path(outcome.paths) for name, outcome in found.items()}
         save(arguments.name, arguments.out, {"settings": settings(arguments), "rows": rows, "paths": paths})
         write_csv(arguments.out / f"{arguments.name}.csv", rows)
@@ -173,7 +173,7 @@ def loss(
     return sum(losses) / len(losses)
 
 
-def table(found: dict[str, Outcome], length: int) -> list[dict[str, Any]]:
+def table(found: dict[str, Outcome], length: int, tolerance: float) -> list[dict[str, Any]]:
     """One row per method, printed."""
     rows = []
     heads = (
@@ -198,7 +198,7 @@ def table(found: dict[str, Outcome], length: int) -> list[dict[str, Any]]:
             "mean_sparsity": float(torch.stack(outcome.sparsity).mean()),
             "worst_unseen_error": float(errors.max()),
             "p95_unseen_error": float(errors.quantile(0.95)),
-            "share_within_tolerance": float((errors <= 0.055).float().mean()),
+            "share_within_tolerance": float((errors <= tolerance).float().mean()),
             "perplexity_change": outcome.perplexity,
             "policies": dict(Counter(name for c in outcome.constants for name in c.policy)),
             "block_shapes": sorted({f"{c.block_q}x{c.block_k}" for c in outcome.constants}),

@@ -33,11 +33,13 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None
 def _cache_key_tag() -> str:
     """What inductor's cache on disk must know beside the graph.
 
-    Its keys hold the operator's name, its compiled code every argument that the operator has: another version of this
-    package must not find it.
+    Its keys hold the operator's name, but its compiled code every argument of the operator and the strides of its
+    results: another version of this package must not find it.
     """
+    from afbs_compile import __version__  # defined after what it imports
+
     schema = sparse_attention._opoverload._schema
-    return f"{torch.compiler.config.cache_key_tag} {schema}"
+    return f"{torch.compiler.config.cache_key_tag} afbs_compile {__version__} {schema}"
 
 
 def _patches(mode: str | None) -> dict[str, Any]:
