@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.policy import predict_mask
@@ -214,6 +213,8 @@ def best_ms(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
 
     Other work on the machine only ever adds time, and taking turns lets it hit all calls alike.
     """
+    from torch.utils.benchmark import Timer  # looks for compilers as it is imported, and may print what it lacks
+
     timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
     devices = [call().device.type for call in calls]  # compiles, allocates
     rounds = [[timer.timeit(1).mean for timer in timers]]
