@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_inductor_cache() -> Iterator[None]:
+    """No test takes code that another version of the operator left in inductor's cache on this machine."""
+    from afbs_compile.kernels.op import sparse_attention
+
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"tests of {sparse_attention._opoverload._schema}"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ Each threshold's result is the one that :func:`afbs_compile.kernels.reference.ma
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -177,21 +178,28 @@ def torch_pass(
     within = torch.arange(block_k, device=q.device)
     difference = torch.empty(live.shape, dtype=work, device=q.device)
     magnitude = torch.empty(live.shape[:2], dtype=work, device=q.device)
-    visited, places = live[..., -1].tolist(), rows.tolist()
+    counts, places = live.tolist(), rows.tolist()
     for head in range(heads):
         keys, values = (blocks[head // (heads // k.shape[0])] for blocks in (blocks_k, blocks_v))
         for i, place in enumerate(places):
             first, last = place * block_q, min((place + 1) * block_q, length)
-            seen = visit.order[head, i, : visited[head][i]]
-            cols = seen[:, None] * block_k + within
-            limit = torch.arange(first, last, device=q.device) if causal else cols.new_tensor([length - 1])
-            query = q[head, first:last].to(work) * scale
+            ends = sorted(set(counts[head][i]))  # most thresholds keep what the one before them keeps
+            seen = visit.order[head, i, : ends[-1]]
+            # Under causality only the blocks on the diagonal, which come first, hold keys that a row must not see.
+            masked = seen[: block_q // block_k] if causal else seen
+            limit = torch.arange(first, last, device=q.device) if causal else seen.new_tensor([length - 1])
+            hidden = (masked[:, None] * block_k + within).flatten() > limit[:, None]
             outputs = _outputs(
-                query, keys[seen], values[seen], cols[:, None] <= limit[:, None], live[head, i].long() - 1
+                q[head, first:last].to(work) * scale,
+                keys[seen].flatten(0, 1),
+                values[seen].flatten(0, 1),
+                hidden,
+                [end * block_k for end in ends],
             )
             exact = dense[head, first:last].to(work)
             # The engine rounds its output to the operands' dtype.
-            difference[head, i] = (outputs.to(q.dtype).to(work) - exact).abs_().sum((1, 2))
+            distances = (outputs.to(q.dtype).to(work) - exact).abs_().sum((1, 2))
+            difference[head, i] = distances[[ends.index(end) for end in counts[head][i]]]
             magnitude[head, i] = exact.abs().sum()
     return difference, magnitude
 
@@ -200,23 +208,31 @@ FAR_APART = 60.0
 """Beyond this distance of two row maxima, in nats, fp32 weights relative to one lose the other."""
 
 
-def _outputs(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, ends: Tensor) -> Tensor:
-    """Attention of some rows over the first ``e + 1`` blocks, for each ``e`` of ``ends``.
+def _outputs(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, ends: list[int]) -> Tensor:
+    """Attention of some rows over the first ``end`` keys, for each of ``ends``.
 
     Args:
-        query: ``[rows, D]``, scaled; keys, values: ``[n, block_k, D]``, in visiting order.
-        allowed: bool ``[n, rows or 1, block_k]``, what a row may attend; some key of the first block for every row or,
-            where blocks of keys are smaller than those of queries, of one of the blocks on the diagonal.
-        ends: int64 ``[T]``.
+        query: ``[rows, D]``, scaled; keys, values: ``[n, D]``, in visiting order.
+        hidden: bool ``[rows, m]`` or ``[1, m]``, which of the first m keys a row must not attend; some key of the first
+            ``ends[0]`` remains for every row.
+        ends: ascending, each once; the last is n.
 
     Returns:
-        ``[T, rows, D]``.
+        ``[len(ends), rows, D]``.
     """
-    scores = (query @ keys.transpose(1, 2)).masked_fill_(~allowed, -math.inf)
-    peaks = scores.amax(2).cummax(0).values
-    if bool((peaks[-1] - peaks[ends[0]] > FAR_APART).any()) and query.dtype == torch.float32:
-        return _outputs(query.double(), keys.double(), values.double(), allowed, ends).float()
-    # With one maximum for all blocks, sums over the first blocks are running sums.
-    weights = scores.sub_(peaks[-1][:, None]).exp_()
-    total = weights.sum(2).cumsum(0)[ends]
-    return (weights @ values).cumsum(0)[ends] / total[..., None]
+    scores = query @ keys.T
+    scores[:, : hidden.shape[1]].masked_fill_(hidden, -math.inf)
+    peak = scores.amax(1, keepdim=True)
+    far = peak - scores[:, : ends[0]].amax(1, keepdim=True) > FAR_APART
+    if query.dtype == torch.float32 and bool(far.any()):
+        return _outputs(query.double(), keys.double(), values.double(), hidden, ends).float()
+    # With one maximum for all keys, sums over the first keys are running sums.
+    weights = scores.sub_(peak).exp_()
+    total, out = torch.zeros_like(peak), torch.zeros_like(query)
+    outputs = []
+    for first, end in itertools.pairwise([0, *ends]):
+        part = weights[:, first:end]
+        total = total + part.sum(1, keepdim=True)
+        out = torch.addmm(out, part, values[first:end])
+        outputs.append(out / total)
+    return torch.stack(outputs)

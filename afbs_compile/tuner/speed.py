@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.policy import predict_mask
@@ -34,6 +33,9 @@ SHORTEST = 256
 ALIKE = 0.05
 """Sparsities that differ by less make the same crossover."""
 
+CLEAR = 0.5
+"""A sparse call that takes at most this share of a dense time that is known is faster, however noisy the machine is."""
+
 
 class Stopwatch:
     """What timing one site says about later ones of its kind, so that each thing is timed once in a calibration."""
@@ -41,7 +43,27 @@ class Stopwatch:
     def __init__(self) -> None:
         self._attention_ms: dict[Hashable, float] = {}
         self._predictor_ms: dict[Hashable, float] = {}
+        self._dense_ms: dict[Hashable, float] = {}
         self._crossovers: dict[Hashable, list[tuple[float, int]]] = {}
+
+    def dense_and_sparse_ms(
+        self,
+        sample: Operands,
+        thresholds: Thresholds,
+        policy: Sequence[str],
+        block_q: int,
+        block_k: int,
+        precision: SitePrecision | None,
+    ) -> tuple[float, float]:
+        """Milliseconds of dense attention on the sample and of the sparse call, in turns where it is not clear."""
+        sparse = sparse_call(sample, thresholds, policy, block_q, block_k, precision)
+        key = _kind(sample)
+        if key in self._dense_ms:
+            (sparse_ms,) = best_ms([sparse])
+            if sparse_ms <= CLEAR * self._dense_ms[key]:
+                return self._dense_ms[key], sparse_ms
+        self._dense_ms[key], sparse_ms = best_ms([lambda: dense_attention(sample), sparse])
+        return self._dense_ms[key], sparse_ms
 
     def attention_ms(
         self, sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
@@ -68,12 +90,20 @@ class Stopwatch:
             (self._predictor_ms[key],) = best_ms([call])
         return self._predictor_ms[key]
 
-    def known_crossover(
+    def crossover_bounds(
         self, sample: Operands, sparsity: float, block_q: int, block_k: int, fp8: bool = False
-    ) -> int | None:
-        """Shortest worthwhile length that a site of this kind has shown with as much sparsity, or a little less."""
+    ) -> tuple[int, int]:
+        """Lengths between which the shortest worthwhile one of a site lies, both of them included.
+
+        Sites of this kind that skip less pay no earlier, those that skip more no later. A little is no difference.
+        """
         known = self._crossovers.get((_kind(sample), block_q, block_k, fp8), [])
-        return min((length for other, length in known if 0 <= sparsity - other <= ALIKE), default=None)
+        for other, length in known:
+            if 0 <= sparsity - other <= ALIKE:
+                return length, length
+        latest = min((length for other, length in known if other <= sparsity), default=int(sample.q.shape[2]))
+        earliest = max((length for other, length in known if other >= sparsity), default=0)
+        return min(earliest, latest), latest
 
     def learn_crossover(
         self, sample: Operands, sparsity: float, block_q: int, block_k: int, length: int, fp8: bool = False
@@ -92,7 +122,8 @@ class SiteSpeed:
 
     Attributes:
         dense_ms: plain scaled_dot_product_attention; sparse_ms: predictor and block-sparse attention together.
-        min_length: shortest length at which sparse was measured to be worthwhile; ``None`` if at none.
+        min_length: shortest length at which sparse was measured to be worthwhile, here or, with what that says about
+            this one, at other sites; ``None`` if at none.
     """
 
     dense_ms: float
@@ -124,21 +155,18 @@ class SiteSpeed:
         length = sample.q.shape[2]
         call = (thresholds, policy, block_q, block_k, precision)
         if dense_ms is None:
-            dense_ms, sparse_ms = _times(sample, *call)
+            dense_ms, sparse_ms = stopwatch.dense_and_sparse_ms(sample, *call)
         else:
             sparse_ms = clocked(sparse_call(sample, *call), sample.q.device)[1]()  # it has run before
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None)
         fp8 = precision is not None and "fp8" in precision.names
-        known = stopwatch.known_crossover(sample, sparsity, block_q, block_k, fp8)
-        if known is not None:
-            return SiteSpeed(dense_ms, sparse_ms, known)
-        lengths = sorted(
-            length >> halvings for halvings in range(20) if length >> halvings >= SHORTEST or halvings == 0
-        )
+        earliest, latest = stopwatch.crossover_bounds(sample, sparsity, block_q, block_k, fp8)
+        halvings = {length >> times for times in range(20) if length >> times >= SHORTEST} | {length}
+        lengths = sorted(tried for tried in halvings if earliest <= tried <= latest)
 
         def worthwhile(tried: int) -> bool:
-            dense, sparse = _times(_first_tokens(sample, tried), *call)
+            dense, sparse = stopwatch.dense_and_sparse_ms(_first_tokens(sample, tried), *call)
             return sparse <= WORTHWHILE * dense
 
         min_length = lengths[bisect_left(lengths[:-1], True, key=worthwhile)]
@@ -148,20 +176,6 @@ class SiteSpeed:
 
 def _first_tokens(sample: Operands, length: int) -> Operands:
     return replace(sample, q=sample.q[:, :, :length], k=sample.k[:, :, :length], v=sample.v[:, :, :length])
-
-
-def _times(
-    sample: Operands,
-    thresholds: Thresholds,
-    policy: Sequence[str],
-    block_q: int,
-    block_k: int,
-    precision: SitePrecision | None,
-) -> tuple[float, float]:
-    dense, sparse = best_ms(
-        [lambda: dense_attention(sample), sparse_call(sample, thresholds, policy, block_q, block_k, precision)]
-    )
-    return dense, sparse
 
 
 def sparse_call(
@@ -214,6 +228,8 @@ def best_ms(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
 
     Other work on the machine only ever adds time, and taking turns lets it hit all calls alike.
     """
+    from torch.utils.benchmark import Timer  # looks for compilers as it is imported, and may print what it lacks
+
     timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
     devices = [call().device.type for call in calls]  # compiles, allocates
     rounds = [[timer.timeit(1).mean for timer in timers]]

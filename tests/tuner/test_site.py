@@ -109,19 +109,48 @@ def test_the_time_of_the_predictor_counts_in_the_choice_of_policy(monkeypatch):
 def test_the_crossover_is_the_shortest_halving_that_pays(monkeypatch, pays_from):
     tried = []
 
-    def times(sample, *_):
+    def times(self, sample, *_):
         tried.append(sample.q.shape[2])
         return 1.0, 0.5 if tried[-1] >= min(pays_from, 16384) else 2.0
 
-    monkeypatch.setattr(speed, "_times", times)
-    sample = Operands(*(torch.zeros(1, 1, 16384, 16) for _ in range(3)), 1.0, True)
+    monkeypatch.setattr(Stopwatch, "dense_and_sparse_ms", times)
     stopwatch = Stopwatch()
-    arguments = (sample, Thresholds.dense(1), ("meansim",), 0.7, stopwatch)
-    found = MEASURE(*arguments, block_q=64, block_k=64)
-    assert found.min_length == min(pays_from, 16384)
+
+    def found(sparsity):
+        tried.clear()
+        return measured_speed(sparsity, stopwatch).min_length
+
+    shortest = min(pays_from, 16384)
+    assert found(0.7) == shortest
     assert len(tried) <= 4
-    assert MEASURE(*arguments, block_q=64, block_k=64).min_length == found.min_length
-    assert len(tried) <= 5, "what one site has shown is not timed again"
+    assert (found(0.7), tried) == (shortest, [16384]), "what one site has shown is not timed again"
+    assert (found(0.74), tried) == (shortest, [16384]), "nor for a little more sparsity"
+    assert found(0.9) == shortest
+    assert max(tried[1:], default=0) < shortest, "a sparser site pays from there at the latest"
+    assert (found(0.8), tried) == (shortest, [16384]), "between two that pay from the same length"
+
+
+def measured_speed(sparsity, stopwatch):
+    sample = Operands(*(torch.zeros(1, 1, 16384, 16) for _ in range(3)), 1.0, True)
+    return MEASURE(sample, Thresholds.dense(1), ("meansim",), sparsity, stopwatch, block_q=64, block_k=64)
+
+
+def test_a_known_dense_time_is_taken_where_sparse_is_far_from_it(monkeypatch):
+    rounds = []
+
+    def best_ms(calls):
+        rounds.append(len(calls))
+        return [10.0, sparse_ms][-len(calls) :]
+
+    monkeypatch.setattr(speed, "best_ms", best_ms)
+    monkeypatch.setattr(speed, "SHORTEST", 16384)
+    stopwatch = Stopwatch()
+    for sparse_ms, timed in ((4.0, [2]), (4.9, [1]), (5.1, [1, 2]), (10.0, [1, 2])):
+        rounds.clear()
+        found = measured_speed(0.5, stopwatch)
+        assert (found.dense_ms, found.sparse_ms) == (10.0, sparse_ms)
+        assert rounds == timed
+        assert (found.min_length is None) == (sparse_ms > 9.7)
 
 
 def test_one_sample_is_validated_on_disjoint_windows():
