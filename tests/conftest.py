@@ -47,11 +47,9 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture
 def sparse_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sparse call is found to pay, and no predictor to cost: no decision may depend on the machine's speed."""
-    from tests.toy import always_faster
+    from tests.toy import without_a_clock
 
-    monkeypatch.setattr("afbs_compile.tuner.speed.SiteSpeed.measure", staticmethod(always_faster))
-    monkeypatch.setattr("afbs_compile.tuner.speed.Stopwatch.attention_ms", lambda *_: 1.0)
-    monkeypatch.setattr("afbs_compile.tuner.speed.Stopwatch.predictor_ms", lambda *_: 0.0)
+    without_a_clock(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

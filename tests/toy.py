@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,3 +83,10 @@ def token_ids(length: int, seed: int = 0) -> Tensor:
 def always_faster(*_: object, **__: object) -> SiteSpeed:
     """Stands in for the stop-watch: what a test decides must not depend on the machine's speed."""
     return SiteSpeed(dense_ms=2.0, sparse_ms=1.0, min_length=128)
+
+
+def without_a_clock(patch: pytest.MonkeyPatch) -> None:
+    """Calibrate as if every sparse call paid and no predictor took time."""
+    patch.setattr("afbs_compile.tuner.speed.SiteSpeed.measure", staticmethod(always_faster))
+    patch.setattr("afbs_compile.tuner.speed.Stopwatch.attention_ms", lambda *_: 1.0)
+    patch.setattr("afbs_compile.tuner.speed.Stopwatch.predictor_ms", lambda *_: 0.0)

@@ -103,7 +103,7 @@ SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q
 
     # one step for each batch element, head and block of query rows: attend to its live key blocks
     out_blocks = Loop (places, always)
-    <body = attend (int64 place, bool more) => (bool again, float[rows, dim] attended)
+    <body = attend (int64 place, bool more) => (bool again, float[?, ?] attended)
     {
         again = Identity (always)
         block = Mod (place, count_q)

@@ -69,7 +69,7 @@ BlockMass <is_causal, block_q, block_k, span, last> (rows, cols, length, scaling
     groups_in_block = Range (zero, per_q, one)
 
     mass_blocks = Loop (count_q, always)
-    <body = look (int64 block, bool more) => (bool again, float[batch, heads, n_k] of_block)
+    <body = look (int64 block, bool more) => (bool again, float[?, ?, ?] of_block)
     {
         again = Identity (always)
         row_block = Gather <axis = 2> (row_blocks, block)

@@ -246,47 +246,47 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
 
     heads_means, some_means = afbs.HeadsWith (code, zero, one, selects)
     keep_means = If (some_means) <
-        then_branch = by_means () => (bool[batch, mine, n_q, n_k] keep)
+        then_branch = by_means () => (bool[?, ?, ?, ?] keep)
         {
             keep = afbs.KeepByMeans <theta: floats = @theta, policy_code: ints = @policy_code, scale: float = @scale,
                 block_q: int = @block_q, block_k: int = @block_k> (q, k, heads_means, tau3, visible)
         },
-        else_branch = no_means () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
+        else_branch = no_means () => (bool[?, ?, ?, ?] keep) { keep = Identity (nothing) }
     >
     heads_cumulant, some_cumulant = afbs.HeadsWith (code, two, two, selects)
     keep_cumulant = If (some_cumulant) <
-        then_branch = by_cumulant () => (bool[batch, mine, n_q, n_k] keep)
+        then_branch = by_cumulant () => (bool[?, ?, ?, ?] keep)
         {
             keep = afbs.KeepByCumulant <scale: float = @scale, is_causal: int = @is_causal, block_q: int = @block_q,
                 block_k: int = @block_k> (q, k, heads_cumulant, tau3, visible)
         },
-        else_branch = no_cumulant () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
+        else_branch = no_cumulant () => (bool[?, ?, ?, ?] keep) { keep = Identity (nothing) }
     >
     heads_antidiagonal, some_antidiagonal = afbs.HeadsWith (code, three, three, selects)
     keep_antidiagonal = If (some_antidiagonal) <
-        then_branch = by_antidiagonal () => (bool[batch, mine, n_q, n_k] keep)
+        then_branch = by_antidiagonal () => (bool[?, ?, ?, ?] keep)
         {
             keep = afbs.KeepByAntidiagonal <scale: float = @scale, is_causal: int = @is_causal, block_q: int = @block_q,
                 block_k: int = @block_k> (q, k, heads_antidiagonal, tau3, visible)
         },
-        else_branch = no_antidiagonal () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
+        else_branch = no_antidiagonal () => (bool[?, ?, ?, ?] keep) { keep = Identity (nothing) }
     >
     heads_window, some_window = afbs.HeadsWith (code, four, four, selects)
     keep_window = If (some_window) <
-        then_branch = by_window () => (bool[batch, mine, n_q, n_k] keep)
+        then_branch = by_window () => (bool[?, ?, ?, ?] keep)
         {
             keep = afbs.KeepByWindow <block_q: int = @block_q, block_k: int = @block_k> (q, heads_window, tau3, visible)
         },
-        else_branch = no_window () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
+        else_branch = no_window () => (bool[?, ?, ?, ?] keep) { keep = Identity (nothing) }
     >
     heads_slash, some_slash = afbs.HeadsWith (code, five, five, selects)
     keep_slash = If (some_slash) <
-        then_branch = by_slash () => (bool[batch, mine, n_q, n_k] keep)
+        then_branch = by_slash () => (bool[?, ?, ?, ?] keep)
         {
             keep = afbs.KeepBySlash <scale: float = @scale, is_causal: int = @is_causal, block_q: int = @block_q,
                 block_k: int = @block_k> (q, k, heads_slash, tau3, visible)
         },
-        else_branch = no_slash () => (bool[batch, mine, n_q, n_k] keep) { keep = Identity (nothing) }
+        else_branch = no_slash () => (bool[?, ?, ?, ?] keep) { keep = Identity (nothing) }
     >
 
     # back into the order of the heads

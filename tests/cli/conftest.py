@@ -11,8 +11,7 @@ import torch
 
 import afbs_compile
 from afbs_compile.cli import main
-from afbs_compile.tuner import site as tuner_site
-from tests.toy import Toy, always_faster, drifting
+from tests.toy import Toy, drifting, without_a_clock
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "model-7m"
 POSITIONS, LENGTH = 1024, 256
@@ -73,7 +72,7 @@ def recipes(folder: Path, llama: str, text: str, toy_inputs: str) -> dict[str, s
     paths = {name: str(folder / f"{name}.recipe.json") for name in ("llama", "toy")}
     common = ["--min-length", "128", "--tolerance"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
+        without_a_clock(patch)
         of_llama = ["calibrate", llama, "--data", text, "--seq-len", str(LENGTH), "--samples", "2"]
         assert main([*of_llama, *common, "0.3", "-o", paths["llama"]]) == 0
         assert main(["calibrate", "tests.toy:Toy", "--data", toy_inputs, *common, "0.055", "-o", paths["toy"]]) == 0

@@ -20,11 +20,16 @@ FLOAT, HALF, BOOL = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOA
 
 def session(name, inputs, outputs, attributes, kinds, opset=OPSET, optimized=None):
     """A session of one node."""
-    node = onnx.helper.make_node(name, inputs, outputs, domain=DOMAIN, **attributes)
+    nodes = [onnx.helper.make_node(name, inputs, outputs, domain=DOMAIN, **attributes)]
+    return session_of(nodes, inputs, outputs, kinds, opset, optimized)
+
+
+def session_of(nodes, inputs, outputs, kinds, opset=OPSET, optimized=None):
+    """A session of some nodes."""
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
-        [node],
-        "one_node",
+        nodes,
+        "nodes",
         [value(x, kinds.get(x, FLOAT), [None] * 4) for x in inputs],
         [value(x, kinds.get(x, FLOAT), None) for x in outputs],
     )

@@ -7,7 +7,19 @@ import torch
 
 from afbs_compile.export.onnx import OPSETS, POLICIES
 from afbs_compile.kernels import policy
-from tests.export.test_onnx_function import BOOL, FLOAT, HALF, LAM, onnx, operands, run, session, settings
+from tests.export.test_onnx_function import (
+    BOOL,
+    DOMAIN,
+    FLOAT,
+    HALF,
+    LAM,
+    onnx,
+    operands,
+    run,
+    session,
+    session_of,
+    settings,
+)  # fmt: skip
 
 OFF = [-1.0] * 4
 TAU = {
@@ -36,8 +48,12 @@ def predictor(names, tau, *call, **options):
     return session("PredictMask", ["q", "k"], ["live"], attributes_of(names, tau, *call), {"live": BOOL}, **options)
 
 
+def attention_attributes(names, tau, *call):
+    return attributes_of(names, tau, *call) | {"lam": LAM, "policy": list(names), "predictor_version": 1}
+
+
 def attention(names, tau, *call, kind=FLOAT):
-    attributes = attributes_of(names, tau, *call) | {"lam": LAM, "policy": list(names), "predictor_version": 1}
+    attributes = attention_attributes(names, tau, *call)
     return session("SparseAttention", ["q", "k", "v"], ["out"], attributes, dict.fromkeys(("q", "k", "v", "out"), kind))
 
 
@@ -84,6 +100,31 @@ def test_each_head_of_a_call_has_its_own_policy(causal, names):
         assert torch.equal(found, expected_mask(q, k, names, tau, causal))
         (out,) = run(outputs, q=q, k=k, v=v)
         torch.testing.assert_close(out, expected_output(q, k, v, names, tau, causal), rtol=1e-4, atol=1e-5)
+
+
+@EACH_POLICY
+def test_calls_of_a_model_may_divide_their_heads_differently(name):
+    """onnxruntime lets tensors share memory whose shapes it takes to be equal."""
+    other = "cumulant" if name != "cumulant" else "antidiagonal"
+    calls = [[name] * n + [other] * (4 - n) for n in (1, 3, 4, 2, 1)]
+    tau = [0.5, 0.6, 0.7, 0.8]
+    nodes = [
+        onnx.helper.make_node(
+            "SparseAttention",
+            ["q", "k", f"v{i}"],
+            [f"v{i + 1}"],
+            domain=DOMAIN,
+            **attention_attributes(names, tau, True),
+        )
+        for i, names in enumerate(calls)
+    ]
+    last = f"v{len(calls)}"
+    made = session_of(nodes, ["q", "k", "v0"], [last], dict.fromkeys(("q", "k", "v0", last), FLOAT))
+    q, k, v = operands(512, kv_heads=4)
+    (out,) = run(made, q=q, k=k, v0=v)
+    for names in calls:
+        v = expected_output(q, k, v, names, tau, True)
+    torch.testing.assert_close(out, v, rtol=1e-4, atol=1e-5)
 
 
 @EACH_POLICY
