@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from afbs_compile.kernels import fp8
-from afbs_compile.kernels.fp8 import BLOCK, Constants, Quantised
+from afbs_compile.kernels.fp8 import BLOCK, Quantised, no_constants
 from afbs_compile.kernels.launch import Launcher, device_constants, layout
 from afbs_compile.kernels.reference import LOG2_E, block_count
 
@@ -152,7 +152,7 @@ def quantise(q: Tensor, k: Tensor, v: Tensor, constants: tuple[float, ...] | Non
     (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
     count = block_count(length, BLOCK)
     if constants is None:
-        constants = Constants.unpacked(None, kv_heads, dim).packed()
+        constants = no_constants(kv_heads, dim)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
