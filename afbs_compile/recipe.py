@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from afbs_compile.errors import RecipeError
+from afbs_compile.kernels.fp8 import constant_count
 
 FORMAT = "afbs-recipe"
 SCHEMA_VERSION = 3
@@ -369,7 +370,7 @@ def _check(recipe: Recipe) -> None:
         if site.outcome != "refused" and not (site.heads and site.block_q and site.block_k):
             raise _DamagedError(f"{site.name} is {site.outcome} and has no heads, or no block shape")
         fp8 = any(head.precision == "fp8" for head in site.heads)
-        if fp8 and len(site.fp8_constants) != (site.kv_heads or 0) * ((site.head_dim or 0) + 2):
+        if fp8 and len(site.fp8_constants) != constant_count(site.kv_heads or 0, site.head_dim or 0):
             raise _DamagedError(f"{site.name} has heads in FP8 and not the constants of its key heads")
         if not all(map(math.isfinite, site.fp8_constants)):
             raise _DamagedError(f"{site.name} has an FP8 constant that is not finite")

@@ -51,14 +51,14 @@ def locate(tile, planes, section, count_q, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def tell(notes, place: gl.constexpr, value):
+def tell(notes, place, value):
     """Write one number for the consumers."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     notes.index(place).store(gl.full([1], value, gl.int32, layout=layout))
 
 
 @gluon.jit
-def read(notes, place: gl.constexpr):
+def read(notes, place):
     """Read what :func:`tell` wrote."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.max(notes.index(place).load(layout), 0)

@@ -43,17 +43,3 @@ def ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL: gl.constexpr):
     end = indices + row.to(gl.int64) * count_k + count
     last = gl.load(end - 1)
     return count, last
-
-
-@gluon.jit
-def tell(notes, place, value):
-    """Write one number for the consumers."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    notes.index(place).store(gl.full([1], value, gl.int32, layout=layout))
-
-
-@gluon.jit
-def read(notes, place):
-    """Read what :func:`tell` wrote."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(notes.index(place).load(layout), 0)

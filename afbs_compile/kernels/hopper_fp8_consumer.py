@@ -10,9 +10,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from afbs_compile.kernels.fp8 import WEIGHT_EXPONENT
-from afbs_compile.kernels.hopper_common import STEP, after
+from afbs_compile.kernels.hopper_common import STEP, after, read
 from afbs_compile.kernels.hopper_consumer import _mask, _store
-from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, locate, read
+from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, locate
 from afbs_compile.kernels.hopper_softmax import halves, part_sums, row_maxima
 
 SHIFT = gl.constexpr(float(WEIGHT_EXPONENT))

@@ -9,8 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from afbs_compile.kernels.hopper_common import STEP, after
-from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, ends, locate, tell
+from afbs_compile.kernels.hopper_common import STEP, after, tell
+from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, ends, locate
 
 
 @gluon.jit

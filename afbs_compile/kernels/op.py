@@ -16,6 +16,7 @@ from torch import Tensor
 from afbs_compile.kernels import flex, reference
 from afbs_compile.kernels import precision as precisions
 from afbs_compile.kernels.checks import check_call
+from afbs_compile.kernels.fp8 import constant_count
 from afbs_compile.kernels.policy import predict_mask
 from afbs_compile.kernels.predict import BlockLists, predict_blocks
 from afbs_compile.kernels.reference import KEEP_ALL
@@ -101,7 +102,7 @@ def _attend_in_groups(
         if precision is None:
             _attend_on_triton(*parts[:3], lists, lam[mine], out=parts[3], **call)
         else:
-            width = q.shape[3] + 2
+            width = constant_count(1, q.shape[3])
             constants = None if fp8_constants is None else fp8_constants[keys.start * width : keys.stop * width]
             names, fused = precision[mine], _attend_on_triton
             precisions.attend(*parts, lists, lam[mine], fused, precision=names, constants=constants, **call)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.fp8 import constant_count, no_constants
+from afbs_compile.kernels.fp8 import constant_count
 from afbs_compile.kernels.policy import heads_of
 from afbs_compile.kernels.predict import BlockLists
 
@@ -91,17 +91,17 @@ def attend(
     """
     from afbs_compile.kernels import hopper_fp8  # Triton is not installed everywhere.
 
-    groups, width = q.shape[1] // k.shape[1], q.shape[3] + 2
+    groups, width = q.shape[1] // k.shape[1], constant_count(1, q.shape[3])
     for name, heads in heads_of(precision).items():
         parts, part_lists, part_lam, part_out = (q, k, v), lists, lam, out
-        table = no_constants(k.shape[1], q.shape[3]) if constants is None else tuple(constants)
+        table = None if constants is None else tuple(constants)
         if len(heads) < q.shape[1]:
             keys = [head // groups for head in heads]
             parts = (_taken(q, heads), _taken(k, keys), _taken(v, keys))
             part_lists = BlockLists(_taken(lists.counts, heads), _taken(lists.indices, heads))
             part_lam = [lam[head] for head in heads]
             part_out = torch.empty_like(parts[0])
-            table = tuple(x for j in keys for x in table[j * width : (j + 1) * width])
+            table = None if table is None else tuple(x for j in keys for x in table[j * width : (j + 1) * width])
         if name == "fp8":
             hopper_fp8.attend(*parts, part_lists, part_lam, constants=table, out=part_out, **call)
         else:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +13,7 @@ from torch import Tensor
 
 from afbs_compile.kernels import fp8, fp8_triton, hopper, hopper_fp8, op, precision, predict, reference
 from tests.kernels.helpers import NO_SKIP, Shape, exact, inputs, some_blocks
+from tests.kernels.hopper_compiler import compiled_on_hopper
 
 PLAIN = Shape(300, 64, heads=4, kv_heads=2, dtype=torch.bfloat16, block_q=128, block_k=128)
 
@@ -227,28 +224,8 @@ def test_each_head_is_attended_in_its_precision(kv_heads: int, monkeypatch: pyte
     assert not torch.equal(whole[0], whole[1])
 
 
-# A driver that stands for a Hopper GPU: launches compile, and go no further.
 COMPILE = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-class Hopper:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-driver.set_active(Hopper())
-from afbs_compile.kernels import fp8_triton, hopper, hopper_fp8, predict
-from tests.kernels.helpers import NO_SKIP, Shape, all_blocks, inputs
-
-hopper._processors = lambda device: 132
-for kernel in (fp8_triton._quantise_kernel, hopper_fp8.forward_kernel):
-    def compile_only(*args, run=kernel.run, name=kernel.__name__, warmup, **kwargs):
-        compiled = run(*args, warmup=True, **kwargs)
-        print(f"=== {name} {shape} grid {kwargs['grid']} shared {compiled.metadata.shared}")
-        print(compiled.asm["sass"])
-    kernel.run = compile_only
+only_compile(fp8_triton._quantise_kernel, hopper_fp8.forward_kernel)
 common = dict(heads=4, kv_heads=2, batch=2, block_q=128, block_k=128, layout="bnhd")
 for shape in (
     Shape(300, 128, dtype=torch.bfloat16, **common),
@@ -261,16 +238,15 @@ for shape in (
 
 
 def test_the_compiled_kernels_keep_their_promises() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    cases = run.stdout.split("=== ")[1:]
-    assert [case.split(" grid ")[1].split(" shared")[0] for case in cases] == ["(96,)", "(24,)", "(2272,)", "(132,)"]
-    for case in cases:
-        title, sass = case.split("\n", 1)
+    cases = compiled_on_hopper(COMPILE)
+    grids = [title.split(" grid ")[1].split(" shared")[0] for title, _ in cases]
+    assert grids == [
+        "(96,)",
+        "(24,)",
+        "(2272,)",
+        "(132,)",
+    ]
+    for title, sass in cases:
         assert int(title.split()[-1]) <= 227 << 10, title
         # Registers spilt to memory cost more than the whole design gains.
         assert not re.search(r"\b(LDL|STL)\b", sass), title

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 
 from afbs_compile.kernels import hopper
 from tests.kernels.helpers import NO_SKIP
+from tests.kernels.hopper_compiler import compiled_on_hopper
 
 OFF = [NO_SKIP] * 4
 
@@ -69,28 +66,8 @@ def test_what_it_refuses_and_why(reason: str, case: dict[str, Any]) -> None:
     assert re.search(reason, said)
 
 
-# A driver that stands for a Hopper GPU: launches compile, and go no further.
 COMPILE = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-class Hopper:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-driver.set_active(Hopper())
-from afbs_compile.kernels import hopper, predict
-from tests.kernels.helpers import NO_SKIP, Shape, all_blocks, inputs
-
-def compile_only(*args, run=hopper.forward_kernel.run, warmup, **kwargs):
-    kernel = run(*args, warmup=True, **kwargs)
-    print(f"=== {shape} grid {kwargs['grid']} shared {kernel.metadata.shared}")
-    print(kernel.asm["sass"])
-
-hopper._processors = lambda device: 132
-hopper.forward_kernel.run = compile_only
+only_compile(hopper.forward_kernel)
 common = dict(heads=4, kv_heads=2, batch=2, block_q=128, layout="bnhd")
 for shape in (
     Shape(300, 128, dtype=torch.bfloat16, block_k=128, causal=False, **common),
@@ -103,16 +80,10 @@ for shape in (
 
 
 def test_the_compiled_kernel_keeps_its_promises() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    cases = run.stdout.split("=== ")[1:]
-    assert [case.split(" grid ")[1].split(" shared")[0] for case in cases] == ["(24,)", "(132,)"]
-    for case in cases:
-        title, sass = case.split("\n", 1)
+    cases = compiled_on_hopper(COMPILE)
+    grids = [title.split(" grid ")[1].split(" shared")[0] for title, _ in cases]
+    assert grids == ["(24,)", "(132,)"]
+    for title, sass in cases:
         assert int(title.split()[-1]) <= 227 << 10, title
         assert "HGMMA" in sass, title
         # Registers spilt to memory cost more than the whole design gains.

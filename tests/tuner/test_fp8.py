@@ -22,16 +22,11 @@ from tests.fp8_engine import stand_in
 from tests.toy import HEADS, WIDTH, Toy, always_faster, drifting
 from tests.tuner.test_site import operands
 
+pytestmark = pytest.mark.usefixtures("sparse_is_faster")
+
 LENGTH = 1024
 TOLERANCE = 0.08
 FP8 = TuneSettings(tolerance=TOLERANCE, precision="fp8")
-
-
-@pytest.fixture(autouse=True)
-def no_stop_watch(monkeypatch):
-    monkeypatch.setattr(site.SiteSpeed, "measure", staticmethod(always_faster))
-    monkeypatch.setattr(Stopwatch, "predictor_ms", lambda *_: 0.0)
-    monkeypatch.setattr(Stopwatch, "attention_ms", lambda *_: 1.0)
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""What the compiler makes of the Hopper kernels where there is no such GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# A driver that stands for a Hopper GPU: launches of the kernels given to ``only_compile`` go no further.
+PRELUDE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Hopper:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Hopper())
+from afbs_compile.kernels import fp8_triton, hopper, hopper_fp8, predict
+from tests.kernels.helpers import NO_SKIP, Shape, all_blocks, inputs
+
+hopper._processors = lambda device: 132
+
+def only_compile(*kernels):
+    for kernel in kernels:
+        def compiling(*args, run=kernel.run, name=kernel.__name__, warmup, **kwargs):
+            compiled = run(*args, warmup=True, **kwargs)
+            print(f"=== {name} {shape} grid {kwargs['grid']} shared {compiled.metadata.shared}")
+            print(compiled.asm["sass"])
+        kernel.run = compiling
+"""
+
+
+def compiled_on_hopper(script: str) -> list[tuple[str, str]]:
+    """Run a script after :data:`PRELUDE` in another process.
+
+    Args:
+        script: calls ``only_compile`` and, with ``shape`` set, whatever launches kernels.
+
+    Returns:
+        Of every launch a title, which ends with ``grid (..) shared BYTES``, and the SASS.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", PRELUDE + script], cwd=root, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    cases = (case.partition("\n") for case in run.stdout.split("=== ")[1:])
+    return [(title, sass) for title, _, sass in cases]
