@@ -58,9 +58,8 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     call: dict[str, Any] = {"causal": case.causal, "block_q": fp8.BLOCK, "block_k": fp8.BLOCK}
     lam = off(case)[1]
 
-    def attend(stages: int, known: tuple[float, ...] | None, turns: bool = True) -> Any:
+    def attend(stages: int, known: tuple[float, ...] | None) -> Any:
         def run() -> torch.Tensor:
-            hopper_fp8.TURNS = turns
             hopper_fp8.STAGES = stages
             return hopper_fp8.attend(q, k, v, lists, lam, constants=known, **call)
 
@@ -77,7 +76,6 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         "smoothed": attend(hopper_fp8.STAGES, constants),
     }
     calls |= {f"{n} stages": attend(n, None) for n in arguments.stages}
-    calls |= {f"{n} stages, no turns": attend(n, None, False) for n in arguments.stages}
     flops = 4 * case.head_dim * live_pairs(lists, case, BLOCKS)
     measured = times(calls, arguments.rounds)
     dense = measured["SDPA"].median

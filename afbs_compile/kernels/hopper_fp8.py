@@ -24,10 +24,6 @@ from afbs_compile.kernels.reference import block_count
 STAGES = 4
 """Steps whose keys and values are kept."""
 
-HALVES = True
-TURNS = True
-"""Whether the consumers take turns at the tensor cores, each in the other's softmax."""
-
 
 def refusal(
     device: torch.device, dtype: torch.dtype, head_dim: int, lam: Sequence[float], block_q: int, block_k: int
@@ -129,8 +125,6 @@ def _launch(operands: Quantised, lists: BlockLists, out: Tensor, causal: bool) -
         HEAD_DIM=dim,
         STAGES=STAGES,
         CAUSAL=causal,
-        TURNS=TURNS,
-        HALVES=HALVES,
         CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS,
         num_warps=4,

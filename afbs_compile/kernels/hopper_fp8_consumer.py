@@ -104,7 +104,6 @@ def _inverse(bits):
 def consumer(
     out, strides, query_scales, rings, notes, sizes,
     PART: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    TURNS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Half ``PART`` of the rows of every tile that the producer tells of."""
     query_smem, query_ready, query_free = rings[0]
@@ -162,31 +161,22 @@ def consumer(
             left, right = _halves(scores, part_layout)
             left = _weights(left, factor, shift)
             weight = _operand(left, weight_layout)
-            if not HALVES:
-                right = _weights(right, factor, shift)
-                other = _operand(right, weight_layout)
+            right = _weights(right, factor, shift)
+            other = _operand(right, weight_layout)
             mbarrier.wait(value_ready.index(slot), phase)
-            if TURNS and not HALVES:
-                mbarrier.wait(turns.index(PART), turn)
-                turn ^= 1
+            # The consumers take turns at the tensor cores, each in the other's softmax.
+            mbarrier.wait(turns.index(PART), turn)
+            turn ^= 1
             added = warpgroup_mma(
                 weight, values.index(2 * slot).permute((1, 0)), no_values, use_acc=False, is_async=True
             )
-            # A branch, which keeps the compiler from moving the other half's exponentials above the product.
             near, near_phase = after(slot, phase, STAGES)
             mbarrier.wait(key_ready.index(near), near_phase)
-            if HALVES:
-                right = _weights(right, factor, shift)
-                other = _operand(right, weight_layout)
             sums = _add_up(sums, decay, left, right)
-            if TURNS and HALVES:
-                mbarrier.wait(turns.index(PART), turn)
-                turn ^= 1
             added = warpgroup_mma(other, values.index(2 * slot + 1).permute((1, 0)), added, is_async=True)
             query = queries.index(2 * query_slot + PART)
             scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-            if TURNS:
-                mbarrier.arrive(turns.index(1 - PART), count=1)
+            mbarrier.arrive(turns.index(1 - PART), count=1)
             added = warpgroup_mma_wait(1, deps=[added])
             mbarrier.arrive(value_free.index(slot), count=1)
             # The tensor cores add FP8 products with 14 bits, so only a step's own are left to them. The sum is in
@@ -210,9 +200,8 @@ def consumer(
         other = _operand(right, weight_layout)
         sums = _add_up(sums, decay, left, right)
         mbarrier.wait(value_ready.index(slot), phase)
-        if TURNS:
-            mbarrier.wait(turns.index(PART), turn)
-            turn ^= 1
+        mbarrier.wait(turns.index(PART), turn)
+        turn ^= 1
         added = warpgroup_mma(weight, values.index(2 * slot).permute((1, 0)), no_values, use_acc=False, is_async=True)
         added = warpgroup_mma(other, values.index(2 * slot + 1).permute((1, 0)), added, is_async=True)
         mbarrier.arrive(query_free.index(query_slot), count=1)
@@ -227,8 +216,7 @@ def consumer(
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
         query = queries.index(2 * query_slot + PART)
         scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        if TURNS:
-            mbarrier.arrive(turns.index(1 - PART), count=1)
+        mbarrier.arrive(turns.index(1 - PART), count=1)
         added = warpgroup_mma_wait(1, deps=[added])
         mbarrier.arrive(value_free.index(last_slot), count=1)
         acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added

@@ -45,8 +45,6 @@ def forward_kernel(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
-    TURNS: gl.constexpr,
-    HALVES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -67,8 +65,8 @@ def forward_kernel(
     strides = (stride_out_batch, stride_out_head, stride_out_row)
     gl.warp_specialize(
         [
-            (consumer, (out, strides, query_scales, rings, notes, sizes, 0, HEAD_DIM, STAGES, CAUSAL, TURNS, HALVES)),
-            (consumer, (out, strides, query_scales, rings, notes, sizes, 1, HEAD_DIM, STAGES, CAUSAL, TURNS, HALVES)),
+            (consumer, (out, strides, query_scales, rings, notes, sizes, 0, HEAD_DIM, STAGES, CAUSAL)),
+            (consumer, (out, strides, query_scales, rings, notes, sizes, 1, HEAD_DIM, STAGES, CAUSAL)),
             (
                 producer,
                 (

@@ -290,7 +290,7 @@ def test_what_it_does_not_take_is_refused() -> None:
 
 def test_the_portable_kernel_stays_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_fp8, "attend", None)
-    monkeypatch.setattr(op, "HOPPER", False)
+    monkeypatch.setattr(hopper, "refusal", lambda *_: "not here")
     q, k, v = inputs(PLAIN, "cuda")
     constants = ([1.0] * 4, [reference.THETA_OFF] * 4, [NO_SKIP] * 4)
     out, _ = op.sparse_attention_with_counts(q, k, v, *constants, precision="own", **PLAIN.call)
