@@ -4,9 +4,9 @@
     compute-sanitizer --tool racecheck python benchmarks/sanitize.py
 
 Odd lengths, grouped heads, gaps between rows, both masks, every block shape, every dtype; results are compared with
-the reference too, so that a run that launches nothing fails. On a Hopper GPU its own kernel runs as well. Run the file
-by itself first: Triton then has its kernels compiled, and the tools only watch them run. PyTorch's allocator would hide
-an access past the end of a tensor inside its own pool: it is switched off.
+the reference too, so that a run that launches nothing fails. On a Hopper GPU its own kernels, bf16's and FP8's, run as
+well. Run the file by itself first: Triton then has its kernels compiled, and the tools only watch them run. PyTorch's
+allocator would hide an access past the end of a tensor inside its own pool: it is switched off.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from kernel_sections import engines
 from torch import Tensor
 
-from afbs_compile.kernels import reference
+from afbs_compile.kernels import fp8, hopper_fp8, reference
 from afbs_compile.kernels.predict import BlockLists, lists_to_mask, mask_to_lists
 from afbs_compile.kernels.predict_triton import predict_blocks
 
@@ -47,6 +47,9 @@ HOPPER_CALLS = tuple(
 )
 """Every kernel that Hopper's can become: head_dim, block shape and mask; each compiles for some seconds."""
 
+FP8_TOLERANCE = 4e-2
+"""Mean absolute error: the operands' three bits of mantissa."""
+
 
 def main() -> None:
     torch.manual_seed(0)
@@ -63,7 +66,10 @@ def main() -> None:
     for length, dim, dtype, causal, block_k in HOPPER_CALLS:
         q, k, v = (_with_gaps(h, length, dim, dtype) for h in (HEADS, KV_HEADS, KV_HEADS))
         call = {"causal": causal, "block_q": 128, "block_k": block_k}
-        _compare("hopper", q, k, v, mask_to_lists(_half(length, **call)), OFF, **call)
+        lists = mask_to_lists(_half(length, **call))
+        _compare("hopper", q, k, v, lists, OFF, **call)
+        if block_k == fp8.BLOCK:
+            _compare("fp8", q, k, v, lists, OFF, **call)
 
 
 def _compare(name: str, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, lam: list[float], **call: Any) -> None:
@@ -74,10 +80,11 @@ def _compare(name: str, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, lam:
     """
     live = lists_to_mask(lists, lists.indices.shape[-1])
     truth = reference.masked_attention(q, k, v, live, lam, **call)
-    off = float((engines(q.device)[name](q, k, v, lists, lam, **call) - truth).float().abs().mean())
+    attend = hopper_fp8.attend if name == "fp8" else engines(q.device)[name]
+    off = float((attend(q, k, v, lists, lam, **call) - truth).float().abs().mean())
     kind = "causal={causal} {block_q}x{block_k}".format(**call)
     print(f"{name:9} {q.shape[2]} x {q.shape[3]} {q.dtype} {kind}: {off:.1e}", flush=True)
-    assert off <= TOLERANCE[q.dtype]
+    assert off <= (FP8_TOLERANCE if name == "fp8" else TOLERANCE[q.dtype])
 
 
 def _half(length: int, causal: bool, block_q: int, block_k: int) -> Tensor:
