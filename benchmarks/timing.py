@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-SAMPLE_SECONDS = 0.01
+SAMPLE_SECONDS = 0.03
 """A sample repeats its call back to back until it fills about this much: the host's work then hides behind the
 device's as far as it does in a model, and no further."""
 

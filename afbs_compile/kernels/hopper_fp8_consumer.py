@@ -88,6 +88,44 @@ def _operand(weights, layout: gl.constexpr):
     return packed
 
 
+def _completion(count: int) -> str:
+    """PTX that passes ``count`` registers on, once all of them are there.
+
+    A fence that never runs: no weight has a sign, but the assembler does not know that, and moves nothing that waits
+    or multiplies above a fence, nor what the fence depends on below it.
+    """
+    given = [f"${count + i}" for i in range(count)]
+    pairs = zip(given[1::2], [*given[2::2], given[0]], strict=True)
+    return "\n".join(
+        (
+            "{",
+            ".reg .b32 any;",
+            ".reg .pred negative;",
+            f"mov.b32 any, {given[0]};",
+            *(f"lop3.b32 any, any, {one}, {other}, 0xFE;" for one, other in pairs),
+            "and.b32 any, any, 0x80808080;",
+            "setp.ne.u32 negative, any, 0;",
+            "@negative membar.cta;",
+            *(f"mov.b32 ${i}, {name};" for i, name in enumerate(given)),
+            "}",
+        )
+    )
+
+
+# Registers of a thread: 64 rows of 64 weights, 128 threads, four weights in each.
+COMPLETION = gl.constexpr(_completion(8))
+COMPLETED = gl.constexpr(",".join(["=r"] * 8 + ["r"] * 8))
+
+
+@gluon.jit
+def _complete(weights):
+    """The weights, none of which is still to be made when what follows begins.
+
+    Left alone the assembler makes the second half of them between the two products, when it is this consumer's turn.
+    """
+    return gl.inline_asm_elementwise(COMPLETION, COMPLETED, [weights], dtype=gl.float8e4nv, is_pure=False, pack=32)
+
+
 @gluon.jit
 def _power(bits):
     """The power of two that has these bits."""
@@ -163,17 +201,18 @@ def consumer(
             weight = _operand(left, weight_layout)
             right = _weights(right, factor, shift)
             other = _operand(right, weight_layout)
+            weight, other = _complete(weight), _complete(other)
+            near, near_phase = after(slot, phase, STAGES)
             mbarrier.wait(value_ready.index(slot), phase)
+            mbarrier.wait(key_ready.index(near), near_phase)
             # The consumers take turns at the tensor cores, each in the other's softmax.
             mbarrier.wait(turns.index(PART), turn)
             turn ^= 1
             added = warpgroup_mma(
                 weight, values.index(2 * slot).permute((1, 0)), no_values, use_acc=False, is_async=True
             )
-            near, near_phase = after(slot, phase, STAGES)
-            mbarrier.wait(key_ready.index(near), near_phase)
-            sums = _add_up(sums, decay, left, right)
             added = warpgroup_mma(other, values.index(2 * slot + 1).permute((1, 0)), added, is_async=True)
+            sums = _add_up(sums, decay, left, right)
             query = queries.index(2 * query_slot + PART)
             scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             mbarrier.arrive(turns.index(1 - PART), count=1)
@@ -198,21 +237,24 @@ def consumer(
         weight = _operand(left, weight_layout)
         right = _weights(right, factor, shift)
         other = _operand(right, weight_layout)
-        sums = _add_up(sums, decay, left, right)
-        mbarrier.wait(value_ready.index(slot), phase)
-        mbarrier.wait(turns.index(PART), turn)
-        turn ^= 1
-        added = warpgroup_mma(weight, values.index(2 * slot).permute((1, 0)), no_values, use_acc=False, is_async=True)
-        added = warpgroup_mma(other, values.index(2 * slot + 1).permute((1, 0)), added, is_async=True)
+        weight, other = _complete(weight), _complete(other)
         mbarrier.arrive(query_free.index(query_slot), count=1)
         last_slot = slot
         last_tile = tile
+        mbarrier.wait(value_ready.index(slot), phase)
         query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
         slot, phase = after(slot, phase, STAGES)
         mbarrier.wait(told.index(query_slot), query_phase)
         tile = read(numbers, NOTE * query_slot)
         mbarrier.wait(query_ready.index(query_slot), query_phase, pred=tile >= 0)
         mbarrier.wait(key_ready.index(slot), phase, pred=tile >= 0)
+        mbarrier.wait(turns.index(PART), turn)
+        turn ^= 1
+        added = warpgroup_mma(
+            weight, values.index(2 * last_slot).permute((1, 0)), no_values, use_acc=False, is_async=True
+        )
+        added = warpgroup_mma(other, values.index(2 * last_slot + 1).permute((1, 0)), added, is_async=True)
+        sums = _add_up(sums, decay, left, right)
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
         query = queries.index(2 * query_slot + PART)
         scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)

@@ -12,6 +12,7 @@ Each threshold's result is the one that :func:`afbs_compile.kernels.reference.ma
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -69,6 +70,12 @@ def visit_order(level: Tensor, diagonal: Tensor) -> Visit:
     return Visit(ascending.indices.int(), ascending.values)
 
 
+@functools.lru_cache(maxsize=4)
+def _places(shape: tuple[int, int, int, int], causal: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The visible and the diagonal blocks. A calibration asks for the same ones again and again."""
+    return visible_blocks(*shape, causal, device), diagonal_blocks(*shape, device)
+
+
 def one_pass(
     q: Tensor,
     k: Tensor,
@@ -106,15 +113,16 @@ def one_pass(
     shape = (block_count(length, block_q), count_k, block_q, block_k)
     rows = torch.arange(shape[0]) if rows is None else rows
     rows = rows.to(q.device, non_blocking=True).contiguous()
-    visible = visible_blocks(*shape, causal, q.device)[rows]
-    diagonal = diagonal_blocks(*shape, q.device)[rows]
+    places = _places(shape, causal, q.device)
+    visible, diagonal = (blocks[rows] for blocks in places)
     measure = _triton_pass if q.device.type == "cuda" else torch_pass
     parts = []
     for some, kv in _head_groups(heads, k.shape[0], shape[0] * count_k * VISIT_BYTES):
         limits = theta[some] if policy == DEFAULT else None
         level = levels(
-            policy, q[None, some], k[None, kv], limits, causal=causal, scale=scale, block_q=block_q, block_k=block_k
-        )[0]
+            policy, q[None, some], k[None, kv], limits,
+            causal=causal, scale=scale, block_q=block_q, block_k=block_k, places=places,
+        )[0]  # fmt: skip
         visit = visit_order(level if len(rows) == shape[0] else level[:, rows], diagonal)
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.
         live = torch.searchsorted(visit.level, tau[some, None].expand(-1, len(rows), -1).contiguous(), out_int32=True)

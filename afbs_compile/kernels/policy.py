@@ -71,6 +71,7 @@ def levels(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The tau from which each block is live: at any tau above its level.
 
@@ -81,6 +82,7 @@ def levels(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two from 16; ``block_q`` is a multiple of ``block_k``.
+        places: the visible and the diagonal blocks, bool ``[n_q, n_k]`` each, of a caller that has them.
 
     Returns:
         fp32 ``[B, H, n_q, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (diagonal ones, those that theta
@@ -92,9 +94,15 @@ def levels(
     chosen = policy_named(policy)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     blocks: dict[str, Any] = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k}
-    counts = reference.block_count(q.shape[2], block_q), reference.block_count(q.shape[2], block_k)
-    visible = reference.visible_blocks(*counts, block_q, block_k, causal, q.device)
-    candidates, kept = visible, reference.diagonal_blocks(*counts, block_q, block_k, q.device)
+    if places is None:
+        counts = reference.block_count(q.shape[2], block_q), reference.block_count(q.shape[2], block_k)
+        sizes = (*counts, block_q, block_k)
+        places = (
+            reference.visible_blocks(*sizes, causal, q.device),
+            reference.diagonal_blocks(*sizes, q.device),
+        )
+    visible, kept = places
+    candidates = visible
     limits = [reference.THETA_OFF] * q.shape[1] if theta is None else torch.as_tensor(theta).tolist()
     check_policies([policy] * q.shape[1], limits)
     score = scored_by_triton if q.device.type == "cuda" else _scored_by_torch

@@ -31,6 +31,9 @@ SCORE_TILE = 64
 MANY_BLOCKS = 128
 """Query blocks from which the score kernel fills a large GPU with whole tiles."""
 
+FEWEST_COLUMNS = 128
+"""Key blocks that a selection is compiled for at least: they cost a warp nothing, and short calls share one kernel."""
+
 STATISTICS_ELEMENTS = 2048
 """Elements that a program of the statistics kernel holds in registers at a time: 64 for each thread of its one warp."""
 
@@ -89,7 +92,9 @@ def _block_statistics(
         tl.store(similarity + program, 1.0 + tl.sum(tl.sum(flaws, 1), 0))
 
 
-@triton.jit
+# One compilation for most sizes: it takes half a second, and a calibration meets many. The row length of what is stored
+# stays apart, for rows that begin at a multiple of 16 are stored in wide pieces.
+@triton.jit(do_not_specialize=["length", "heads", "heads_k", "count_q", "count_k", "programs_q"])
 def _statistics_kernel(
     query,
     key,
@@ -136,7 +141,7 @@ def _statistics_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "groups", "count_q", "programs_q"])
 def _score_kernel(
     mean,
     scores,
@@ -179,7 +184,7 @@ def _score_kernel(
     tl.store(scores + offsets, (product * scale).to(tl.int32, bitcast=True), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "groups", "count_q", "programs_q"])
 def _select_kernel(
     lists,
     counts,
@@ -322,7 +327,7 @@ def select_by_mass(
         tau, theta, causal, block_q, block_k: as in :func:`predict_blocks`.
     """
     batch, heads, count_q, count_k = lists.indices.shape
-    count_pad = padded(count_k)
+    count_pad = max(padded(count_k), FEWEST_COLUMNS)
     with torch.cuda.device_of(lists.indices):
         thresholds = device_constants((*tau, *theta), lists.indices.device)
         _selection(

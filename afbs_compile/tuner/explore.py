@@ -64,7 +64,8 @@ def explore(
 ) -> dict[BlockShape, Explored]:
     """Per block shape and head, the policy and theta that are fastest within the tolerance.
 
-    The first shape decides about them; the others are measured with what it chose.
+    The first shape decides about them; the others are measured with what it chose. Shapes that lost clearly at the
+    earlier sites of a calibration are left out.
 
     Args:
         inputs: of the site; one of them is measured.
@@ -73,6 +74,7 @@ def explore(
         stopwatch: what timing earlier sites has shown.
     """
     heads = inputs.heads
+    shapes = stopwatch.contenders(inputs.elements[inputs.first], shapes)
     found: dict[BlockShape, Explored] = {}
     choices: list[tuple[tuple[Policy, ...], Tensor]] = [
         ((policy,) * heads, torch.full((heads,), theta)) for policy, theta in CANDIDATES

@@ -196,6 +196,8 @@ def fastest_shape(inputs: Inputs, explored: dict[BlockShape, Explored], stopwatc
         attention = live * stopwatch.attention_ms(element, thresholds, choice.policy, *shape)
         predictor = stopwatch.predictor_ms(element, choice.tau, choice.theta, choice.policy, *shape)
         milliseconds[shape] = attention + predictor
+    if len(milliseconds) > 1:
+        stopwatch.learn_shapes(element, milliseconds)
     return min(milliseconds, key=milliseconds.__getitem__, default=next(iter(explored)))
 
 

@@ -6,7 +6,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,16 +19,24 @@ from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner.measure import dense_attention, sparse_attention
 from afbs_compile.tuner.space import SitePrecision, Thresholds
 
+if TYPE_CHECKING:
+    from afbs_compile.tuner.inputs import BlockShape
+
 WORTHWHILE = 0.97
 """Sparse must take at most this share of the dense time, so that noise in the timing cannot cost 3 %."""
 
 ROUNDS = 3
-ROUND_SECONDS = {"cpu": 0.02, "cuda": 0.002}
+ROUND_SECONDS = {"cpu": 0.02, "cuda": 0.001}
 """Calls shorter than this are repeated within a round until they fill it."""
 
 SHORTEST = 256
 """Tokens from which lengths are tried."""
 
+BEHIND = 1.25
+"""A block shape that takes this many times the fastest one's time has lost clearly."""
+
+FEWEST_SITES = 2
+"""Sites that must agree before a block shape is no longer explored at others of their kind."""
 
 ALIKE = 0.05
 """Sparsities that differ by less make the same crossover."""
@@ -45,6 +53,7 @@ class Stopwatch:
         self._predictor_ms: dict[Hashable, float] = {}
         self._dense_ms: dict[Hashable, float] = {}
         self._crossovers: dict[Hashable, list[tuple[float, int]]] = {}
+        self._shapes: dict[Hashable, list[dict[BlockShape, float]]] = {}
 
     def dense_and_sparse_ms(
         self,
@@ -89,6 +98,20 @@ class Stopwatch:
             call = _predictor_call(sample, tau, theta, policy, block_q, block_k)
             (self._predictor_ms[key],) = best_ms([call])
         return self._predictor_ms[key]
+
+    def contenders(self, sample: Operands, shapes: Sequence[BlockShape]) -> list[BlockShape]:
+        """The block shapes that are still worth exploring: those that have not lost clearly at every site so far."""
+        sites = self._shapes.get(_kind(sample), [])
+
+        def lost(shape: BlockShape) -> bool:
+            behind = [times[shape] > BEHIND * min(times.values()) for times in sites if shape in times]
+            return len(behind) >= FEWEST_SITES and all(behind)
+
+        return [shape for shape in shapes if not lost(shape)]
+
+    def learn_shapes(self, sample: Operands, milliseconds: dict[BlockShape, float]) -> None:
+        """Remember what a site takes with each of its block shapes."""
+        self._shapes.setdefault(_kind(sample), []).append(milliseconds)
 
     def crossover_bounds(
         self, sample: Operands, sparsity: float, block_q: int, block_k: int, fp8: bool = False

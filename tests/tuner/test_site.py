@@ -135,6 +135,29 @@ def measured_speed(sparsity, stopwatch):
     return MEASURE(sample, Thresholds.dense(1), ("meansim",), sparsity, stopwatch, block_q=64, block_k=64)
 
 
+def test_a_block_shape_that_loses_clearly_at_the_first_sites_is_not_explored_again():
+    wide, narrow, square = BlockShape(128, 128), BlockShape(128, 64), BlockShape(64, 64)
+    sample, shapes, stopwatch = operands(), [wide, narrow, square], Stopwatch()
+    stopwatch.learn_shapes(sample, {wide: 1.0, narrow: 1.2, square: 1.9})
+    assert stopwatch.contenders(sample, shapes) == shapes, "one site says nothing of others"
+    stopwatch.learn_shapes(sample, {wide: 1.0, narrow: 1.4, square: 1.3})
+    assert stopwatch.contenders(sample, shapes) == [wide, narrow], "the second was close at one site"
+    stopwatch.learn_shapes(sample, {wide: 1.0, narrow: 1.1})
+    assert stopwatch.contenders(sample, shapes) == [wide, narrow], "what is not explored stays out"
+    assert stopwatch.contenders(operands(length=512), shapes) == shapes, "another length is another question"
+
+
+def test_sites_explore_the_contenders_only(monkeypatch):
+    shapes = (BlockShape(64, 64), BlockShape(128, 64))
+    times = {shapes[0]: 1.0, shapes[1]: 3.0}
+    monkeypatch.setattr(Stopwatch, "attention_ms", lambda self, sample, thresholds, policy, *shape: times[shape])
+    monkeypatch.setattr(Stopwatch, "predictor_ms", lambda self, *_: 0.0)
+    stopwatch = Stopwatch()
+    results = [tune_site([operands(seed)], TuneSettings(shapes=shapes), stopwatch=stopwatch) for seed in range(3)]
+    explored = [{c.shape for c in result.curves if c.stage == "explore"} for result in results]
+    assert explored == [set(shapes), set(shapes), {shapes[0]}]
+
+
 def test_a_known_dense_time_is_taken_where_sparse_is_far_from_it(monkeypatch):
     rounds = []
 

@@ -74,7 +74,7 @@ def _logits(
     return product * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "repeats", "rows_q", "rows_k", "groups_q", "groups_k", "count_q"])
 def _log_mass_kernel(
     query,
     key,
@@ -167,7 +167,7 @@ def _log_mass_kernel(
         tl.store(base + offsets, tl.log(mass).to(tl.int32, bitcast=True), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "heads", "groups"])
 def _moment_kernel(
     x,
     out,

@@ -14,9 +14,10 @@ import triton.language as tl
 
 from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
+from afbs_compile.kernels.predict_triton import FEWEST_COLUMNS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "count_q"])
 def _select_kernel(
     lists,
     counts,
@@ -82,7 +83,7 @@ def select_by_strength(
         block_q, block_k: rows per block.
     """
     batch, heads, count_q, count_k = lists.indices.shape
-    count_pad = padded(count_k)
+    count_pad = max(padded(count_k), FEWEST_COLUMNS)
     with torch.cuda.device_of(lists.indices):
         constants = device_constants(tuple(map(odds_of, tau)), lists.indices.device)
         _selection(
