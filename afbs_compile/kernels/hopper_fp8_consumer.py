@@ -46,13 +46,37 @@ def _add_up(sums, decay, left, right):
     return sums * decay[:, None] + (_partial_sums(left, layout) + _partial_sums(right, layout))
 
 
+# 2^x to 0.2 %, which E4M3's 3 bits do not see: x = n + f, |f| <= 1/2, and 2^f = c0 + c1 f + c2 f^2 times 2^n.
+POWERS = gl.constexpr(
+    """{
+    .reg .f32 x, n, f, p;
+    .reg .b32 bits;
+    ex2.approx.ftz.f32 $0, $4;
+    ex2.approx.ftz.f32 $1, $5;
+    ex2.approx.ftz.f32 $2, $6;
+    max.NaN.f32 x, $7, 0fC2F00000;
+    add.rn.f32 n, x, 0f4B400000;
+    sub.rn.f32 f, n, 0f4B400000;
+    sub.rn.f32 f, x, f;
+    fma.rn.f32 p, f, 0f3E7426B7, 0f3F34152B;
+    fma.rn.f32 p, p, f, 0f3F800E85;
+    mov.b32 bits, n;
+    shl.b32 bits, bits, 23;
+    add.s32 bits, bits, 0x3F800000;
+    mov.b32 n, bits;
+    mul.rn.f32 $3, p, n;
+    }"""
+)
+
+
 @gluon.jit
 def _weights(scores, factor, shift):
-    """2^(s - m), times 2^SHIFT."""
+    """2^(s - m), times 2^SHIFT; every fourth by a polynomial, for the unit for powers is the bound."""
     rows_of: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
     factor = gl.convert_layout(factor, rows_of, assert_trivial=True)
     shift = gl.convert_layout(shift, rows_of, assert_trivial=True)
-    return gl.exp2(scores * factor[:, None] + shift[:, None])
+    exponents = scores * factor[:, None] + shift[:, None]
+    return gl.inline_asm_elementwise(POWERS, "=f,=f,=f,=f,f,f,f,f", [exponents], dtype=gl.float32, is_pure=True, pack=4)
 
 
 @gluon.jit
@@ -88,11 +112,11 @@ def _operand(weights, layout: gl.constexpr):
     return packed
 
 
-def _completion(count: int) -> str:
+def _completion(count: int, signs: str) -> str:
     """PTX that passes ``count`` registers on, once all of them are there.
 
-    A fence that never runs: no weight has a sign, but the assembler does not know that, and moves nothing that waits
-    or multiplies above a fence, nor what the fence depends on below it.
+    A fence that does not run: what it tests are weights and their sums, which have no ``signs``, but the assembler does
+    not know that. It moves nothing that waits or multiplies above a fence, nor what the fence depends on below it.
     """
     given = [f"${count + i}" for i in range(count)]
     pairs = zip(given[1::2], [*given[2::2], given[0]], strict=True)
@@ -103,7 +127,7 @@ def _completion(count: int) -> str:
             ".reg .pred negative;",
             f"mov.b32 any, {given[0]};",
             *(f"lop3.b32 any, any, {one}, {other}, 0xFE;" for one, other in pairs),
-            "and.b32 any, any, 0x80808080;",
+            f"and.b32 any, any, {signs};",
             "setp.ne.u32 negative, any, 0;",
             "@negative membar.cta;",
             *(f"mov.b32 ${i}, {name};" for i, name in enumerate(given)),
@@ -112,18 +136,21 @@ def _completion(count: int) -> str:
     )
 
 
-# Registers of a thread: 64 rows of 64 weights, 128 threads, four weights in each.
-COMPLETION = gl.constexpr(_completion(8))
-COMPLETED = gl.constexpr(",".join(["=r"] * 8 + ["r"] * 8))
+# Registers of a thread: 64 rows of 64 weights, four to a register, or of 8 sums; 128 threads.
+WEIGHTS, WEIGHT_REGISTERS = gl.constexpr(_completion(8, "0x80808080")), gl.constexpr(",".join(["=r"] * 8 + ["r"] * 8))
+SUMS, SUM_REGISTERS = gl.constexpr(_completion(4, "0x80000000")), gl.constexpr(",".join(["=r"] * 4 + ["r"] * 4))
 
 
 @gluon.jit
-def _complete(weights):
-    """The weights, none of which is still to be made when what follows begins.
+def _complete(left, right, sums):
+    """Weights and sums, none of which is still to be made when what follows begins.
 
-    Left alone the assembler makes the second half of them between the two products, when it is this consumer's turn.
+    Left alone the assembler makes half of them between the products, when the other consumer is waiting for its turn.
     """
-    return gl.inline_asm_elementwise(COMPLETION, COMPLETED, [weights], dtype=gl.float8e4nv, is_pure=False, pack=32)
+    left = gl.inline_asm_elementwise(WEIGHTS, WEIGHT_REGISTERS, [left], dtype=gl.float8e4nv, is_pure=False, pack=32)
+    right = gl.inline_asm_elementwise(WEIGHTS, WEIGHT_REGISTERS, [right], dtype=gl.float8e4nv, is_pure=False, pack=32)
+    sums = gl.inline_asm_elementwise(SUMS, SUM_REGISTERS, [sums], dtype=gl.float32, is_pure=False, pack=4)
+    return left, right, sums
 
 
 @gluon.jit
@@ -145,8 +172,9 @@ def consumer(
 ):  # fmt: skip
     """Half ``PART`` of the rows of every tile that the producer tells of."""
     query_smem, query_ready, query_free = rings[0]
-    key_smem, key_ready, key_free = rings[1]
-    value_smem, value_ready, value_free = rings[2]
+    key_smem, key_ready = rings[1]
+    value_smem, value_ready = rings[2]
+    free = rings[3]
     numbers, step_scales, told, turns = notes
     length, heads, _, count_q, _, _ = sizes
     ROWS: gl.constexpr = STEP // 2
@@ -176,13 +204,12 @@ def consumer(
     tile = read(numbers, 0)
     mbarrier.wait(query_ready.index(0), 0)
     mbarrier.wait(key_ready.index(0), 0)
+    key_bits = read(step_scales, 0)
+    value_bits = read(step_scales, 1)
     scores = warpgroup_mma(queries.index(PART), keys.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     while tile >= 0:
         # ``scores`` are those of the tile's first step, the only one that may need a mask.
-        key_scale = _power(read(step_scales, 2 * slot))
-        value_bits = read(step_scales, 2 * slot + 1)
-        mbarrier.arrive(key_free.index(slot), count=1)
         steps = read(numbers, NOTE * query_slot + 1)
         first_key = read(numbers, NOTE * query_slot + 2)
         _, _, block = locate(tile, heads, count_q, CAUSAL)
@@ -193,18 +220,24 @@ def consumer(
         sums = gl.zeros([ROWS, 8], gl.float32, layout=sums_layout)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)
         unit = 1.0
-        for _ in range(1, steps):
-            factor = query_scale * key_scale
+        near, near_phase = after(slot, phase, STAGES)
+        mbarrier.wait(value_ready.index(slot), phase)
+        mbarrier.wait(key_ready.index(near), near_phase, pred=steps > 1)
+        for step in range(1, steps):
+            near, near_phase = after(slot, phase, STAGES)
+            near_key_bits = read(step_scales, 2 * near)
+            near_value_bits = read(step_scales, 2 * near + 1)
+            factor = query_scale * _power(key_bits)
             peak, shift, decay = _maxima(scores, peak, factor)
             left, right = _halves(scores, part_layout)
             left = _weights(left, factor, shift)
             weight = _operand(left, weight_layout)
             right = _weights(right, factor, shift)
             other = _operand(right, weight_layout)
-            weight, other = _complete(weight), _complete(other)
-            near, near_phase = after(slot, phase, STAGES)
-            mbarrier.wait(value_ready.index(slot), phase)
-            mbarrier.wait(key_ready.index(near), near_phase)
+            sums = _add_up(sums, decay, left, right)
+            weight, other, sums = _complete(weight, other, sums)
+            # This step's keys are free, and so are the values of the step before.
+            mbarrier.arrive(free.index(slot), count=1)
             # The consumers take turns at the tensor cores, each in the other's softmax.
             mbarrier.wait(turns.index(PART), turn)
             turn ^= 1
@@ -212,57 +245,58 @@ def consumer(
                 weight, values.index(2 * slot).permute((1, 0)), no_values, use_acc=False, is_async=True
             )
             added = warpgroup_mma(other, values.index(2 * slot + 1).permute((1, 0)), added, is_async=True)
-            sums = _add_up(sums, decay, left, right)
             query = queries.index(2 * query_slot + PART)
             scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             mbarrier.arrive(turns.index(1 - PART), count=1)
+            # What the next step needs is waited for while the tensor cores are busy.
+            far, far_phase = after(near, near_phase, STAGES)
+            mbarrier.wait(value_ready.index(near), near_phase)
+            mbarrier.wait(key_ready.index(far), far_phase, pred=step + 1 < steps)
             added = warpgroup_mma_wait(1, deps=[added])
-            mbarrier.arrive(value_free.index(slot), count=1)
             # The tensor cores add FP8 products with 14 bits, so only a step's own are left to them. The sum is in
             # units of the latest step's values: o <- o * 2^(m_old - m) * u_old / u + P V
             acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added
             scores = warpgroup_mma_wait(0, deps=[scores])
-            key_scale = _power(read(step_scales, 2 * near))
-            near_bits = read(step_scales, 2 * near + 1)
-            unit = _power(value_bits) * _inverse(near_bits)
-            value_bits = near_bits
-            mbarrier.arrive(key_free.index(near), count=1)
+            unit = _power(value_bits) * _inverse(near_value_bits)
+            key_bits, value_bits = near_key_bits, near_value_bits
             slot, phase = near, near_phase
 
         # The last product with V, and the first with K of the next tile.
-        factor = query_scale * key_scale
+        factor = query_scale * _power(key_bits)
         peak, shift, decay = _maxima(scores, peak, factor)
         left, right = _halves(scores, part_layout)
         left = _weights(left, factor, shift)
         weight = _operand(left, weight_layout)
         right = _weights(right, factor, shift)
         other = _operand(right, weight_layout)
-        weight, other = _complete(weight), _complete(other)
+        sums = _add_up(sums, decay, left, right)
+        weight, other, sums = _complete(weight, other, sums)
+        mbarrier.arrive(free.index(slot), count=1)
         mbarrier.arrive(query_free.index(query_slot), count=1)
         last_slot = slot
         last_tile = tile
-        mbarrier.wait(value_ready.index(slot), phase)
+        last_bits = value_bits
         query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
         slot, phase = after(slot, phase, STAGES)
         mbarrier.wait(told.index(query_slot), query_phase)
         tile = read(numbers, NOTE * query_slot)
         mbarrier.wait(query_ready.index(query_slot), query_phase, pred=tile >= 0)
         mbarrier.wait(key_ready.index(slot), phase, pred=tile >= 0)
+        key_bits = read(step_scales, 2 * slot)
+        value_bits = read(step_scales, 2 * slot + 1)
         mbarrier.wait(turns.index(PART), turn)
         turn ^= 1
         added = warpgroup_mma(
             weight, values.index(2 * last_slot).permute((1, 0)), no_values, use_acc=False, is_async=True
         )
         added = warpgroup_mma(other, values.index(2 * last_slot + 1).permute((1, 0)), added, is_async=True)
-        sums = _add_up(sums, decay, left, right)
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
         query = queries.index(2 * query_slot + PART)
         scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)
         mbarrier.arrive(turns.index(1 - PART), count=1)
         added = warpgroup_mma_wait(1, deps=[added])
-        mbarrier.arrive(value_free.index(last_slot), count=1)
         acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added
         batch, head, block = locate(last_tile, heads, count_q, CAUSAL)
         total = gl.convert_layout(gl.sum(sums, 1), rows_of, assert_trivial=True)
-        _store(out, strides, acc, total * _inverse(value_bits), batch, head, block * STEP + PART * ROWS, length)
+        _store(out, strides, acc, total * _inverse(last_bits), batch, head, block * STEP + PART * ROWS, length)
         scores = warpgroup_mma_wait(0, deps=[scores])

@@ -58,8 +58,9 @@ def forward_kernel(
     notes = (numbers, step_scales, ring(QUERY_STAGES, 1), ring(2, 1))
     rings = (
         (query_smem, ring(QUERY_STAGES, 1), ring(QUERY_STAGES, 2)),
-        (key_smem, ring(STAGES, 1), ring(STAGES, 2)),
-        (value_smem, ring(STAGES, 1), ring(STAGES, 2)),
+        (key_smem, ring(STAGES, 1)),
+        (value_smem, ring(STAGES, 1)),
+        ring(STAGES, 2),
     )
     sizes = (length, heads, groups, count_q, count_k, tiles)
     strides = (stride_out_batch, stride_out_head, stride_out_row)

@@ -23,8 +23,9 @@ def producer(
     counts, indices = lists
     key_scales, value_scales = scales
     query_smem, query_ready, query_free = rings[0]
-    key_smem, key_ready, key_free = rings[1]
-    value_smem, value_ready, value_free = rings[2]
+    key_smem, key_ready = rings[1]
+    value_smem, value_ready = rings[2]
+    free = rings[3]
     numbers, step_scales, told, _ = notes
     _, heads, groups, count_q, count_k, tiles = sizes
 
@@ -59,30 +60,31 @@ def producer(
             )
         query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
         for step in range(count):
-            # The next entry, and this one's scales, are on their way while this one waits for its place.
+            # The next entry is on its way while this one waits for its place.
             key_scale = gl.load(key_scales + first_scale + block_k)
             value_scale = gl.load(value_scales + first_scale + block_k)
             entry -= 1
             next_block = gl.load(entries + gl.maximum(entry, 0))
-            mbarrier.wait(key_free.index(slot), phase)
-            # Told before the barrier is armed, so whoever passes it can read them.
+            # These keys' place was freed by the step that freed the place of the values before. Their scales are told
+            # before the barrier is armed, so whoever passes it can read them.
             tell(step_scales, 2 * slot, key_scale)
             tell(step_scales, 2 * slot + 1, value_scale)
             mbarrier.expect(key_ready.index(slot), STEP * HEAD_DIM)
             tma.async_copy_global_to_shared(
                 key_desc, [batch, head_k, block_k * STEP, 0], key_ready.index(slot), key_smem.index(slot)
             )
-            mbarrier.wait(value_free.index(slot), phase)
-            mbarrier.expect(value_ready.index(slot), STEP * HEAD_DIM)
+            value_slot = slot
+            slot, phase = after(slot, phase, STAGES)
+            mbarrier.wait(free.index(slot), phase)
+            mbarrier.expect(value_ready.index(value_slot), STEP * HEAD_DIM)
             for half in gl.static_range(2):
                 tma.async_copy_global_to_shared(
                     value_desc,
                     [batch, head_k, 0, block_k * STEP + half * (STEP // 2)],
-                    value_ready.index(slot),
-                    value_smem.index(2 * slot + half),
+                    value_ready.index(value_slot),
+                    value_smem.index(2 * value_slot + half),
                 )
             block_k = next_block
-            slot, phase = after(slot, phase, STAGES)
             if step == 0:
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
