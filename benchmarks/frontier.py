@@ -24,7 +24,7 @@ from common import RESULTS, ROOT, SHIPPED_MODEL, load, sample_runs, save, settin
 from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
-from afbs_compile.kernels.reference import block_count, diagonal_blocks, masked_attention, select_blocks, visible_blocks
+from afbs_compile.kernels.reference import block_count, diagonal_blocks, select_blocks, visible_blocks
 from afbs_compile.passes.capture import Attention, Operands, SampleRun, run_with
 from afbs_compile.tuner.end_to_end import SiteThresholds, find_logits, next_tokens, output_change
 from afbs_compile.tuner.space import Thresholds
@@ -165,9 +165,10 @@ class Oracle:
         live = select_blocks(mass, torch.full((1, 1, 1), self._mass, device=q.device))
         live = (live | diagonal_blocks(blocks, blocks, BLOCK, BLOCK, q.device)) & visible
         self._sparsities.append(1 - float(live.sum() / visible.sum() / len(live)))
-        return masked_attention(
-            q, k, v, live, [-1000.0], causal=operands.causal, scale=operands.scale, block_q=BLOCK, block_k=BLOCK
-        )
+        allowed = live.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :length, :length]
+        if operands.causal:
+            allowed = allowed.tril()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, scale=operands.scale)
 
 
 def sparsity_at(points: Sequence[Mapping[str, float]], rise: float) -> float | None:
