@@ -46,37 +46,13 @@ def _add_up(sums, decay, left, right):
     return sums * decay[:, None] + (_partial_sums(left, layout) + _partial_sums(right, layout))
 
 
-# 2^x to 0.2 %, which E4M3's 3 bits do not see: x = n + f, |f| <= 1/2, and 2^f = c0 + c1 f + c2 f^2 times 2^n.
-POWERS = gl.constexpr(
-    """{
-    .reg .f32 x, n, f, p;
-    .reg .b32 bits;
-    ex2.approx.ftz.f32 $0, $4;
-    ex2.approx.ftz.f32 $1, $5;
-    ex2.approx.ftz.f32 $2, $6;
-    max.NaN.f32 x, $7, 0fC2F00000;
-    add.rn.f32 n, x, 0f4B400000;
-    sub.rn.f32 f, n, 0f4B400000;
-    sub.rn.f32 f, x, f;
-    fma.rn.f32 p, f, 0f3E7426B7, 0f3F34152B;
-    fma.rn.f32 p, p, f, 0f3F800E85;
-    mov.b32 bits, n;
-    shl.b32 bits, bits, 23;
-    add.s32 bits, bits, 0x3F800000;
-    mov.b32 n, bits;
-    mul.rn.f32 $3, p, n;
-    }"""
-)
-
-
 @gluon.jit
 def _weights(scores, factor, shift):
-    """2^(s - m), times 2^SHIFT; every fourth by a polynomial, for the unit for powers is the bound."""
+    """2^(s - m), times 2^SHIFT."""
     rows_of: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
     factor = gl.convert_layout(factor, rows_of, assert_trivial=True)
     shift = gl.convert_layout(shift, rows_of, assert_trivial=True)
-    exponents = scores * factor[:, None] + shift[:, None]
-    return gl.inline_asm_elementwise(POWERS, "=f,=f,=f,=f,f,f,f,f", [exponents], dtype=gl.float32, is_pure=True, pack=4)
+    return gl.exp2(scores * factor[:, None] + shift[:, None])
 
 
 @gluon.jit
@@ -112,47 +88,6 @@ def _operand(weights, layout: gl.constexpr):
     return packed
 
 
-def _completion(count: int, signs: str) -> str:
-    """PTX that passes ``count`` registers on, once all of them are there.
-
-    A fence that does not run: what it tests are weights and their sums, which have no ``signs``, but the assembler does
-    not know that. It moves nothing that waits or multiplies above a fence, nor what the fence depends on below it.
-    """
-    given = [f"${count + i}" for i in range(count)]
-    pairs = zip(given[1::2], [*given[2::2], given[0]], strict=True)
-    return "\n".join(
-        (
-            "{",
-            ".reg .b32 any;",
-            ".reg .pred negative;",
-            f"mov.b32 any, {given[0]};",
-            *(f"lop3.b32 any, any, {one}, {other}, 0xFE;" for one, other in pairs),
-            f"and.b32 any, any, {signs};",
-            "setp.ne.u32 negative, any, 0;",
-            "@negative membar.cta;",
-            *(f"mov.b32 ${i}, {name};" for i, name in enumerate(given)),
-            "}",
-        )
-    )
-
-
-# Registers of a thread: 64 rows of 64 weights, four to a register, or of 8 sums; 128 threads.
-WEIGHTS, WEIGHT_REGISTERS = gl.constexpr(_completion(8, "0x80808080")), gl.constexpr(",".join(["=r"] * 8 + ["r"] * 8))
-SUMS, SUM_REGISTERS = gl.constexpr(_completion(4, "0x80000000")), gl.constexpr(",".join(["=r"] * 4 + ["r"] * 4))
-
-
-@gluon.jit
-def _complete(left, right, sums):
-    """Weights and sums, none of which is still to be made when what follows begins.
-
-    Left alone the assembler makes half of them between the products, when the other consumer is waiting for its turn.
-    """
-    left = gl.inline_asm_elementwise(WEIGHTS, WEIGHT_REGISTERS, [left], dtype=gl.float8e4nv, is_pure=False, pack=32)
-    right = gl.inline_asm_elementwise(WEIGHTS, WEIGHT_REGISTERS, [right], dtype=gl.float8e4nv, is_pure=False, pack=32)
-    sums = gl.inline_asm_elementwise(SUMS, SUM_REGISTERS, [sums], dtype=gl.float32, is_pure=False, pack=4)
-    return left, right, sums
-
-
 @gluon.jit
 def _power(bits):
     """The power of two that has these bits."""
@@ -175,7 +110,7 @@ def consumer(
     key_smem, key_ready = rings[1]
     value_smem, value_ready = rings[2]
     free = rings[3]
-    numbers, step_scales, told, turns = notes
+    numbers, step_scales, told = notes
     length, heads, _, count_q, _, _ = sizes
     ROWS: gl.constexpr = STEP // 2
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 32])
@@ -199,7 +134,6 @@ def consumer(
     phase = 0
     query_slot = 0
     query_phase = 0
-    turn = 1 - PART
     mbarrier.wait(told.index(0), 0)
     tile = read(numbers, 0)
     mbarrier.wait(query_ready.index(0), 0)
@@ -235,19 +169,14 @@ def consumer(
             right = _weights(right, factor, shift)
             other = _operand(right, weight_layout)
             sums = _add_up(sums, decay, left, right)
-            weight, other, sums = _complete(weight, other, sums)
             # This step's keys are free, and so are the values of the step before.
             mbarrier.arrive(free.index(slot), count=1)
-            # The consumers take turns at the tensor cores, each in the other's softmax.
-            mbarrier.wait(turns.index(PART), turn)
-            turn ^= 1
             added = warpgroup_mma(
                 weight, values.index(2 * slot).permute((1, 0)), no_values, use_acc=False, is_async=True
             )
             added = warpgroup_mma(other, values.index(2 * slot + 1).permute((1, 0)), added, is_async=True)
             query = queries.index(2 * query_slot + PART)
             scores = warpgroup_mma(query, keys.index(near).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-            mbarrier.arrive(turns.index(1 - PART), count=1)
             # What the next step needs is waited for while the tensor cores are busy.
             far, far_phase = after(near, near_phase, STAGES)
             mbarrier.wait(value_ready.index(near), near_phase)
@@ -270,7 +199,6 @@ def consumer(
         right = _weights(right, factor, shift)
         other = _operand(right, weight_layout)
         sums = _add_up(sums, decay, left, right)
-        weight, other, sums = _complete(weight, other, sums)
         mbarrier.arrive(free.index(slot), count=1)
         mbarrier.arrive(query_free.index(query_slot), count=1)
         last_slot = slot
@@ -284,8 +212,6 @@ def consumer(
         mbarrier.wait(key_ready.index(slot), phase, pred=tile >= 0)
         key_bits = read(step_scales, 2 * slot)
         value_bits = read(step_scales, 2 * slot + 1)
-        mbarrier.wait(turns.index(PART), turn)
-        turn ^= 1
         added = warpgroup_mma(
             weight, values.index(2 * last_slot).permute((1, 0)), no_values, use_acc=False, is_async=True
         )
@@ -293,7 +219,6 @@ def consumer(
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
         query = queries.index(2 * query_slot + PART)
         scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        mbarrier.arrive(turns.index(1 - PART), count=1)
         added = warpgroup_mma_wait(1, deps=[added])
         acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added
         batch, head, block = locate(last_tile, heads, count_q, CAUSAL)

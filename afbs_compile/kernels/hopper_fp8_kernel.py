@@ -55,7 +55,7 @@ def forward_kernel(
     value_smem = gl.allocate_shared_memory(FP8, [2 * STAGES, 1, 1, HEAD_DIM, STEP // 2], value_desc.layout)
     numbers = gl.allocate_shared_memory(gl.int32, [NOTE * QUERY_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     step_scales = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    notes = (numbers, step_scales, ring(QUERY_STAGES, 1), ring(2, 1))
+    notes = (numbers, step_scales, ring(QUERY_STAGES, 1))
     rings = (
         (query_smem, ring(QUERY_STAGES, 1), ring(QUERY_STAGES, 2)),
         (key_smem, ring(STAGES, 1)),

@@ -26,7 +26,7 @@ def producer(
     key_smem, key_ready = rings[1]
     value_smem, value_ready = rings[2]
     free = rings[3]
-    numbers, step_scales, told, _ = notes
+    numbers, step_scales, told = notes
     _, heads, groups, count_q, count_k, tiles = sizes
 
     slot = 0
