@@ -186,8 +186,6 @@ class BudgetRecord:
         limit: largest accepted value.
         measured: cost on the samples that the thresholds were chosen on; chosen_on: how many these are.
         checked: cost on samples that were not used to choose, ``None`` where there were none; checked_on: how many.
-        recall: KL(dense || sparse) in nats where passages of the samples come again, ``None`` where that was not
-            measured.
         steps_back: times that the check failed and the thresholds were chosen more carefully.
         forward_passes: of the model on one sample, all that it took.
     """
@@ -200,7 +198,6 @@ class BudgetRecord:
     checked_on: int
     steps_back: int
     forward_passes: int
-    recall: float | None = None
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,6 @@ def _budget(budget: BudgetRecord, tokens: str) -> Iterator[str]:
         f"The thresholds of all heads were chosen together: {what} {unit.format(budget.measured)} of at most "
         f"{unit.format(budget.limit)} on the {budget.chosen_on} samples of {tokens} that chose them."
     )
-    if budget.recall is not None:
-        yield f"Where passages of these samples come again, KL(dense || sparse) was {budget.recall:.3g} nats."
     if budget.checked is None:
         yield "No other sample checked them."
     else:

@@ -35,9 +35,6 @@ CORRECTIONS = 5
 SPENT = 0.9
 """A measured cost in [SPENT, 1] x budget ends the corrections."""
 
-RECALL = 0.05
-"""Nats that passages which come again may cost, whatever the budget: about one of their tokens in a hundred lost."""
-
 STEP_BACK = 0.7
 """Share of the allocation's budget that is left after a failed check."""
 
@@ -62,30 +59,6 @@ class Budget:
         if self.quantity == "kl":
             return float(np.mean([change.kl for change in changes]))
         return float(np.expm1(np.mean([change.loss for change in changes])))
-
-    def measured(self, changes: Sequence[OutputChange]) -> Cost:
-        """The quantity over several samples, and what their passages that come again cost."""
-        again = [change.recall.kl for change in changes if change.recall is not None]
-        return Cost(self.cost(changes), float(np.mean(again)) if again else None, self.limit)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What thresholds cost the output.
-
-    Attributes:
-        text: the budget's quantity; recall: KL on passages that come again, nats, ``None`` where there are none.
-        limit: of the budget.
-    """
-
-    text: float
-    recall: float | None
-    limit: float
-
-    @property
-    def worst(self) -> float:
-        """The part of the limit that is used: by the quantity or, where that is more, of :data:`RECALL`."""
-        return max(self.text, (self.recall or 0.0) / max(RECALL, self.limit) * self.limit)
 
 
 @dataclass(frozen=True)
@@ -134,14 +107,12 @@ class Spending:
         points: chosen point of each head, by site.
         measured: cost on the samples that it was chosen on; checked: on the samples that it was checked on, ``None``
             where there were none.
-        recall: KL on passages that come again, nats, of the samples that it was chosen on.
         steps_back: times that the check failed.
     """
 
     points: Mapping[str, Tensor]
     measured: float
     checked: float | None
-    recall: float | None
     steps_back: int
 
 
@@ -161,40 +132,38 @@ def spend(
         progress: called after each head whose effect was measured.
     """
     work = np.concatenate([_floats(site.live) for site in sites])
-    cost = np.concatenate([_floats(_output_cost(site, choosing, budget, progress)) for site in sites])
+    cost = np.concatenate([_floats(_output_cost(site, choosing, progress)) for site in sites])
 
     def chosen(limit: float) -> dict[str, Tensor]:
         points = torch.from_numpy(allocate(work, cost, limit))
         return dict(zip((site.name for site in sites), points.split([site.heads for site in sites]), strict=True))
 
-    def measured(points: Mapping[str, Tensor], on: EndToEnd) -> Cost:
-        return budget.measured(on({site.name: site.at(points[site.name]) for site in sites}))
+    def measured(points: Mapping[str, Tensor], on: EndToEnd) -> float:
+        return budget.cost(on({site.name: site.at(points[site.name]) for site in sites}))
 
     limit, best, best_cost = _corrected(budget, chosen, lambda points: measured(points, choosing))
     for step in range(MAX_STEPS_BACK):
         checked = None if checking is None else measured(best, checking)
-        if checked is None or checked.worst <= budget.limit:
-            others = None if checked is None else checked.text
-            return Spending(best, best_cost.text, others, best_cost.recall, step)
+        if checked is None or checked <= budget.limit:
+            return Spending(best, best_cost, checked, step)
         limit *= STEP_BACK
         best = chosen(limit)
         best_cost = measured(best, choosing)
     nothing = {site.name: torch.zeros(site.heads, dtype=torch.long) for site in sites}
-    return Spending(nothing, 0.0, 0.0, None if best_cost.recall is None else 0.0, MAX_STEPS_BACK)
+    return Spending(nothing, 0.0, 0.0, MAX_STEPS_BACK)
 
 
 def _corrected(
-    budget: Budget, chosen: Callable[[float], dict[str, Tensor]], measured: Callable[[dict[str, Tensor]], Cost]
-) -> tuple[float, dict[str, Tensor], Cost]:
+    budget: Budget, chosen: Callable[[float], dict[str, Tensor]], measured: Callable[[dict[str, Tensor]], float]
+) -> tuple[float, dict[str, Tensor], float]:
     """The largest allocation found whose measured cost is inside the budget: its limit, its points, its cost."""
     inside, outside, limit = 0.0, np.inf, budget.limit
-    best, best_cost = chosen(0.0), Cost(0.0, None, budget.limit)
+    best, best_cost = chosen(0.0), 0.0
     for _ in range(CORRECTIONS):
         points = chosen(limit)
-        found = measured(points)
-        cost = found.worst
+        cost = measured(points)
         if cost <= budget.limit:
-            inside, best, best_cost = limit, points, found
+            inside, best, best_cost = limit, points, cost
             if cost >= SPENT * budget.limit:
                 break
         else:
@@ -206,7 +175,7 @@ def _corrected(
     return inside, best, best_cost
 
 
-def _output_cost(site: SitePoints, model: EndToEnd, budget: Budget, progress: Callable[[], None]) -> Tensor:
+def _output_cost(site: SitePoints, model: EndToEnd, progress: Callable[[], None]) -> Tensor:
     """``[H, points]``: KL that each point of each head is expected to cause on its own; infinite where not usable."""
     reference = site.reference_points()
     sensitivity = torch.full((site.heads,), torch.inf)
@@ -216,8 +185,7 @@ def _output_cost(site: SitePoints, model: EndToEnd, budget: Budget, progress: Ca
             alone[head] = reference[head]
             changes = model({site.name: site.at(alone)})
             # KL = sensitivity * error^2
-            kl = Cost(float(np.mean([c.kl for c in changes])), budget.measured(changes).recall, budget.limit).worst
-            sensitivity[head] = kl / float(site.error[head, reference[head]]) ** 2
+            sensitivity[head] = float(np.mean([c.kl for c in changes])) / float(site.error[head, reference[head]]) ** 2
         progress()
     cost = sensitivity[:, None] * site.error**2
     return torch.where(site.tau >= KEEP_ALL, 0.0, cost.nan_to_num(nan=torch.inf))

@@ -87,7 +87,6 @@ def tune_with_budget(
         checked=None if spending.checked is None else round(spending.checked, 6),
         checked_on=len(runs) - half,
         steps_back=spending.steps_back,
-        recall=None if spending.recall is None else round(spending.recall, 6),
         forward_passes=choosing.evaluations + (0 if checking is None else checking.evaluations),
     )
     return results, sorted(lengths), record

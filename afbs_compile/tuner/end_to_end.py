@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +14,7 @@ from torch import Tensor, fx
 from afbs_compile.errors import OptionError
 from afbs_compile.passes.capture import Operands, SampleRun, run_with
 from afbs_compile.tuner.measure import sparse_attention
-from afbs_compile.tuner.recall import recalling
 from afbs_compile.tuner.space import SitePrecision, Thresholds
-
-RECALL_SAMPLES = 2
-"""Samples that are run with passages that come again: each is a forward pass more for every head."""
 
 CHUNK_ELEMENTS = 2**25
 """Logits turned into fp32 probabilities at a time: 128 MiB, whatever the vocabulary."""
@@ -49,20 +45,17 @@ class OutputChange:
     Attributes:
         kl: KL(dense || sparse) in nats.
         loss: rise of the cross entropy on the sample's own next tokens, in nats; NaN where they are not known.
-        recall: the same where passages of the sample come again; ``None`` where that was not measured.
     """
 
     kl: float
     loss: float
-    recall: OutputChange | None = None
 
 
 class EndToEnd:
     """Runs a graph with any thresholds at its sites and compares its logits with the dense ones.
 
     Args:
-        runs: the samples to compare on; the first :data:`RECALL_SAMPLES` of them are also run with passages that come
-            again (:mod:`afbs_compile.tuner.recall`).
+        runs: the samples to compare on.
 
     Raises:
         OptionError: the graph returns no logits.
@@ -76,9 +69,6 @@ class EndToEnd:
         self._runs = runs
         self._dense = [self._logits(run, {}) for run in runs]
         self._targets = [next_tokens(run, logits) for run, logits in zip(runs, self._dense, strict=True)]
-        self._recalls = [
-            self._recall(run, logits) for run, logits in zip(runs[:RECALL_SAMPLES], self._dense, strict=False)
-        ]
 
     @property
     def knows_next_tokens(self) -> bool:
@@ -90,23 +80,7 @@ class EndToEnd:
         changes = []
         for run, dense, targets in zip(self._runs, self._dense, self._targets, strict=True):
             changes.append(output_change(dense, self._logits(run, chosen), targets))
-        for index, recall in enumerate(self._recalls):
-            if recall is not None:
-                sparse = _last(self._logits(recall.run, chosen), recall.positions)
-                again = output_change(recall.dense, sparse, recall.targets)
-                changes[index] = replace(changes[index], recall=again)
         return changes
-
-    def _recall(self, run: SampleRun, logits: Tensor) -> _Recall | None:
-        tokens = token_input(run, logits)
-        found = None if tokens is None else recalling(run, tokens)
-        if found is None:
-            return None
-        again, positions = found
-        dense = self._logits(again, {})
-        targets = next_tokens(again, dense)
-        assert targets is not None  # the sample's own tokens in another order
-        return _Recall(again, positions, _last(dense, positions).clone(), targets[..., 1 - positions :])
 
     def _logits(self, run: SampleRun, chosen: Mapping[str, SiteThresholds]) -> Tensor:
         self.evaluations += 1
@@ -132,34 +106,11 @@ def find_logits(outputs: Any) -> Tensor:
     return logits[0]
 
 
-@dataclass(frozen=True)
-class _Recall:
-    """A sample in which passages come again: the logits and next tokens of its last ``positions``."""
-
-    run: SampleRun
-    positions: int
-    dense: Tensor
-    targets: Tensor
-
-
-def _last(logits: Tensor, positions: int) -> Tensor:
-    return logits[..., -positions:, :]
-
-
 def next_tokens(run: SampleRun, logits: Tensor) -> Tensor | None:
     """The tokens ``[batch, positions - 1]`` that follow each position: the graph's token input, shifted by one.
 
-    ``None`` if there is none (:func:`token_input`).
-    """
-    tokens = token_input(run, logits)
-    return None if tokens is None else tokens[..., 1:].long()
-
-
-def token_input(run: SampleRun, logits: Tensor) -> Tensor | None:
-    """The input that holds the tokens: the integer one shaped like the positions of the logits.
-
-    The one named ``input_ids`` where there are several; ``None`` if there is none, or if its tokens are no classes of
-    the logits.
+    The token input is the integer one shaped like the positions of the logits, the one named ``input_ids`` where
+    there are several; ``None`` if there is none, or if its tokens are no classes of the logits.
     """
     placeholders = [node for node in run.gm.graph.nodes if node.op == "placeholder"]
     found: dict[str, Tensor] = {
@@ -171,7 +122,7 @@ def token_input(run: SampleRun, logits: Tensor) -> Tensor | None:
     tokens = named if named else list(found.values())
     if len(tokens) != 1 or tokens[0].shape[-1] < 2 or tokens[0].max() >= logits.shape[-1]:
         return None
-    return tokens[0]
+    return tokens[0][..., 1:].long()
 
 
 def _fits(value: Tensor, logits: Tensor, node: fx.Node) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from afbs_compile.tuner.budget import RECALL, Budget, SitePoints, spend
+from afbs_compile.tuner.budget import Budget, SitePoints, spend
 from afbs_compile.tuner.end_to_end import OutputChange
 
 TAUS = torch.tensor([1.0, 0.98, 0.95, 0.9, 0.8, 0.6, 0.3])
@@ -23,15 +22,14 @@ class FakeModel:
 
     def __call__(self, chosen):
         self.calls += 1
-        kl = sum(float((self.weights[name] * self.error(name, found) ** 2).sum()) for name, found in chosen.items())
+        kl = 0.0
+        for name, thresholds in chosen.items():
+            site = self.sites[name]
+            point = (site.tau == thresholds.thresholds.tau[:, None]).int().argmax(1)
+            kl += float((self.weights[name] * site.error.gather(1, point[:, None])[:, 0] ** 2).sum())
         several = sum(bool((t.thresholds.tau < 1).sum() > 1) for t in chosen.values())
         kl *= self.factor if several else 1.0
         return [OutputChange(kl, 0.8 * kl)]
-
-    def error(self, name, found):
-        """Of every head at the thresholds that were found."""
-        points = (self.sites[name].tau == found.thresholds.tau[:, None]).int().argmax(1)
-        return self.sites[name].error.gather(1, points[:, None])[:, 0]
 
 
 def site(name: str, heads: int = 4, seed: int = 0) -> SitePoints:
@@ -78,30 +76,6 @@ def test_more_budget_is_less_work(sites, weights):
     ]
     assert live == sorted(live, reverse=True)
     assert live[0] > live[-1]
-
-
-class Recalling(FakeModel):
-    """Head 0 of every site is what passages that come again need, and costs ordinary text next to nothing."""
-
-    def __call__(self, chosen):
-        again = sum(float(self.error(name, found)[0] ** 2) for name, found in chosen.items())
-        return [replace(change, recall=OutputChange(3 * again, math.nan)) for change in super().__call__(chosen)]
-
-
-def test_heads_that_only_recall_needs_keep_their_blocks(sites, weights):
-    needless = {name: torch.tensor([1e-4, *weight[1:]]) for name, weight in weights.items()}
-    without = spend(sites, FakeModel(sites, needless), None, Budget("kl", 0.05))
-    with_recall = spend(sites, Recalling(sites, needless), None, Budget("kl", 0.05))
-    assert without.recall is None
-    assert 0 < with_recall.recall <= RECALL
-    for name in without.points:
-        assert with_recall.points[name][0] < without.points[name][0]
-
-
-def test_recall_has_a_limit_of_its_own_where_the_budget_is_smaller(sites, weights):
-    generous = spend(sites, Recalling(sites, weights), None, Budget("kl", 1e-3))
-    assert 1e-3 < generous.recall <= RECALL
-    assert generous.measured <= 1e-3
 
 
 def test_a_failed_check_steps_back(sites, weights):
