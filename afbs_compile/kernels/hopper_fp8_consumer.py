@@ -89,6 +89,18 @@ def _operand(weights, layout: gl.constexpr):
 
 
 @gluon.jit
+def _softmax(scores, peak, sums, factor, part_layout: gl.constexpr, weight_layout: gl.constexpr):
+    """One step of the running softmax: both halves of the weights, maxima, sums, and the factor of what came before."""
+    peak, shift, decay = _maxima(scores, peak, factor)
+    left, right = _halves(scores, part_layout)
+    left = _weights(left, factor, shift)
+    weight = _operand(left, weight_layout)
+    right = _weights(right, factor, shift)
+    other = _operand(right, weight_layout)
+    return weight, other, peak, _add_up(sums, decay, left, right), decay
+
+
+@gluon.jit
 def _power(bits):
     """The power of two that has these bits."""
     return bits.to(gl.float32, bitcast=True)
@@ -162,13 +174,7 @@ def consumer(
             near_key_bits = read(step_scales, 2 * near)
             near_value_bits = read(step_scales, 2 * near + 1)
             factor = query_scale * _power(key_bits)
-            peak, shift, decay = _maxima(scores, peak, factor)
-            left, right = _halves(scores, part_layout)
-            left = _weights(left, factor, shift)
-            weight = _operand(left, weight_layout)
-            right = _weights(right, factor, shift)
-            other = _operand(right, weight_layout)
-            sums = _add_up(sums, decay, left, right)
+            weight, other, peak, sums, decay = _softmax(scores, peak, sums, factor, part_layout, weight_layout)
             # This step's keys are free, and so are the values of the step before.
             mbarrier.arrive(free.index(slot), count=1)
             added = warpgroup_mma(
@@ -192,13 +198,7 @@ def consumer(
 
         # The last product with V, and the first with K of the next tile.
         factor = query_scale * _power(key_bits)
-        peak, shift, decay = _maxima(scores, peak, factor)
-        left, right = _halves(scores, part_layout)
-        left = _weights(left, factor, shift)
-        weight = _operand(left, weight_layout)
-        right = _weights(right, factor, shift)
-        other = _operand(right, weight_layout)
-        sums = _add_up(sums, decay, left, right)
+        weight, other, peak, sums, decay = _softmax(scores, peak, sums, factor, part_layout, weight_layout)
         mbarrier.arrive(free.index(slot), count=1)
         mbarrier.arrive(query_free.index(query_slot), count=1)
         last_slot = slot
