@@ -65,16 +65,22 @@ def test_llama_in_training_needs_a_gradient(look, llama):
 
 
 def test_generate_with_a_static_cache(compile_with, llama):
-    """Prefill is found; decoding attends a longer cache with one row."""
+    """Prefill is found; decoding attends a longer cache with one row.
+
+    With torch 2.11 transformers hands prefill the whole cache too, behind a mask, and it stays dense.
+    """
     found = compile_with(llama.forward)
     expected = llama.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
     llama.forward = found.call
     tokens = llama.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0, cache_implementation="static")
     assert torch.equal(tokens, expected)
-    assert names(found.sites[0]) == LAYERS
-    for refusals in found.refusals[1:]:
+    prefill_is_dense = torch.__version__ < (2, 12)
+    if not prefill_is_dense:
+        assert names(found.sites.pop(0)) == LAYERS
+        assert found.refusals.pop(0) == []
+    for rows, refusals in zip([24, 1] if prefill_is_dense else [1], found.refusals, strict=True):
         assert names(refusals) == LAYERS
-        assert all(refusal.reason.startswith("q_len != k_len: 1 query rows") for refusal in refusals)
+        assert all(refusal.reason.startswith(f"q_len != k_len: {rows} query rows") for refusal in refusals)
 
 
 def test_a_chunk_against_a_longer_cache(look, llama):
