@@ -13,7 +13,7 @@ from afbs_compile.kernels.fp8 import WEIGHT_EXPONENT
 from afbs_compile.kernels.hopper_common import STEP, after, read
 from afbs_compile.kernels.hopper_consumer import _mask, _store
 from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, locate
-from afbs_compile.kernels.hopper_softmax import halves, part_sums, row_maxima
+from afbs_compile.kernels.hopper_softmax import decayed, halves, part_sums, row_maxima, row_sums
 
 SHIFT = gl.constexpr(float(WEIGHT_EXPONENT))
 
@@ -41,9 +41,8 @@ def _partial_sums(x, layout: gl.constexpr):
 def _add_up(sums, decay, left, right):
     """The running sums of the weights, each thread its own: they are added to each other at the end of a tile."""
     layout: gl.constexpr = sums.type.layout
-    decay = gl.convert_layout(decay, gl.SliceLayout(1, layout), assert_trivial=True)
     # l <- l * 2^(m_old - m) + rowsum(2^(s - m))
-    return sums * decay[:, None] + (_partial_sums(left, layout) + _partial_sums(right, layout))
+    return decayed(sums, decay) + (_partial_sums(left, layout) + _partial_sums(right, layout))
 
 
 @gluon.jit
@@ -222,6 +221,6 @@ def consumer(
         added = warpgroup_mma_wait(1, deps=[added])
         acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added
         batch, head, block = locate(last_tile, heads, count_q, CAUSAL)
-        total = gl.convert_layout(gl.sum(sums, 1), rows_of, assert_trivial=True)
+        total = row_sums(sums, rows_of)
         _store(out, strides, acc, total * _inverse(last_bits), batch, head, block * STEP + PART * ROWS, length)
         scores = warpgroup_mma_wait(0, deps=[scores])
