@@ -307,6 +307,15 @@ def pooled_scores(
     return similarity
 
 
+def selection_shape(count_k: int) -> tuple[int, int]:
+    """Columns that a program which selects among ``count_k`` key blocks takes, and its warps.
+
+    16 numbers a thread keep the row in registers; one warp needs no barrier for its sums.
+    """
+    columns = max(padded(count_k), FEWEST_COLUMNS)
+    return columns, min(max(columns // 512, 1), 16)
+
+
 def select_by_mass(
     lists: BlockLists,
     similarity: Tensor,
@@ -327,7 +336,7 @@ def select_by_mass(
         tau, theta, causal, block_q, block_k: as in :func:`predict_blocks`.
     """
     batch, heads, count_q, count_k = lists.indices.shape
-    count_pad = max(padded(count_k), FEWEST_COLUMNS)
+    columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):
         thresholds = device_constants((*tau, *theta), lists.indices.device)
         _selection(
@@ -335,9 +344,8 @@ def select_by_mass(
             batch * heads * count_q,
             *(lists.indices, lists.counts, similarity, thresholds),
             *(heads, heads // heads_k, count_q, count_k, batch * heads * count_q),
-            *(block_q, block_k, causal, count_pad),
-            # 16 probabilities a thread keep the row in registers; one warp needs no barrier for its sums.
-            warps=min(max(count_pad // 512, 1), 16),
+            *(block_q, block_k, causal, columns),
+            warps=warps,
         )
 
 

@@ -240,12 +240,7 @@ for shape in (
 def test_the_compiled_kernels_keep_their_promises() -> None:
     cases = compiled_on_hopper(COMPILE)
     grids = [title.split(" grid ")[1].split(" shared")[0] for title, _ in cases]
-    assert grids == [
-        "(96,)",
-        "(24,)",
-        "(2272,)",
-        "(132,)",
-    ]
+    assert grids == ["(96,)", "(24,)", "(2272,)", "(132,)"]
     for title, sass in cases:
         assert int(title.split()[-1]) <= 227 << 10, title
         # Registers spilt to memory cost more than the whole design gains.

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
+from afbs_compile.kernels.launch import Launcher, device_constants, layout
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.predict_triton import FEWEST_COLUMNS
+from afbs_compile.kernels.predict_triton import selection_shape
 
 
 @triton.jit(do_not_specialize=["heads", "count_q"])
@@ -83,15 +83,15 @@ def select_by_strength(
         block_q, block_k: rows per block.
     """
     batch, heads, count_q, count_k = lists.indices.shape
-    count_pad = max(padded(count_k), FEWEST_COLUMNS)
+    columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):
         constants = device_constants(tuple(map(odds_of, tau)), lists.indices.device)
         _selection(
             (layout(lists.indices), block_q, block_k, causal, share),
             batch * heads * count_q,
             *(lists.indices, lists.counts, constants, heads, count_q, count_k),
-            *(block_q, block_k, causal, share, count_pad),
-            warps=min(max(count_pad // 512, 1), 16),
+            *(block_q, block_k, causal, share, columns),
+            warps=warps,
         )
 
 
