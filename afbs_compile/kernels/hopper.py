@@ -111,12 +111,12 @@ def stages(head_dim: int) -> int:
     return 3 if head_dim == 128 else 4
 
 
-def section(length: int, head_dim: int, groups: int) -> int:
-    """Query heads whose keys and values, two bytes an element, fit :data:`CACHED_BYTES` together.
+def section(length: int, head_dim: int, groups: int, element_bytes: int) -> int:
+    """Query heads whose keys and values fit :data:`CACHED_BYTES` together.
 
     They are worked on in turns. Heads that share keys and values stay together.
     """
-    return groups * max(1, CACHED_BYTES // (4 * length * head_dim))
+    return groups * max(1, CACHED_BYTES // (2 * element_bytes * length * head_dim))
 
 
 @functools.cache
@@ -199,7 +199,7 @@ def attend(
             heads,
             groups,
             planes,
-            section(length, dim, groups),
+            section(length, dim, groups, k.element_size()),
             count_q,
             lists.indices.shape[-1],
             *out.stride()[:3],

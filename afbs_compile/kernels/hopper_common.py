@@ -1,7 +1,7 @@
 # ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
-"""What the warp groups of the Hopper kernel share: rings of barriers, the order of tiles, notes to each other."""
+"""What the warp groups of the Hopper kernels share: rings of barriers, the order of tiles, notes to each other."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ STEP = gl.constexpr(128)
 
 CHUNK = gl.constexpr(64)
 """Columns of a copy: 128 bytes, the widest swizzle. The chunks of a step lie column by column, as wgmma reads them."""
+
+QUERY_STAGES = gl.constexpr(2)
+"""Tiles of which the FP8 kernel keeps queries and notes: they stay in shared memory there, for want of registers."""
+
+NOTE = gl.constexpr(8)
+"""Room of a note on a tile, in numbers: :func:`tell_tile` writes six."""
 
 
 @gluon.jit
@@ -52,9 +58,27 @@ def locate(tile, planes, section, count_q, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def tell(notes, place, value):
-    """Write one number for the consumers."""
+    """Write one number for the consumers.
+
+    Every thread does. Before an arrival that speaks for all of them the compiler puts a ``bar.warp.sync``, but not
+    before bytes are expected at a barrier.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     notes.index(place).store(gl.full([1], value, gl.int32, layout=layout))
+
+
+@gluon.jit
+def tell_tile(notes, note, batch, head, block, count, left, right):
+    """What the consumers know of a tile: where it lies, the length of its list, and its first step's keys.
+
+    Batch -1 says that there are no more.
+    """
+    tell(notes, NOTE * note, batch)
+    tell(notes, NOTE * note + 1, head)
+    tell(notes, NOTE * note + 2, block)
+    tell(notes, NOTE * note + 3, count)
+    tell(notes, NOTE * note + 4, left)
+    tell(notes, NOTE * note + 5, right)
 
 
 @gluon.jit
@@ -62,3 +86,16 @@ def read(notes, place):
     """Read what :func:`tell` wrote."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.max(notes.index(place).load(layout), 0)
+
+
+@gluon.jit
+def read_tile(notes, note):
+    """Read what :func:`tell_tile` wrote."""
+    return (
+        read(notes, NOTE * note),
+        read(notes, NOTE * note + 1),
+        read(notes, NOTE * note + 2),
+        read(notes, NOTE * note + 3),
+        read(notes, NOTE * note + 4),
+        read(notes, NOTE * note + 5),
+    )

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from afbs_compile.kernels.hopper_common import STEP, after, locate, read
+from afbs_compile.kernels.hopper_common import STEP, after, read_tile
 from afbs_compile.kernels.hopper_softmax import (
     decayed,
     exponents,
@@ -24,7 +24,7 @@ from afbs_compile.kernels.hopper_softmax import (
 
 
 @gluon.jit
-def _mask(scores, rows, left, right, length, BLOCK_K: gl.constexpr, CAUSAL: gl.constexpr):
+def mask(scores, rows, left, right, length, BLOCK_K: gl.constexpr, CAUSAL: gl.constexpr):
     """Hide keys past the end and, under causality, those after a row."""
     places = gl.arange(0, STEP, layout=gl.SliceLayout(0, scores.type.layout))
     keys = gl.where(places < BLOCK_K, left + places, right + places - BLOCK_K)
@@ -35,17 +35,47 @@ def _mask(scores, rows, left, right, length, BLOCK_K: gl.constexpr, CAUSAL: gl.c
 
 
 @gluon.jit
-def _store(out, strides, acc, total, batch, head, first_row, length):
-    """Write a consumer's rows of a tile."""
+def place_of(out, strides, batch, head, row):
+    """Where a row of the output begins."""
     stride_batch, stride_head, stride_row = strides
-    layout: gl.constexpr = acc.type.layout
-    inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))
-    result = (acc * inverse[:, None]).to(out.dtype.element_ty)
-    rows = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
+    return out + (batch.to(gl.int64) * stride_batch + head.to(gl.int64) * stride_head + row.to(gl.int64) * stride_row)
+
+
+@gluon.constexpr_function
+def _exchanged(rows, columns, exchanges):
+    """Layout of a product after 0, 1 or 2 ``exchanges``, each of which doubles the neighbours of a row in a thread.
+
+    A product leaves two of every eight columns in each thread of a group of four. An exchange swaps a bit of a thread's
+    place in its group with one of the column's.
+    """
+    near, far = [[0, 2], [0, 4]], [[0, 8], [0, 16]]
+    held = near[:exchanges] + far[exchanges:]
+    shared = far[:exchanges] + near[exchanges:]
+    beyond = [[0, 1 << bit] for bit in range(5, columns.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 1], *held, *beyond, [8, 0]], [*shared, [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [rows, columns]
+    )
+
+
+@gluon.jit
+def store(place, stride_row, acc, total, rows_left):
+    """Divide a consumer's rows of a tile by their sums and write them, 16 bytes a thread at a time.
+
+    A product leaves pieces of four: 16 bytes of a row at a time would be half a sector of memory, and a long queue of
+    stores holds up what follows.
+    """
+    inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, acc.type.layout))
+    result = (acc * inverse[:, None]).to(place.dtype.element_ty)
+    # Two exchanges of one bit each stay in registers; at once they would go through shared memory, which is full. What
+    # stands between them keeps the compiler from merging them.
+    result = gl.convert_layout(result, _exchanged(acc.shape[0], acc.shape[1], 1))
+    result = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [result], dtype=result.dtype, is_pure=False, pack=2)
+    layout: gl.constexpr = _exchanged(acc.shape[0], acc.shape[1], 2)
+    result = gl.convert_layout(result, layout)
+    rows = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
-    out += batch.to(gl.int64) * stride_batch + head.to(gl.int64) * stride_head
     places = rows.to(gl.int64)[:, None] * stride_row + columns[None, :]
-    gl.store(out + places, result, mask=(rows < length)[:, None])
+    gl.store(place + places, result, mask=(rows < rows_left)[:, None])
 
 
 @gluon.jit
@@ -60,7 +90,7 @@ def consumer(
     key_smem, key_ready = key_ring
     value_smem, value_ready = value_ring
     numbers, told = notes
-    length, heads, _, planes, section, count_q, count_k = sizes
+    length, heads, _, _, _, count_q, count_k = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
     TWO_MASKS: gl.constexpr = CAUSAL and BLOCK_Q > BLOCK_K
     ROWS: gl.constexpr = BLOCK_Q // 2
@@ -80,26 +110,23 @@ def consumer(
     phase = 0
     query_phase = 0
     mbarrier.wait(told.index(0), 0)
-    tile = read(numbers, 0)
-    count = read(numbers, 1)
-    left = read(numbers, 2)
-    right = read(numbers, 3)
+    batch, head, block, count, left, right = read_tile(numbers, 0)
     mbarrier.wait(query_ready.index(0), 0)
     mbarrier.wait(key_ready.index(0), 0)
     scores = warpgroup_mma(queries, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    while tile >= 0:
+    while batch >= 0:
         # ``scores`` are those of the tile's first step, the one that may need a mask. Its keys are free now, and so
         # are the values of the step before, the end of the last tile.
         mbarrier.arrive(free.index(slot), count=1)
         # In registers, or wgmma would read the queries from shared memory again for every step.
         query = queries.load(query_layout)
         mbarrier.arrive(query_free.index(0), count=1)
-        plane, block = locate(tile, planes, section, count_q, CAUSAL)
         first_row = block * BLOCK_Q + PART * ROWS
+        place = place_of(out, strides, batch, head, first_row)
         rows = first_row + gl.arange(0, ROWS, layout=rows_of)
         steps = (count + PARTS - 1) // PARTS
-        scores = _mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
+        scores = mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)
         peak, c, shift, decay = follow(scores, lowest(steep, ROWS, rows_of), scale, steep)
         left_half, right_half = halves(gl.exp2(exponents(scores, c, shift)))
@@ -109,7 +136,7 @@ def consumer(
         if TWO_MASKS:
             # The block before the last may lie on the diagonal too; in an odd list it belongs to the second step.
             odd = count % 2 == 1
-            entries = indices + (plane * count_q + block).to(gl.int64) * count_k
+            entries = indices + ((batch * heads + head) * count_q + block).to(gl.int64) * count_k
             left = gl.load(entries + gl.maximum(count - 3, 0)) * BLOCK_K
             right = gl.load(entries + gl.maximum(count - 2, 0)) * BLOCK_K
         near, near_phase = after(slot, phase, STAGES)
@@ -126,7 +153,7 @@ def consumer(
             scores = warpgroup_mma_wait(1, deps=[scores])
             if TWO_MASKS:  # noqa: SIM102 (one is known to the compiler, the other is not)
                 if (step == 1) & odd:
-                    scores = _mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
+                    scores = mask(scores, rows, left, right, length, BLOCK_K, CAUSAL)
             peak, c, shift, decay = follow(scores, peak, scale, steep)
             left_half, right_half = halves(exponents(scores, c, shift))
             left_half = gl.exp2(left_half)
@@ -151,15 +178,12 @@ def consumer(
         query_phase ^= 1
         slot, phase = after(slot, phase, STAGES)
         mbarrier.wait(told.index(0), query_phase)
-        tile = read(numbers, 0)
-        count = read(numbers, 1)
-        left = read(numbers, 2)
-        right = read(numbers, 3)
-        mbarrier.wait(query_ready.index(0), query_phase, pred=tile >= 0)
-        mbarrier.wait(key_ready.index(slot), phase, pred=tile >= 0)
+        batch, head, block, count, left, right = read_tile(numbers, 0)
+        mbarrier.wait(query_ready.index(0), query_phase, pred=batch >= 0)
+        mbarrier.wait(key_ready.index(slot), phase, pred=batch >= 0)
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
         scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc, weight = warpgroup_mma_wait(1, deps=[acc, weight])
         total = row_sums(sums, rows_of)
-        _store(out, strides, acc, total, plane // heads, plane % heads, first_row, length)
+        store(place, strides[2], acc, total, length - first_row)
         scores = warpgroup_mma_wait(0, deps=[scores])

@@ -103,8 +103,8 @@ def attend(
 def _launch(operands: Quantised, lists: BlockLists, out: Tensor, causal: bool) -> None:
     batch, heads, length, dim = out.shape
     count_q, kv_heads = block_count(length, BLOCK), operands.k.shape[1]
-    tiles = batch * heads * count_q
-    forward_kernel[(min(hopper._processors(out.device), tiles),)](
+    groups, planes = heads // kv_heads, batch * heads
+    forward_kernel[(min(hopper._processors(out.device), planes * count_q),)](
         _descriptor(operands.q, BLOCK // 2, dim),
         _descriptor(operands.k, BLOCK, dim),
         _descriptor(operands.v, dim, BLOCK // 2),
@@ -117,10 +117,11 @@ def _launch(operands: Quantised, lists: BlockLists, out: Tensor, causal: bool) -
         torch.zeros(1, dtype=torch.int32, device=out.device),
         length,
         heads,
-        heads // kv_heads,
+        groups,
+        planes,
+        hopper.section(length, dim, groups, operands.k.element_size()),
         count_q,
         lists.indices.shape[-1],
-        tiles,
         *out.stride()[:3],
         HEAD_DIM=dim,
         STAGES=STAGES,

@@ -10,9 +10,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from afbs_compile.kernels.fp8 import WEIGHT_EXPONENT
-from afbs_compile.kernels.hopper_common import STEP, after, read
-from afbs_compile.kernels.hopper_consumer import _mask, _store
-from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, locate
+from afbs_compile.kernels.hopper_common import QUERY_STAGES, STEP, after, read, read_tile
+from afbs_compile.kernels.hopper_consumer import mask, place_of, store
 from afbs_compile.kernels.hopper_softmax import decayed, halves, part_sums, row_maxima, row_sums
 
 SHIFT = gl.constexpr(float(WEIGHT_EXPONENT))
@@ -122,7 +121,7 @@ def consumer(
     value_smem, value_ready = rings[2]
     free = rings[3]
     numbers, step_scales, told = notes
-    length, heads, _, count_q, _, _ = sizes
+    length, heads, _, _, _, count_q, _ = sizes
     ROWS: gl.constexpr = STEP // 2
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 32])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 32])
@@ -146,21 +145,19 @@ def consumer(
     query_slot = 0
     query_phase = 0
     mbarrier.wait(told.index(0), 0)
-    tile = read(numbers, 0)
+    batch, head, block, steps, first_key, _ = read_tile(numbers, 0)
     mbarrier.wait(query_ready.index(0), 0)
     mbarrier.wait(key_ready.index(0), 0)
     key_bits = read(step_scales, 0)
     value_bits = read(step_scales, 1)
     scores = warpgroup_mma(queries.index(PART), keys.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    while tile >= 0:
+    while batch >= 0:
         # ``scores`` are those of the tile's first step, the only one that may need a mask.
-        steps = read(numbers, NOTE * query_slot + 1)
-        first_key = read(numbers, NOTE * query_slot + 2)
-        _, _, block = locate(tile, heads, count_q, CAUSAL)
-        rows = block * STEP + lines
-        query_scale = gl.load(query_scales + (tile // count_q * count_q + block).to(gl.int64) * STEP + lines)
-        scores = _mask(scores, rows, first_key, first_key, length, STEP, CAUSAL)
+        first_row = block * STEP + PART * ROWS
+        place = place_of(out, strides, batch, head, first_row)
+        query_scale = gl.load(query_scales + ((batch * heads + head) * count_q + block).to(gl.int64) * STEP + lines)
+        scores = mask(scores, block * STEP + lines, first_key, first_key, length, STEP, CAUSAL)
         peak = gl.full([ROWS], float("-inf"), gl.float32, layout=rows_of)
         sums = gl.zeros([ROWS, 8], gl.float32, layout=sums_layout)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)
@@ -201,14 +198,13 @@ def consumer(
         mbarrier.arrive(free.index(slot), count=1)
         mbarrier.arrive(query_free.index(query_slot), count=1)
         last_slot = slot
-        last_tile = tile
         last_bits = value_bits
         query_slot, query_phase = after(query_slot, query_phase, QUERY_STAGES)
         slot, phase = after(slot, phase, STAGES)
         mbarrier.wait(told.index(query_slot), query_phase)
-        tile = read(numbers, NOTE * query_slot)
-        mbarrier.wait(query_ready.index(query_slot), query_phase, pred=tile >= 0)
-        mbarrier.wait(key_ready.index(slot), phase, pred=tile >= 0)
+        batch, head, block, steps, first_key, _ = read_tile(numbers, query_slot)
+        mbarrier.wait(query_ready.index(query_slot), query_phase, pred=batch >= 0)
+        mbarrier.wait(key_ready.index(slot), phase, pred=batch >= 0)
         key_bits = read(step_scales, 2 * slot)
         value_bits = read(step_scales, 2 * slot + 1)
         added = warpgroup_mma(
@@ -220,7 +216,6 @@ def consumer(
         scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)
         added = warpgroup_mma_wait(1, deps=[added])
         acc = acc * gl.convert_layout(decay * unit, out_rows_of)[:, None] + added
-        batch, head, block = locate(last_tile, heads, count_q, CAUSAL)
         total = row_sums(sums, rows_of)
-        _store(out, strides, acc, total * _inverse(last_bits), batch, head, block * STEP + PART * ROWS, length)
+        store(place, strides[2], acc, total * _inverse(last_bits), length - first_row)
         scores = warpgroup_mma_wait(0, deps=[scores])

@@ -14,14 +14,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from afbs_compile.kernels.hopper_common import STEP, ring
-from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES
+from afbs_compile.kernels.hopper_common import NOTE, QUERY_STAGES, STEP, ring
 from afbs_compile.kernels.hopper_fp8_consumer import consumer
 from afbs_compile.kernels.hopper_fp8_producer import producer
 
 
 # One compilation for all sizes; strides stay apart, for stores are wide only where they are multiples of 16.
-@gluon.jit(do_not_specialize=["length", "heads", "groups", "count_q", "count_k", "tiles"])
+@gluon.jit(do_not_specialize=["length", "heads", "groups", "planes", "section", "count_q", "count_k"])
 def forward_kernel(
     query_desc,
     key_desc,
@@ -36,9 +35,10 @@ def forward_kernel(
     length,
     heads,
     groups,
+    planes,
+    section,
     count_q,
     count_k,
-    tiles,
     stride_out_batch,
     stride_out_head,
     stride_out_row,
@@ -62,7 +62,7 @@ def forward_kernel(
         (value_smem, ring(STAGES, 1)),
         ring(STAGES, 2),
     )
-    sizes = (length, heads, groups, count_q, count_k, tiles)
+    sizes = (length, heads, groups, planes, section, count_q, count_k)
     strides = (stride_out_batch, stride_out_head, stride_out_row)
     gl.warp_specialize(
         [

@@ -9,8 +9,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from afbs_compile.kernels.hopper_common import STEP, after, tell
-from afbs_compile.kernels.hopper_fp8_common import NOTE, QUERY_STAGES, ends, locate
+from afbs_compile.kernels.hopper_common import QUERY_STAGES, STEP, after, locate, tell, tell_tile
+from afbs_compile.kernels.hopper_producer import ends
+
+# Newer Triton releases have another name for it.
+all_told = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -20,34 +23,34 @@ def producer(
 ):  # fmt: skip
     """Draw tiles and copy what they need, as far ahead as the rings allow."""
     query_desc, key_desc, value_desc = descriptors
-    counts, indices = lists
+    _, indices = lists
     key_scales, value_scales = scales
     query_smem, query_ready, query_free = rings[0]
     key_smem, key_ready = rings[1]
     value_smem, value_ready = rings[2]
     free = rings[3]
     numbers, step_scales, told = notes
-    _, heads, groups, count_q, count_k, tiles = sizes
+    _, heads, groups, planes, section, count_q, count_k = sizes
 
     slot = 0
     phase = 1
     query_slot = 0
     query_phase = 1
     tile = gl.program_id(0)
-    count, last = ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL)
-    while tile < tiles:
-        batch, head, block = locate(tile, heads, count_q, CAUSAL)
+    count, last, _ = ends(tile, lists, planes, section, count_q, count_k, CAUSAL, 1)
+    while tile < planes * count_q:
+        plane, block = locate(tile, planes, section, count_q, CAUSAL)
+        batch = plane // heads
+        head = plane % heads
         head_k = head // groups
-        entries = indices + (tile // count_q * count_q + block).to(gl.int64) * count_k
+        entries = indices + (plane * count_q + block).to(gl.int64) * count_k
         # The scales of a key head's blocks lie one after the other.
         first_scale = (batch * (heads // groups) + head_k) * count_k
         entry = count - 1
         block_k = last
 
         mbarrier.wait(query_free.index(query_slot), query_phase)
-        tell(numbers, NOTE * query_slot, tile)
-        tell(numbers, NOTE * query_slot + 1, count)
-        tell(numbers, NOTE * query_slot + 2, last * STEP)
+        tell_tile(numbers, query_slot, batch, head, block, count, last * STEP, last * STEP)
         mbarrier.arrive(told.index(query_slot), count=1)
         ready = query_ready.index(query_slot)
         mbarrier.expect(ready, STEP * HEAD_DIM)
@@ -69,6 +72,7 @@ def producer(
             # before the barrier is armed, so whoever passes it can read them.
             tell(step_scales, 2 * slot, key_scale)
             tell(step_scales, 2 * slot + 1, value_scale)
+            all_told()
             mbarrier.expect(key_ready.index(slot), STEP * HEAD_DIM)
             tma.async_copy_global_to_shared(
                 key_desc, [batch, head_k, block_k * STEP, 0], key_ready.index(slot), key_smem.index(slot)
@@ -88,9 +92,8 @@ def producer(
             if step == 0:
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-                count, last = ends(tile, counts, indices, count_q, count_k, tiles, CAUSAL)
+                count, last, _ = ends(tile, lists, planes, section, count_q, count_k, CAUSAL, 1)
 
     mbarrier.wait(query_free.index(query_slot), query_phase)
-    tell(numbers, NOTE * query_slot, -1)
-    tell(numbers, NOTE * query_slot + 1, 0)
+    tell_tile(numbers, query_slot, -1, 0, 0, 0, 0, 0)
     mbarrier.arrive(told.index(query_slot), count=1)

@@ -26,7 +26,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from afbs_compile.kernels.hopper_common import CHUNK, STEP, ring
+from afbs_compile.kernels.hopper_common import CHUNK, NOTE, STEP, ring
 from afbs_compile.kernels.hopper_consumer import consumer
 from afbs_compile.kernels.hopper_producer import producer
 
@@ -67,7 +67,7 @@ def forward_kernel(
     query_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 1, BLOCK_Q // 2, HEAD_DIM], query_desc.layout)
     key_smem = gl.allocate_shared_memory(DTYPE, [PIECES, 1, 1, BLOCK_K, CHUNK], key_desc.layout)
     value_smem = gl.allocate_shared_memory(DTYPE, [PIECES, 1, 1, BLOCK_K, CHUNK], value_desc.layout)
-    numbers = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    numbers = gl.allocate_shared_memory(gl.int32, [NOTE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     notes = (numbers, ring(1, 1))
     rings = (
         (query_smem, ring(1, 1), ring(1, 2)),

@@ -9,11 +9,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from afbs_compile.kernels.hopper_common import CHUNK, STEP, after, locate, tell
+from afbs_compile.kernels.hopper_common import CHUNK, STEP, after, locate, tell_tile
 
 
 @gluon.jit
-def _ends(tile, lists, planes, section, count_q, count_k, CAUSAL: gl.constexpr, PARTS: gl.constexpr):
+def ends(tile, lists, planes, section, count_q, count_k, CAUSAL: gl.constexpr, PARTS: gl.constexpr):
     """Length of a tile's list and its last two entries (where two make a step; one entry twice where there is one)."""
     counts, indices = lists
     plane, block = locate(gl.minimum(tile, planes * count_q - 1), planes, section, count_q, CAUSAL)
@@ -60,7 +60,7 @@ def producer(
     phase = 1
     query_phase = 1
     tile = gl.program_id(0)
-    count, last, before = _ends(tile, lists, planes, section, count_q, count_k, CAUSAL, PARTS)
+    count, last, before = ends(tile, lists, planes, section, count_q, count_k, CAUSAL, PARTS)
     while tile < planes * count_q:
         plane, block = locate(tile, planes, section, count_q, CAUSAL)
         batch = plane // heads
@@ -79,10 +79,7 @@ def producer(
             entry = count - 2 + odd
 
         mbarrier.wait(query_free.index(0), query_phase)
-        tell(numbers, 0, tile)
-        tell(numbers, 1, count)
-        tell(numbers, 2, left)
-        tell(numbers, 3, right)
+        tell_tile(numbers, 0, batch, head, block, count, left, right)
         mbarrier.arrive(told.index(0), count=1)
         ready = query_ready.index(0)
         mbarrier.expect(ready, BLOCK_Q * HEAD_DIM * 2)
@@ -111,9 +108,8 @@ def producer(
             if step == 0:
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-                count, last, before = _ends(tile, lists, planes, section, count_q, count_k, CAUSAL, PARTS)
+                count, last, before = ends(tile, lists, planes, section, count_q, count_k, CAUSAL, PARTS)
 
     mbarrier.wait(query_free.index(0), query_phase)
-    tell(numbers, 0, -1)
-    tell(numbers, 1, 0)
+    tell_tile(numbers, 0, -1, 0, 0, 0, 0, 0)
     mbarrier.arrive(told.index(0), count=1)
