@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def errors_on(recipe: Recipe, model: Any, windows: Sequence[Tensor]) -> Tensor:
     for name, operands in capture(sample_runs(model, windows)):
         site = by_name[name]
         policy = [head.policy for head in site.heads]
+        operands = [replace(sample, last_rows=site.last_rows) for sample in operands]
         meter = Meter(operands, block_q=site.block_q, block_k=site.block_k, windows=1, policy=policy)
         errors.append(meter(Thresholds.of(site.heads)).error)
     return torch.stack(errors)

@@ -100,7 +100,11 @@ def sites_of(recipe: Recipe) -> dict[str, SiteThresholds]:
     """The recipe's thresholds, whether or not the site was faster."""
     return {
         site.name: SiteThresholds(
-            Thresholds.of(site.heads), site.block_q, site.block_k, tuple(head.policy for head in site.heads)
+            Thresholds.of(site.heads),
+            site.block_q,
+            site.block_k,
+            tuple(head.policy for head in site.heads),
+            last_rows=site.last_rows,
         )
         for site in recipe.sites
         if site.heads

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from afbs_compile.found import FoundGraph
 from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.rewrite import SiteConstants, rewrite
 from afbs_compile.tuner.inputs import Inputs
-from afbs_compile.tuner.measure import Meter
+from afbs_compile.tuner.measure import Meter, with_whole_end
 from afbs_compile.tuner.site import TuneSettings, search_curves
 from afbs_compile.tuner.space import Thresholds
 from afbs_compile.tuner.speed import Stopwatch
@@ -108,6 +108,7 @@ def compare(
                 _search(name, given, tolerance, outcome, stopwatch)
                 constants = outcome.constants[-1]
                 shape = {"block_q": constants.block_q, "block_k": constants.block_k}
+                tests = [replace(sample, last_rows=constants.last_rows) for sample in tests]
                 meter = Meter(tests, **shape, windows=1, policy=constants.policy or None)
                 chosen = Thresholds(*(torch.tensor(x) for x in (constants.tau, constants.theta, constants.lam)))
                 outcome.unseen.append(meter(chosen).error)
@@ -133,15 +134,16 @@ def rewritten(runs: Sequence[SampleRun], constants: Sequence[SiteConstants]) -> 
 def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outcome, stopwatch: Stopwatch) -> None:
     began = now()
     if name == ONE_PASS:
-        result = search_curves(Inputs(operands), TuneSettings(tolerance=tolerance), stopwatch)
+        result = search_curves(Inputs(with_whole_end(operands)), TuneSettings(tolerance=tolerance), stopwatch)
         thresholds, sparsity, shape = result.thresholds, result.measured.sparsity, result.shape
-        policy = result.policy
+        policy, last_rows = result.policy, result.last_rows
         evaluations, calls, path = result.evaluations, math.nan, []
         path = [(math.nan, evaluations, float(sparsity.mean()), float(result.measured.worst.mean()))]
     else:
         search = Search(Meter(operands, block_q=64, block_k=64), tolerance)
         PEERS[name](search)
         thresholds, sparsity, shape, policy = search.best, search.sparsity, (64, 64), ()
+        last_rows = 0
         evaluations, calls, path = search.meter.evaluations, search.meter.calls, search.path
     outcome.seconds += now() - began
     outcome.evaluations.append(evaluations)
@@ -149,7 +151,7 @@ def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outc
     outcome.sparsity.append(sparsity)
     outcome.paths.append(path)
     columns = (tuple(x.tolist()) for x in (thresholds.tau, thresholds.theta, thresholds.lam))
-    outcome.constants.append(SiteConstants(*columns, *shape, min_length=0, policy=policy))
+    outcome.constants.append(SiteConstants(*columns, *shape, min_length=0, policy=policy, last_rows=last_rows))
 
 
 def now() -> float:

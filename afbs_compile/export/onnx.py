@@ -52,6 +52,7 @@ ATTRIBUTES = {
     "scale": (FLOAT, "softmax scale"),
     "block_q": (INT, "rows of a query block"),
     "block_k": (INT, "rows of a key block; block_q is a multiple of it"),
+    "last_rows": (INT, "query blocks that hold one of this many last rows keep every block"),
     "min_length": (INT, "shorter sequences keep every block"),
     "max_length": (INT, "longer sequences keep every block; 0 for no limit"),
     "predictor_version": (INT, "version of the selection rule; a native kernel must implement this one"),
@@ -205,6 +206,7 @@ def _sparse_attention_node() -> Callable[..., Any]:
         min_length: int = 0,
         max_length: int = 0,
         policy: Sequence[str] | None = None,
+        last_rows: int = 0,
     ) -> Any:
         names = list(policy or [DEFAULT_POLICY] * len(tau))
         return node(
@@ -218,6 +220,7 @@ def _sparse_attention_node() -> Callable[..., Any]:
             scale=scale,
             block_q=block_q,
             block_k=block_k,
+            last_rows=last_rows,
             min_length=min_length,
             max_length=max_length,
             policy=names,

@@ -165,9 +165,10 @@ KeepByWindow <block_q, block_k> (q, heads, tau, visible) => (keep)
 """
 
 BLOCKS_IN_REACH = """
-BlocksInReach <is_causal, block_q, block_k> (length) => (visible, diagonal)
+BlocksInReach <is_causal, block_q, block_k, last_rows: int = 0> (length) => (visible, kept)
 {
-    # visible: some row of the query block may attend some key; diagonal: the blocks share rows
+    # visible: some row of the query block may attend some key; kept: the blocks share rows, or those of the query block
+    # are among the last
     zero = Constant <value = int64 {0}> ()
     column = Constant <value = int64[1] {-1}> ()
     size_q = Constant <value_int: int = @block_q> ()
@@ -183,6 +184,12 @@ BlocksInReach <is_causal, block_q, block_k> (length) => (visible, diagonal)
     begins_before = Less (first_k, end_q)
     ends_after = Less (first_q, end_k)
     diagonal = And (begins_before, ends_after)
+    last = Constant <value_int: int = @last_rows> ()
+    before_last = Sub (length, last)
+    some_last = Greater (last, zero)
+    reaches = Greater (end_q, before_last)
+    whole = And (reaches, some_last)
+    kept = Or (diagonal, whole)
     visible = Or (begins_before, any_key)
 }
 """
@@ -208,7 +215,7 @@ HeadsWith (code, first, last, selects) => (heads, some)
 """
 
 PREDICT_MASK = """
-PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_length, max_length>
+PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_length, max_length, last_rows: int = 0>
     (q, k) => (live)
 {
     head_axes = Constant <value = int64[2] {1, 2}> ()
@@ -230,8 +237,9 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
     length1 = Shape <start = 2, end = 3> (q)
     count = Squeeze (count1)
     length = Squeeze (length1)
-    visible, diagonal = afbs.BlocksInReach
-        <is_causal: int = @is_causal, block_q: int = @block_q, block_k: int = @block_k> (length)
+    visible, always = afbs.BlocksInReach
+        <is_causal: int = @is_causal, block_q: int = @block_q, block_k: int = @block_k, last_rows: int = @last_rows>
+        (length)
     blocks = Shape (visible)
     none_shape = Concat <axis = 0> (batch1, zero1, blocks)
     nothing = Expand (no, none_shape)
@@ -304,8 +312,8 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
     past = Greater (length, longest)
     long = And (limited, past)
     outside = Or (short, long)
-    always = Or (diagonal, outside)
-    kept = Or (keep, always)
+    anyway = Or (always, outside)
+    kept = Or (keep, anyway)
     live = And (kept, visible)
 }
 """

@@ -132,6 +132,7 @@ def call_plugins(gm: fx.GraphModule) -> int:
                     scale,
                     *(given[name] for name in ("block_q", "block_k", "min_length", "max_length")),
                     ",".join(given.get("policy") or ()),
+                    given.get("last_rows", 0),
                 ),
             )
         plugin.meta = dict(node.meta)
@@ -167,6 +168,7 @@ def sparse_attention_plugin(
     min_length: int = 0,
     max_length: int = 0,
     policy: str = "",
+    last_rows: int = 0,
 ) -> Tensor:
     """``afbs::sparse_attention`` with its thresholds as text and a contiguous result.
 
@@ -178,7 +180,7 @@ def sparse_attention_plugin(
     thresholds = (from_text(text) for text in (tau, theta, lam))
     names = policy.split(",") if policy else None
     out = afbs_compile.kernels.op.sparse_attention(
-        q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length, max_length, names
+        q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length, max_length, names, last_rows=last_rows
     )
     result: Tensor = out.contiguous()
     return result
@@ -199,6 +201,7 @@ def _(
     min_length: int = 0,
     max_length: int = 0,
     policy: str = "",
+    last_rows: int = 0,
 ) -> Tensor:
     """The shape of q, unchecked: the generator asks with sizes that no attention has."""
     return q.new_empty(q.shape)

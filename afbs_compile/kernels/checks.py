@@ -28,6 +28,7 @@ def check_call(
     policy: Sequence[str] | None,
     precision: Sequence[str] | None,
     fp8_constants: Sequence[float] | None,
+    last_rows: int,
 ) -> None:
     """Refuse arguments that no engine takes; of the tensors only shapes, dtypes and devices are read.
 
@@ -37,6 +38,8 @@ def check_call(
     _check_tensors(q, k, v)
     _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     check_precision(q, k, precision, fp8_constants)
+    if last_rows < 0:
+        raise ValueError(f"last_rows is {last_rows}; accepted: 0 or more")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

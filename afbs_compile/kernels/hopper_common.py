@@ -45,15 +45,23 @@ def locate(tile, planes, section, count_q, CAUSAL: gl.constexpr):
     """Plane (batch and head) and query block of a tile.
 
     ``section`` planes, whose keys and values fit the cache together, take turns; under causality longest rows first,
-    for the short ones fill the end.
+    for the short ones fill the end. The last rows of all planes come before everything: they may be whole, and then
+    take several times as long as any other.
     """
-    first = tile // (section * count_q) * section
-    width = gl.minimum(section, planes - first)
-    place = tile - first * count_q
-    block = place // width
+    ahead = 0
+    count = count_q
     if CAUSAL:
-        block = count_q - 1 - block
-    return first + place % width, block
+        ahead = planes
+        count = gl.maximum(count_q - 1, 1)
+    first = (tile - ahead) // (section * count) * section
+    width = gl.minimum(section, planes - first)
+    place = tile - ahead - first * count
+    block = place // width
+    plane = first + place % width
+    if CAUSAL:
+        plane = gl.where(tile < ahead, tile, plane)
+        block = gl.where(tile < ahead, count_q - 1, count_q - 2 - block)
+    return plane, block
 
 
 @gluon.jit

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.policies.base import ALWAYS
 from afbs_compile.kernels.policy import DEFAULT, levels
-from afbs_compile.kernels.reference import block_count, diagonal_blocks, visible_blocks
+from afbs_compile.kernels.reference import block_count, diagonal_blocks, kept_blocks, visible_blocks
 
 WORKING_BYTES = 384 * 2**20
 """Memory that a pass may take for itself, about; it goes through the heads in groups that fit."""
@@ -71,9 +71,13 @@ def visit_order(level: Tensor, diagonal: Tensor) -> Visit:
 
 
 @functools.lru_cache(maxsize=4)
-def _places(shape: tuple[int, int, int, int], causal: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The visible and the diagonal blocks. A calibration asks for the same ones again and again."""
-    return visible_blocks(*shape, causal, device), diagonal_blocks(*shape, device)
+def _places(
+    length: int, block_q: int, block_k: int, causal: bool, last_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The visible, the always kept and the diagonal blocks. A calibration asks for the same ones again and again."""
+    shape = (block_count(length, block_q), block_count(length, block_k), block_q, block_k)
+    kept = kept_blocks(length, block_q, block_k, last_rows, device)
+    return visible_blocks(*shape, causal, device), kept, diagonal_blocks(*shape, device)
 
 
 def one_pass(
@@ -90,6 +94,7 @@ def one_pass(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    last_rows: int = 0,
 ) -> PassSums:
     """Measure every threshold of every head on one input.
 
@@ -102,6 +107,7 @@ def one_pass(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
+        last_rows: query blocks that hold one of this many last rows keep every block.
 
     Returns:
         Sums per query block, on the device of ``q``. A row whose output overflows measures NaN or infinity.
@@ -109,21 +115,20 @@ def one_pass(
     heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     tau = tau.to(q.device, non_blocking=True)
-    count_k = block_count(length, block_k)
-    shape = (block_count(length, block_q), count_k, block_q, block_k)
-    rows = torch.arange(shape[0]) if rows is None else rows
+    count_q, count_k = block_count(length, block_q), block_count(length, block_k)
+    rows = torch.arange(count_q) if rows is None else rows
     rows = rows.to(q.device, non_blocking=True).contiguous()
-    places = _places(shape, causal, q.device)
-    visible, diagonal = (blocks[rows] for blocks in places)
+    places = _places(length, block_q, block_k, causal, last_rows, q.device)
+    visible, _, diagonal = (blocks[rows] for blocks in places)
     measure = _triton_pass if q.device.type == "cuda" else torch_pass
     parts = []
-    for some, kv in _head_groups(heads, k.shape[0], shape[0] * count_k * VISIT_BYTES):
+    for some, kv in _head_groups(heads, k.shape[0], count_q * count_k * VISIT_BYTES):
         limits = theta[some] if policy == DEFAULT else None
         level = levels(
             policy, q[None, some], k[None, kv], limits,
-            causal=causal, scale=scale, block_q=block_q, block_k=block_k, places=places,
+            causal=causal, scale=scale, block_q=block_q, block_k=block_k, places=places[:2],
         )[0]  # fmt: skip
-        visit = visit_order(level if len(rows) == shape[0] else level[:, rows], diagonal)
+        visit = visit_order(level if len(rows) == count_q else level[:, rows], diagonal)
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.
         live = torch.searchsorted(visit.level, tau[some, None].expand(-1, len(rows), -1).contiguous(), out_int32=True)
         difference, magnitude = measure(

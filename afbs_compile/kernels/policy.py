@@ -71,6 +71,7 @@ def levels(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    last_rows: int = 0,
     places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The tau from which each block is live: at any tau above its level.
@@ -82,11 +83,12 @@ def levels(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two from 16; ``block_q`` is a multiple of ``block_k``.
-        places: the visible and the diagonal blocks, bool ``[n_q, n_k]`` each, of a caller that has them.
+        last_rows: query blocks that hold one of this many last rows keep every block.
+        places: the visible blocks and those that are always kept, bool ``[n_q, n_k]`` each, of a caller that has them.
 
     Returns:
-        fp32 ``[B, H, n_q, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (diagonal ones, those that theta
-        keeps, rows with NaN), infinity for invisible ones, in [0, 1) for the others.
+        fp32 ``[B, H, n_q, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (diagonal ones, those of the last
+        rows, those that theta keeps, rows with NaN), infinity for invisible ones, in [0, 1) for the others.
 
     Raises:
         ValueError: there is no such policy, or it has no theta.
@@ -99,7 +101,7 @@ def levels(
         sizes = (*counts, block_q, block_k)
         places = (
             reference.visible_blocks(*sizes, causal, q.device),
-            reference.diagonal_blocks(*sizes, q.device),
+            reference.kept_blocks(q.shape[2], block_q, block_k, last_rows, q.device),
         )
     visible, kept = places
     candidates = visible

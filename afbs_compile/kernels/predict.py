@@ -58,26 +58,29 @@ def predict_mask(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    last_rows: int = 0,
 ) -> Tensor:
     """:func:`reference.predict_mask` with less work where no head asks for self-similarity; it may wait for the device.
 
     Arguments and result are those of the reference.
     """
-    call = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k}
+    call: dict[str, Any] = {
+        "causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k, "last_rows": last_rows
+    }  # fmt: skip
     if max(theta) >= 0.0:
-        return reference.predict_mask(q, k, tau, theta, **call)  # type: ignore[arg-type]
+        return reference.predict_mask(q, k, tau, theta, **call)
     mean_q, mean_k = _block_means(q, block_q), _block_means(k, block_k)
     if not (mean_q.isfinite().all() and mean_k.isfinite().all()):
         # A block with an infinite or NaN entry has no direction: it is not similar to itself.
-        return reference.predict_mask(q, k, tau, theta, **call)  # type: ignore[arg-type]
+        return reference.predict_mask(q, k, tau, theta, **call)
     sizes = (mean_q.shape[2], mean_k.shape[2], block_q, block_k)
     visible = reference.visible_blocks(*sizes, causal, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     probability = reference.block_probabilities(mean_q, mean_k, visible, scale=scale)
     tau_head = reference.per_head(tau, q)
-    kept = reference.select_blocks(probability, tau_head) | (tau_head >= reference.KEEP_ALL)
-    live: Tensor = (kept | reference.diagonal_blocks(*sizes, q.device)) & visible
-    return live
+    live = reference.select_blocks(probability, tau_head) | (tau_head >= reference.KEEP_ALL)
+    live = live | reference.kept_blocks(q.shape[2], block_q, block_k, last_rows, q.device)
+    return live & visible
 
 
 def _block_means(x: Tensor, block: int) -> Tensor:
@@ -101,6 +104,7 @@ def predict_blocks(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    last_rows: int = 0,
 ) -> BlockLists:
     """Predict the live blocks on the device of ``q``, in fp32 whatever the inputs.
 
@@ -111,12 +115,13 @@ def predict_blocks(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two; ``block_q`` is a multiple of ``block_k``.
+        last_rows: query blocks that hold one of this many last rows keep every block.
 
     Returns:
         The lists. Engines agree up to fp32 rounding: a block whose preceding mass lies within about 1e-5 of ``tau``
         may be live on one and not on the other.
     """
-    call: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k}
+    call: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k, "last_rows": last_rows}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type != "cuda":
         from afbs_compile.kernels import policy as policies  # it builds on this module

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.reference import block_count
+from afbs_compile.kernels.reference import block_count, first_whole_block
 
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -184,7 +184,7 @@ def _score_kernel(
     tl.store(scores + offsets, (product * scale).to(tl.int32, bitcast=True), mask=inside)
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "count_q", "programs_q"])
+@triton.jit(do_not_specialize=["heads", "groups", "count_q", "programs_q", "first_whole"])
 def _select_kernel(
     lists,
     counts,
@@ -195,6 +195,7 @@ def _select_kernel(
     count_q,
     count_k,
     programs_q,
+    first_whole,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -234,7 +235,7 @@ def _select_kernel(
         half = 0x20000000 >> shift
         above = tl.sum(tl.where(bits > threshold + half - 1, probability, 0.0), 0)
         threshold = tl.where(above < tau_head, threshold, threshold + half)
-    keep_all = (tau_head >= 1.0) | (coherent_row == 0) | (total != total)
+    keep_all = (tau_head >= 1.0) | (coherent_row == 0) | (total != total) | (block >= first_whole)
     threshold = tl.where(keep_all, -0x80000000, threshold)
 
     first_q = block * BLOCK_Q
@@ -326,6 +327,7 @@ def select_by_mass(
     causal: bool,
     block_q: int,
     block_k: int,
+    first_whole: int,
 ) -> None:
     """Replace the scores in ``lists.indices`` by the live blocks and fill ``lists.counts``.
 
@@ -334,16 +336,17 @@ def select_by_mass(
         similarity: what :func:`pooled_scores` returns, or ones.
         heads_k: key heads.
         tau, theta, causal, block_q, block_k: as in :func:`predict_blocks`.
+        first_whole: this query block and those after it keep every block.
     """
     batch, heads, count_q, count_k = lists.indices.shape
     columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):
         thresholds = device_constants((*tau, *theta), lists.indices.device)
         _selection(
-            (layout(lists.indices), heads_k, block_q, block_k, causal),
+            (layout(lists.indices), heads_k, block_q, block_k, causal, first_whole),
             batch * heads * count_q,
             *(lists.indices, lists.counts, similarity, thresholds),
-            *(heads, heads // heads_k, count_q, count_k, batch * heads * count_q),
+            *(heads, heads // heads_k, count_q, count_k, batch * heads * count_q, first_whole),
             *(block_q, block_k, causal, columns),
             warps=warps,
         )
@@ -369,6 +372,7 @@ def predict_blocks(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    last_rows: int = 0,
 ) -> BlockLists:
     """:func:`afbs_compile.kernels.predict.predict_blocks` on Triton, whatever the device.
 
@@ -379,5 +383,6 @@ def predict_blocks(
     if lists.counts.numel():
         blocks: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k}
         similarity = pooled_scores(q, k, lists.indices, has_theta=max(theta) >= 0.0, scale=scale, **blocks)
-        select_by_mass(lists, similarity, k.shape[1], tau, theta, **blocks)
+        first_whole = first_whole_block(q.shape[2], block_q, last_rows)
+        select_by_mass(lists, similarity, k.shape[1], tau, theta, first_whole=first_whole, **blocks)
     return lists

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PREDICTOR_VERSION = 1
+PREDICTOR_VERSION = 2
 """Raised whenever the same thresholds would select other blocks; a recipe of another version is refused."""
 
 KEEP_ALL = 1.0
@@ -84,6 +84,22 @@ def diagonal_blocks(count_q: int, count_k: int, block_q: int, block_k: int, devi
     return (first_k < first_q + block_q) & (first_q < first_k + block_k)
 
 
+def first_whole_block(length: int, block_q: int, last_rows: int) -> int:
+    """The first query block that holds one of the last ``last_rows`` rows; it and those after it keep every block.
+
+    The number of query blocks where ``last_rows`` is 0.
+    """
+    return max(0, length - last_rows) // block_q if last_rows > 0 else block_count(length, block_q)
+
+
+def kept_blocks(length: int, block_q: int, block_k: int, last_rows: int, device: torch.device) -> Tensor:
+    """``[n_q, n_k]`` bool: the blocks that every tau keeps: those on the diagonal, and all of the last rows."""
+    count_q, count_k = block_count(length, block_q), block_count(length, block_k)
+    kept = diagonal_blocks(count_q, count_k, block_q, block_k, device)
+    kept[first_whole_block(length, block_q, last_rows) :] = True
+    return kept
+
+
 def block_probabilities(mean_q: Tensor, mean_k: Tensor, candidates: Tensor, *, scale: float) -> Tensor:
     """Softmax over the candidate blocks of the pooled scores.
 
@@ -135,6 +151,7 @@ def predict_mask(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    last_rows: int = 0,
 ) -> Tensor:
     """Which key blocks each query block attends: the two filters of SpargeAttn and the blocks that are always kept.
 
@@ -150,6 +167,8 @@ def predict_mask(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
+        last_rows: query blocks that hold one of this many last rows keep every block. Those rows answer: what a
+            language model says next is read off the last one, and they have the whole text to find it in.
 
     Returns:
         bool ``[B, H, n_q, n_k]``, true where the block is live.
@@ -161,12 +180,12 @@ def predict_mask(
     mean_k, similarity_k = block_statistics(k, block_k)
     count_q, count_k = mean_q.shape[2], mean_k.shape[2]
     visible = visible_blocks(count_q, count_k, block_q, block_k, causal, q.device)
-    diagonal = diagonal_blocks(count_q, count_k, block_q, block_k, q.device)
+    kept = kept_blocks(q.shape[2], block_q, block_k, last_rows, q.device)
 
     coherent_k = similarity_k.repeat_interleave(groups, 1)[..., None, :] >= theta
     coherent_q = similarity_q[..., None] >= theta
     probability = block_probabilities(mean_q, mean_k, visible & coherent_k, scale=scale)
-    live = (select_blocks(probability, tau) & coherent_k) | ~coherent_k | ~coherent_q | (tau >= KEEP_ALL) | diagonal
+    live = (select_blocks(probability, tau) & coherent_k) | ~coherent_k | ~coherent_q | (tau >= KEEP_ALL) | kept
     return live & visible
 
 
@@ -242,7 +261,10 @@ def sparse_attention(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    last_rows: int = 0,
 ) -> Tensor:
     """Predict the live blocks, then attend over them: what ``afbs::sparse_attention`` computes."""
-    live = predict_mask(q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+    live = predict_mask(
+        q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k, last_rows=last_rows
+    )
     return masked_attention(q, k, v, live, lam, causal=causal, scale=scale, block_q=block_q, block_k=block_k)

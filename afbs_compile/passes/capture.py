@@ -28,6 +28,7 @@ class Operands:
         q: ``[B, H, N, D]``; k, v: ``[B, H_kv, N, D]``; detached.
         scale: softmax scale.
         causal: whether row r attends keys 0..r only.
+        last_rows: where the site is made sparse, query blocks that hold one of this many last rows keep every block.
     """
 
     q: Tensor
@@ -35,6 +36,7 @@ class Operands:
     v: Tensor
     scale: float
     causal: bool
+    last_rows: int = 0
 
 
 @dataclass(frozen=True)

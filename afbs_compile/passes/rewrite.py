@@ -32,6 +32,7 @@ class SiteConstants:
         policy: one name per query head; empty means ``meansim`` for all.
         precision: one name per query head; empty means that of the operands for all.
         fp8_constants: for the heads of precision ``fp8``; empty where there is none.
+        last_rows: query blocks that hold one of this many last rows keep every block.
     """
 
     tau: tuple[float, ...]
@@ -44,6 +45,7 @@ class SiteConstants:
     policy: tuple[str, ...] = ()
     precision: tuple[str, ...] = ()
     fp8_constants: tuple[float, ...] = ()
+    last_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) 
             **({"max_length": constants.max_length} if constants.max_length else {}),
             **_named_policies(constants),
             **_named_precisions(constants),
+            **({"last_rows": constants.last_rows} if constants.last_rows else {}),
         },
     )
     if site.rank != 4:  # the output has the shape of q: one head_dim for all operands

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,7 +94,8 @@ def operands(graphs: Sequence[AppliedGraph]) -> Iterator[tuple[SiteRecipe, list[
         with closing(capture(runs)) as walk:
             for name, found in walk:
                 if rows[name].heads:
-                    yield rows[name], found
+                    row = rows[name]
+                    yield row, [replace(sample, last_rows=row.last_rows) for sample in found]
 
 
 def rewritten(model: Callable[..., Any], recipe: Recipe, *, name: str = "the recipe given") -> Callable[..., Any]:

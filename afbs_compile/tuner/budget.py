@@ -70,6 +70,7 @@ class SitePoints:
         tau, theta: thresholds, ``[H, points]``; error: relative L1 of the head's output; live: share of the valid
             blocks that is computed. Points that must not be used have a NaN error.
         block_q, block_k: block shape of all points; policy: a name per head.
+        last_rows: query blocks that hold one of this many last rows keep every block.
     """
 
     name: str
@@ -80,6 +81,7 @@ class SitePoints:
     block_q: int
     block_k: int
     policy: tuple[Policy, ...]
+    last_rows: int = 0
 
     @property
     def heads(self) -> int:
@@ -90,7 +92,8 @@ class SitePoints:
         """Thresholds at one point of each head, ``[H]``."""
         tau, theta = (values.gather(1, points[:, None])[:, 0] for values in (self.tau, self.theta))
         lam = Thresholds.dense(self.heads).lam
-        return SiteThresholds(Thresholds(tau, theta, lam), self.block_q, self.block_k, self.policy)
+        thresholds = Thresholds(tau, theta, lam)
+        return SiteThresholds(thresholds, self.block_q, self.block_k, self.policy, last_rows=self.last_rows)
 
     def reference_points(self) -> Tensor:
         """``[H]``: the sparsest point of each head with at most :data:`REFERENCE_ERROR`; 0 where there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,19 +22,27 @@ CHUNK_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class SiteThresholds:
-    """What runs at one site: thresholds per head, their block shape and policies, and the heads' precision."""
+    """What runs at one site.
+
+    Attributes:
+        thresholds: per head; policy, precision: likewise.
+        block_q, block_k: rows per block.
+        last_rows: query blocks that hold one of this many last rows keep every block.
+    """
 
     thresholds: Thresholds
     block_q: int
     block_k: int
     policy: tuple[str, ...] | None = None
     precision: SitePrecision | None = None
+    last_rows: int = 0
 
     def attend(self, operands: Operands) -> Tensor | None:
         """Sparse attention on a site's operands; ``None`` where every head is DENSE."""
         if self.thresholds.is_dense.all():
             return None
         shape = self.block_q, self.block_k
+        operands = replace(operands, last_rows=self.last_rows)
         return sparse_attention(operands, self.thresholds, self.policy, *shape, self.precision)[0]
 
 

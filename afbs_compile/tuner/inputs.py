@@ -144,6 +144,7 @@ class Inputs:
         element, dense = self.elements[index], self.dense(index)
         q, k, v, out = element.q[0], element.k[0], element.v[0], dense[0]
         call: dict[str, Any] = {"rows": rows, "causal": element.causal, "scale": element.scale, **shape._asdict()}
+        call["last_rows"] = element.last_rows
         wanted = torch.arange(self.heads) if heads is None else heads
         parts, places = [], []
         for name, mine in heads_of(policy).items():

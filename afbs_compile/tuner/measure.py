@@ -24,6 +24,9 @@ L1_ELEMENTS = 2**24
 LOW_FIDELITY_SHARE = 4
 """The paper's stage 1 runs on short sequences: here a quarter of the length, a sixteenth of the work."""
 
+LAST_ROWS = 64
+"""Rows at the end of a causal input that attend everything (:func:`with_whole_end`): as many as MInference looks at."""
+
 MIN_LOW_BLOCKS = 16
 """Fewer blocks than this say little about a long sequence: then the low fidelity is the full length."""
 
@@ -125,6 +128,16 @@ class Meter:
         return 1 - counts.sum(-1).float().mean(0) / valid.item()
 
 
+def with_whole_end(samples: Sequence[Operands]) -> list[Operands]:
+    """Samples whose last rows attend everything, where they are causal.
+
+    A language model's answer is read off its last row, and what it needs may lie in a block that nothing but that row
+    asks for: one row of many does not move a block's mean, so no predictor of blocks can know. The error of a head does
+    not show it either, for it is a sum over all rows.
+    """
+    return [replace(sample, last_rows=LAST_ROWS) if sample.causal else sample for sample in samples]
+
+
 def low_fidelity(meter: Meter, windows: int | None = None) -> Meter:
     """The meter of low fidelity: a prefix of the first sample, or the first sample whole if it is short.
 
@@ -164,6 +177,7 @@ def sparse_attention(
         block_q=block_q,
         block_k=block_k,
         policy=policy,
+        last_rows=sample.last_rows,
         **(precision.arguments if precision is not None else {}),
     )
 

@@ -29,6 +29,7 @@ class SiteResult:
         precision: of the heads, where FP8 was asked for.
         dense_reason: why the whole site stays dense, or ``None`` if it is rewritten.
         evaluations: cost in dense equivalents.
+        last_rows: query blocks that hold one of this many last rows keep every block.
         curves: all that was measured on the way; empty for ``method="paper"``, whose ``trials`` tell it.
         lengths: what was learnt about other lengths; tau_exponent: ``[H]``, as in :class:`HeadRecipe`.
         deciding: bool ``[inputs]``, inputs that kept a head from a bolder threshold; held_out: bool ``[inputs]``, those
@@ -43,6 +44,7 @@ class SiteResult:
     speed: SiteSpeed | None
     dense_reason: str | None
     evaluations: float
+    last_rows: int = 0
     curves: tuple[Curves, ...] = ()
     lengths: Lengths | None = None
     tau_exponent: Tensor | None = None

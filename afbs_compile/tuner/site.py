@@ -19,7 +19,15 @@ from afbs_compile.tuner.explore import Explored, explore
 from afbs_compile.tuner.fp8 import SHAPE, fp8_refusal, with_fp8
 from afbs_compile.tuner.inputs import BlockShape, Inputs
 from afbs_compile.tuner.lengths import fit_lengths
-from afbs_compile.tuner.measure import WINDOWS, Measurement, Meter, low_fidelity, relative_l1, sparse_attention
+from afbs_compile.tuner.measure import (
+    WINDOWS,
+    Measurement,
+    Meter,
+    low_fidelity,
+    relative_l1,
+    sparse_attention,
+    with_whole_end,
+)
 from afbs_compile.tuner.paper import algorithm_1
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.space import Parameterization, Thresholds
@@ -86,7 +94,7 @@ def tune_site(
     nothing = f"no threshold keeps any head's error within {settings.tolerance:g}"
     if settings.method == "paper":
         return with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, nothing)
-    inputs = Inputs(samples)
+    inputs = Inputs(with_whole_end(samples))
     fp8 = settings.precision == "fp8"
     if fp8 and fp8_refusal(inputs.elements[inputs.first], SHAPE) is None:
         settings = replace(settings, shapes=(SHAPE,))
@@ -176,6 +184,7 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
         None,
         None,
         inputs.evaluations,
+        last_rows=inputs.elements[0].last_rows,
         curves=curves,
         lengths=lengths,
         tau_exponent=torch.where(sparse, exponent, 0.0),

@@ -219,8 +219,13 @@ def _predictor_call(
     """The predictor of the sample's engine, ready to be timed."""
     constants = tau.tolist(), theta.tolist()
     call: dict[str, Any] = {
-        "policy": policy, "causal": sample.causal, "scale": sample.scale, "block_q": block_q, "block_k": block_k
-    }  # fmt: skip
+        "policy": policy,
+        "causal": sample.causal,
+        "scale": sample.scale,
+        "block_q": block_q,
+        "block_k": block_k,
+        "last_rows": sample.last_rows,
+    }
     if engine_name(sample.q.device) == "triton":
         return lambda: predict_blocks(sample.q, sample.k, *constants, **call).counts
     return lambda: predict_mask(sample.q, sample.k, *constants, **call)

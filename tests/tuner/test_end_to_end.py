@@ -143,7 +143,7 @@ def test_a_calibration_captures_later_sites_on_what_sparse_earlier_ones_make(run
     calibrate(model, [token_ids(LENGTH, seed=0)], tolerance=0.3, min_length=1)
     (_, first), (second, _) = seen
     assert first.measured.sparsity.mean() > 0
-    here = SiteThresholds(first.thresholds, *first.shape, first.policy)
+    here = SiteThresholds(first.thresholds, *first.shape, first.policy, last_rows=first.last_rows)
     expected = {
         name: operands[0]
         for name, operands in capture(

@@ -13,31 +13,42 @@ from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.select_triton import select_by_strength
 from afbs_compile.kernels.policy import heads_of, in_order, operands_of, policy_named
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.reference import THETA_OFF
+from afbs_compile.kernels.reference import THETA_OFF, first_whole_block
 
 
 def predict_with(
-    policy: Policy, q: Tensor, k: Tensor, tau: Sequence[float], theta: Sequence[float], *, scale: float, **blocks: Any
+    policy: Policy,
+    q: Tensor,
+    k: Tensor,
+    tau: Sequence[float],
+    theta: Sequence[float],
+    *,
+    scale: float,
+    last_rows: int = 0,
+    **blocks: Any,
 ) -> BlockLists:
     """The lists of heads that share a policy.
 
     Args:
         policy: of all heads.
-        q, k, tau, theta, scale: as in :func:`afbs_compile.kernels.predict.predict_blocks`.
+        q, k, tau, theta, scale, last_rows: as in :func:`afbs_compile.kernels.predict.predict_blocks`.
         blocks: ``causal``, ``block_q`` and ``block_k``, as there.
     """
     if policy.name == "meansim":  # the only one with a theta
-        return predict_triton.predict_blocks(q, k, tau, theta, scale=scale, **blocks)
+        return predict_triton.predict_blocks(q, k, tau, theta, scale=scale, last_rows=last_rows, **blocks)
     lists = predict_triton.empty_lists(q, blocks["block_q"], blocks["block_k"])
     if lists.counts.numel() == 0:
         return lists
     policy.write_scores(q, k, lists.indices, scale=scale, **blocks)
+    first_whole = first_whole_block(q.shape[2], blocks["block_q"], last_rows)
     if policy.rule == "mass":
         batch, heads, count_q, count_k = lists.indices.shape
         coherent = q.new_ones(batch * heads * (count_q + count_k), dtype=torch.float32)
-        predict_triton.select_by_mass(lists, coherent, heads, tau, [THETA_OFF] * heads, **blocks)
+        predict_triton.select_by_mass(
+            lists, coherent, heads, tau, [THETA_OFF] * heads, first_whole=first_whole, **blocks
+        )
     else:
-        select_by_strength(lists, tau, share=policy.rule == "share", **blocks)
+        select_by_strength(lists, tau, share=policy.rule == "share", first_whole=first_whole, **blocks)
     return lists
 
 

@@ -17,7 +17,7 @@ from afbs_compile.kernels.predict import BlockLists
 from afbs_compile.kernels.predict_triton import selection_shape
 
 
-@triton.jit(do_not_specialize=["heads", "count_q"])
+@triton.jit(do_not_specialize=["heads", "count_q", "first_whole"])
 def _select_kernel(
     lists,
     counts,
@@ -25,6 +25,7 @@ def _select_kernel(
     heads,
     count_q,
     count_k,
+    first_whole,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -56,7 +57,7 @@ def _select_kernel(
     first_q = block * BLOCK_Q
     diagonal = (cols * BLOCK_K < first_q + BLOCK_Q) & (first_q < cols * BLOCK_K + BLOCK_K)
     kept = diagonal | (strength > tl.load(odds + program // count_q % heads))
-    kept = tl.where(flaws != flaws, exists, kept)
+    kept = tl.where((flaws != flaws) | (block >= first_whole), exists, kept)
     live = visible & kept
 
     # Every store below depends on a sum over the whole row, so no score is overwritten before it is read.
@@ -71,7 +72,14 @@ _selection = Launcher(_select_kernel)
 
 
 def select_by_strength(
-    lists: BlockLists, tau: Sequence[float], *, share: bool, causal: bool, block_q: int, block_k: int
+    lists: BlockLists,
+    tau: Sequence[float],
+    *,
+    share: bool,
+    causal: bool,
+    block_q: int,
+    block_k: int,
+    first_whole: int,
 ) -> None:
     """Replace the scores in ``lists.indices`` by the live blocks and fill ``lists.counts``.
 
@@ -81,15 +89,16 @@ def select_by_strength(
         share: whether the rule is ``"share"``, else ``"strength"``.
         causal: whether row r attends keys 0..r only.
         block_q, block_k: rows per block.
+        first_whole: this query block and those after it keep every block.
     """
     batch, heads, count_q, count_k = lists.indices.shape
     columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):
         constants = device_constants(tuple(map(odds_of, tau)), lists.indices.device)
         _selection(
-            (layout(lists.indices), block_q, block_k, causal, share),
+            (layout(lists.indices), block_q, block_k, causal, share, first_whole),
             batch * heads * count_q,
-            *(lists.indices, lists.counts, constants, heads, count_q, count_k),
+            *(lists.indices, lists.counts, constants, heads, count_q, count_k, first_whole),
             *(block_q, block_k, causal, share, columns),
             warps=warps,
         )

@@ -1,0 +1,94 @@
+"""The last rows attend everything: on every engine, in the levels and passes of calibration, in the operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from afbs_compile.kernels import one_pass, op, policy, predict, predict_triton, reference
+from afbs_compile.kernels.policies import lists_triton
+from tests.kernels.helpers import NO_SKIP, TRITON_DEVICE, Shape, dense, inputs, shape_id
+
+OFF = reference.THETA_OFF
+TAU = [0.3, 0.6]
+SHAPES = [
+    Shape(1, 16),
+    Shape(64, 16),
+    Shape(65, 16, causal=False),
+    Shape(300, 32, block_q=64, block_k=32, batch=2),
+    Shape(512, 16, block_q=128, block_k=64),
+    Shape(777, 16, kv_heads=1),
+]
+LAST = [1, 64, 65, 200, 5000]
+
+
+def holds_a_last_row(shape: Shape, last_rows: int) -> list[bool]:
+    """Of each query block, row by row."""
+    blocks = torch.arange(shape.length).split(shape.block_q)
+    return [any(int(row) >= shape.length - last_rows for row in rows) for rows in blocks]
+
+
+@pytest.mark.parametrize("last_rows", LAST)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_their_query_blocks_keep_every_block_and_the_others_are_as_before(shape: Shape, last_rows: int) -> None:
+    q, k, _ = inputs(shape)
+    before = reference.predict_mask(q, k, TAU, [OFF] * 2, **shape.call)
+    live = reference.predict_mask(q, k, TAU, [OFF] * 2, last_rows=last_rows, **shape.call)
+    visible = reference.visible_blocks(*shape.counts, shape.block_q, shape.block_k, shape.causal, q.device)
+    for block, whole in enumerate(holds_a_last_row(shape, last_rows)):
+        assert torch.equal(
+            live[:, :, block], visible[block].expand_as(live[:, :, block]) if whole else before[:, :, block]
+        )
+
+
+@pytest.mark.parametrize("name", policy.POLICIES)
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=shape_id)
+def test_every_policy_and_engine_keeps_the_same(name: str, shape: Shape) -> None:
+    q, k, _ = inputs(shape)
+    call = {**shape.call, "last_rows": 65}
+    policies = [name] * shape.heads
+    live = policy.predict_mask(q, k, TAU, [OFF] * 2, policies, **call)
+    before = policy.predict_mask(q, k, TAU, [OFF] * 2, policies, **shape.call)
+    visible = reference.visible_blocks(*shape.counts, shape.block_q, shape.block_k, shape.causal, q.device)
+    whole = torch.tensor(holds_a_last_row(shape, 65))
+    assert torch.equal(live, torch.where(whole[:, None], visible, before))
+    levels = policy.levels(name, q, k, **call)
+    assert torch.equal(levels < reference.per_head(TAU, q), live)
+    on_device = q.to(TRITON_DEVICE), k.to(TRITON_DEVICE)
+    scale = shape.head_dim**-0.5
+    lists = lists_triton.predict_blocks(*on_device, TAU, [OFF] * 2, policies, **{**call, "scale": scale})
+    assert torch.equal(predict.lists_to_mask(lists, shape.counts[1]).cpu(), live)
+    if name == policy.DEFAULT:
+        lists = predict_triton.predict_blocks(*on_device, TAU, [0.2] * 2, **call)
+        expected = reference.predict_mask(q, k, TAU, [0.2] * 2, **call)
+        assert torch.equal(predict.lists_to_mask(lists, shape.counts[1]).cpu(), expected)
+
+
+def test_they_get_what_dense_attention_gives() -> None:
+    shape = Shape(700, 32, kv_heads=1)
+    q, k, v = inputs(shape)
+    out = op.sparse_attention(q, k, v, TAU, [OFF] * 2, [NO_SKIP] * 2, True, last_rows=64)
+    expected = dense(q, k, v, shape)
+    torch.testing.assert_close(out[:, :, -64:], expected[:, :, -64:], rtol=1e-4, atol=1e-5)
+    assert (out[:, :, 200:600] - expected[:, :, 200:600]).abs().max() > 0.1
+
+
+def test_fewer_than_none_are_refused() -> None:
+    q, k, v = inputs(Shape(64, 16))
+    with pytest.raises(ValueError, match="last_rows is -1; accepted: 0 or more"):
+        op.sparse_attention(q, k, v, TAU, [OFF] * 2, [NO_SKIP] * 2, True, last_rows=-1)
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_a_pass_measures_them_whole(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine == "triton":
+        monkeypatch.setattr(one_pass, "torch_pass", one_pass._triton_pass)
+    shape = Shape(300, 32, block_q=32, block_k=32)
+    q, k, v = (x[0] for x in inputs(shape))
+    exact = dense(q[None], k[None], v[None], shape)[0]
+    tau, theta = torch.tensor([[0.0, 0.5, 0.9]] * 2), torch.full((2,), OFF)
+    found = one_pass.one_pass(q, k, v, exact, tau, theta, **shape.call, last_rows=40)
+    assert (found.live[:, 8:] == found.visible[8:, None]).all()  # rows 256 to 299; 260 is the first of the last
+    assert (found.difference[:, 8:] < 1e-3).all()
+    assert (found.live[:, :8, 0] == 1).all()
+    assert (found.difference[:, 2:8, 0] > 1).all()
