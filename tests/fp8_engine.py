@@ -22,11 +22,21 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if (block_q, block_k) == (128, 128) else f"blocks are {block_q}x{block_k}; accepted: 128x128"
 
     def sparse_attention(
-        q: Tensor, k: Tensor, v: Tensor, tau: Any, theta: Any, lam: Any, policy: Any, names: Any, constants: Any, **call
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tau: Any,
+        theta: Any,
+        lam: Any,
+        policy: Any,
+        names: Any,
+        constants: Any,
+        last_rows: int,
+        **call: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, counts = own(q, k, v, tau, theta, lam, policy, None, None, **call)
+        out, counts = own(q, k, v, tau, theta, lam, policy, None, None, last_rows, **call)
         if names is not None and "fp8" in names:
-            live = predict_mask(q, k, tau, theta, policy, **call)
+            live = predict_mask(q, k, tau, theta, policy, last_rows=last_rows, **call)
             rounded = fp8.attend(fp8.quantise(q, k, v, constants, call["scale"]), live, causal=call["causal"])
             mine = torch.tensor([name == "fp8" for name in names])[:, None, None]
             out.copy_(torch.where(mine, rounded.to(q.dtype), out))

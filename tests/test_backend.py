@@ -575,7 +575,7 @@ def test_what_did_not_pay_at_a_short_length_is_tried_again_at_a_longer_one(calib
     monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(pays_from_1024))
     sparse = compiled(Toy().eval())
     with pytest.warns(AfbsWarning, match="not faster"):
-        sparse(drifting(256))
+        sparse(drifting(512))
     sparse(drifting(LENGTH))
     assert [row.outcome for row in afbs_compile.explain(sparse).rows] == ["dense", "dense", "sparse", "sparse"]
     assert len(calibrations) == 2

@@ -206,8 +206,13 @@ def _sparse_attention_node() -> Callable[..., Any]:
         min_length: int = 0,
         max_length: int = 0,
         policy: Sequence[str] | None = None,
+        precision: None = None,
+        fp8_constants: None = None,
         last_rows: int = 0,
     ) -> Any:
+        # Calls are written by position, so both of FP8 come along; an exported program has no heads in FP8.
+        assert precision is None
+        assert fp8_constants is None
         names = list(policy or [DEFAULT_POLICY] * len(tau))
         return node(
             q,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PREDICTOR_VERSION = 2
+PREDICTOR_VERSION = 1
 """Raised whenever the same thresholds would select other blocks; a recipe of another version is refused."""
 
 KEEP_ALL = 1.0

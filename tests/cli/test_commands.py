@@ -79,7 +79,7 @@ def test_graph_diff_shows_the_calls_alone_with_folded_constants(recipes, toy_rec
     assert printed.splitlines()[:4] == [
         "layers.0: sparse",
         f"  - scaled_dot_product_attention({shapes})",
-        f"  + afbs.sparse_attention({shapes}, blocks 64x64, from 128 tokens)",
+        f"  + afbs.sparse_attention({shapes}, blocks 64x64, last 64 rows whole, from 128 tokens)",
         f"      tau {min(taus):.4g}-{max(taus):.4g} ({len(taus)} heads)",
     ]
     assert "linear" not in printed

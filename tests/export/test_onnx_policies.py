@@ -89,6 +89,18 @@ def test_the_same_blocks_and_the_same_output(name, causal, block_q, block_k):
     assert skipped > 50
 
 
+@EACH_POLICY
+@EACH_DIRECTION
+def test_the_last_rows_keep_every_block(name, causal):
+    attributes = attributes_of([name] * 4, TAU[name], causal, 64, 32) | {"last_rows": 100}
+    masks = session("PredictMask", ["q", "k"], ["live"], attributes, {"live": BOOL})
+    for seed, (batch, length, kv_heads) in enumerate(SIZES):
+        q, k, _ = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
+        call = {"causal": causal, "scale": 0.25, "block_q": 64, "block_k": 32}
+        (found,) = run(masks, q=q, k=k)
+        assert torch.equal(found, policy.predict_mask(q, k, TAU[name], OFF, [name] * 4, last_rows=100, **call))
+
+
 @EACH_DIRECTION
 @pytest.mark.parametrize("names", [list(POLICIES)[:4], list(POLICIES)[:1:-1]], ids=["first", "last"])
 def test_each_head_of_a_call_has_its_own_policy(causal, names):

@@ -123,6 +123,17 @@ def test_policies_stand_in_the_call_where_they_are_not_the_default(look, qkv, na
     assert ("policy" in call.kwargs) == ("cumulant" in names)
 
 
+@pytest.mark.parametrize("last_rows", [0, 64])
+def test_last_rows_stand_in_the_call_where_there_are_any(look, qkv, last_rows):
+    def constants(site):
+        return SiteConstants((0.5,) * 4, (-1.0,) * 4, (-1000.0,) * 4, 64, 64, 0, last_rows=last_rows)
+
+    gm, _ = rewritten(look, lambda q, k, v: sdpa(q, k, v, is_causal=True), *qkv, constants=constants)
+    (call,) = [node for node in gm.graph.nodes if node.target is OP]
+    assert call.kwargs.get("last_rows", 0) == last_rows
+    assert ("last_rows" in call.kwargs) == (last_rows > 0)
+
+
 def test_rounding_is_idempotent():
     assert rounded(0.123456789) == 0.123457
     assert rounded(rounded(2 / 3)) == rounded(2 / 3)

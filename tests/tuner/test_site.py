@@ -14,7 +14,7 @@ from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner import paper, speed
 from afbs_compile.tuner.explore import CANDIDATES
 from afbs_compile.tuner.inputs import BlockShape
-from afbs_compile.tuner.measure import WINDOWS, Meter, low_fidelity, relative_l1
+from afbs_compile.tuner.measure import WINDOWS, Meter, low_fidelity, relative_l1, with_whole_end
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.space import Thresholds, latent_to_thresholds
@@ -39,11 +39,12 @@ def operands(seed: int = 0, length: int = LENGTH, batch: int = 1, causal: bool =
 
 
 def errors_by_reference(
-    sample: Operands, thresholds: Thresholds, policy: tuple[str, ...] | None = None
+    sample: Operands, thresholds: Thresholds, policy: tuple[str, ...] | None = None, last_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Error and sparsity of each head, in float64 and without any of the tuner's code."""
     shape = {"causal": sample.causal, "scale": sample.scale}
-    live = predict_mask(sample.q, sample.k, thresholds.tau.tolist(), thresholds.theta.tolist(), policy, **shape)
+    last = {"last_rows": (64 if sample.causal else 0) if last_rows is None else last_rows}
+    live = predict_mask(sample.q, sample.k, thresholds.tau.tolist(), thresholds.theta.tolist(), policy, **shape, **last)
     q, k, v = (t.double() for t in (sample.q, sample.k, sample.v))
     out = reference.masked_attention(q, k, v, live, thresholds.lam, **shape)
     everything = reference.visible_blocks(*live.shape[-2:], 64, 64, sample.causal, torch.device("cpu"))
@@ -66,6 +67,18 @@ def test_every_head_holds_the_tolerance_on_every_sample(causal):
     ).mean(0)
     assert result.measured.sparsity.tolist() == pytest.approx(sparsity.tolist(), abs=1e-6)
     assert (result.measured.sparsity > torch.tensor([0.0, 0.2, 0.4, 0.6])).all()
+
+
+def test_the_last_rows_of_causal_inputs_are_whole():
+    results = [tune_site([operands(causal=causal)], TuneSettings(shapes=SQUARE)) for causal in (True, False)]
+    assert [result.last_rows for result in results] == [64, 0]
+    assert tune_site([operands()], TuneSettings(method="paper")).last_rows == 0  # Algorithm 1 as it is
+    dense = Thresholds.dense(HEADS)
+    thresholds = Thresholds(torch.zeros(HEADS), dense.theta, dense.lam)
+    shape = {"block_q": 64, "block_k": 64}
+    error = Meter(with_whole_end([operands()]), **shape, windows=16)(thresholds).error
+    assert (error[-1] < 1e-5).all()
+    assert (error[1:-1] > 0.02).all()
 
 
 def test_heads_use_what_the_tolerance_allows():
