@@ -33,6 +33,7 @@ sys.path.append(str(ROOT / "examples"))
 import passkey
 
 TOLERANCES = (0.01, 0.02, 0.03, 0.055, 0.09)
+BUDGETS = (0.0025, 0.0035, 0.005, 0.01, 0.02, 0.05)
 RISES = (0.005, 0.01, 0.02, 0.05)
 MASSES = (0.995, 0.99, 0.98, 0.96, 0.93, 0.88)
 BLOCK = 64
@@ -71,9 +72,9 @@ def main() -> None:
     for tolerance in TOLERANCES:
         recipe = calibrate(model, samples, tolerance=tolerance)
         curves["uniform"].append(point("uniform", tolerance, unseen_runs, recipe=recipe))
-    for rise in RISES:
-        recipes[rise] = calibrate(model, samples, tolerance={"perplexity": rise})
-        curves["budget"].append(point("budget", rise, unseen_runs, recipe=recipes[rise]))
+    for budget in BUDGETS:
+        recipes[budget] = calibrate(model, samples, tolerance={"perplexity": budget})
+        curves["budget"].append(point("budget", budget, unseen_runs, recipe=recipes[budget]))
     for mass in MASSES:
         curves["oracle"].append(point("oracle", mass, unseen_runs, mass=mass))
     at = {name: {f"{rise:.1%}": sparsity_at(points, rise) for rise in RISES} for name, points in curves.items()}
@@ -81,7 +82,7 @@ def main() -> None:
     for name, row in at.items():
         print(f"{name:>32}", *("      -" if value is None else f"{value:7.1%}" for value in row.values()))
     near = min(curves["budget"], key=lambda p: abs(p["perplexity_rise"] - 0.01))["setting"]
-    print(f"pass keys with the budget of {near:.1%}")
+    print(f"pass keys with the budget of {near:.2%}")
     keys = passkeys(model, tokenizer, recipes[near], arguments, device)
     save(
         arguments.name,
