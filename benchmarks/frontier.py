@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from common import RESULTS, ROOT, SHIPPED_MODEL, load, sample_runs, save, settin
 from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
+from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import block_count, diagonal_blocks, select_blocks, visible_blocks
 from afbs_compile.passes.capture import Attention, Operands, SampleRun, run_with
 from afbs_compile.tuner.end_to_end import SiteThresholds, find_logits, next_tokens, output_change
+from afbs_compile.tuner.inputs import BlockShape
+from afbs_compile.tuner.site import BLOCK_SHAPES
 from afbs_compile.tuner.space import Thresholds
 
 sys.path.append(str(ROOT / "examples"))
@@ -49,12 +53,16 @@ def main() -> None:
     parser.add_argument("--test-windows", type=int, default=4)
     parser.add_argument("--passkey-lengths", type=int, nargs="*", default=[4096])
     parser.add_argument("--passkeys", type=int, default=50, help="prompts at each length")
+    parser.add_argument("--blocks", metavar="QxK", help="this block shape only, by default the fastest at each site")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="frontier", help="name of the result file")
     arguments = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.blocks:
+        block_q, block_k = map(int, arguments.blocks.split("x"))
+        BLOCK_SHAPES[engine_name(torch.device(device))] = (BlockShape(block_q, block_k),)
     model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
     count, unseen = arguments.windows, arguments.test_windows
     if arguments.test is None:
@@ -67,7 +75,7 @@ def main() -> None:
         test = text_windows(tokenizer, arguments.test, arguments.length, unseen, device)
     unseen_runs = sample_runs(model, test)
 
-    curves: dict[str, list[dict[str, float]]] = {"uniform": [], "budget": [], "oracle": []}
+    curves: dict[str, list[dict[str, Any]]] = {"uniform": [], "budget": [], "oracle": []}
     recipes: dict[float, Recipe] = {}
     for tolerance in TOLERANCES:
         recipe = calibrate(model, samples, tolerance=tolerance)
@@ -118,7 +126,7 @@ def sparse_with(sites: Mapping[str, SiteThresholds]) -> Attention:
 
 def point(
     name: str, setting: float, runs: Sequence[SampleRun], *, recipe: Recipe | None = None, mass: float = 0.0
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """One setting measured on the unseen text."""
     if recipe is not None:
         attention = sparse_with(sites_of(recipe))
@@ -130,12 +138,14 @@ def point(
     if recipe is None:
         sparsity = oracle.sparsity
     loss = float(np.mean([c.loss for c in changes]))
-    row = {"setting": setting, "sparsity": sparsity, "perplexity_rise": float(np.expm1(loss))}
+    row: dict[str, Any] = {"setting": setting, "sparsity": sparsity, "perplexity_rise": float(np.expm1(loss))}
     row["kl"] = float(np.mean([c.kl for c in changes]))
     if recipe is not None:
         row["calibration_seconds"] = sum(graph.seconds for graph in recipe.graphs)
+        row["blocks"] = dict(Counter(f"{site.block_q}x{site.block_k}" for site in recipe.sites if site.heads))
     rise = f"perplexity {row['perplexity_rise']:+.2%}  KL {row['kl']:.5f}"
-    print(f"{name:>8} {setting:<6g} sparsity {sparsity:6.1%}  {rise}")
+    blocks = ", ".join(f"{sites} sites {shape}" for shape, sites in row.get("blocks", {}).items())
+    print(f"{name:>8} {setting:<6g} sparsity {sparsity:6.1%}  {rise}  {blocks}")
     return row
 
 
