@@ -22,7 +22,8 @@ from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings, te
 from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
-from afbs_compile.passes.capture import capture
+from afbs_compile.passes.capture import Operands, capture
+from afbs_compile.tuner.end_to_end import SiteThresholds
 from afbs_compile.tuner.measure import Meter
 from afbs_compile.tuner.space import Thresholds
 
@@ -115,10 +116,21 @@ def kept(recipe: Recipe, errors: Tensor, tolerance: float) -> dict[str, float]:
 
 
 def errors_on(recipe: Recipe, model: Any, windows: Sequence[Tensor]) -> Tensor:
-    """Error of every (site, window, head) at the recipe's thresholds: ``[sites, windows, H]``."""
+    """Error of every (site, window, head) at the recipe's thresholds, on what the sites before make as they run.
+
+    Returns:
+        ``[sites, windows, H]``.
+    """
     by_name = {site.name: site for site in recipe.sites}
+
+    def as_it_runs(name: str, operands: Operands) -> Tensor | None:
+        site = by_name[name]
+        policy = tuple(head.policy for head in site.heads)
+        chosen = SiteThresholds(Thresholds.of(site.heads), site.block_q, site.block_k, policy, last_rows=site.last_rows)
+        return chosen.attend(operands) if site.outcome == "sparse" else None
+
     errors = []
-    for name, operands in capture(sample_runs(model, windows)):
+    for name, operands in capture(sample_runs(model, windows), as_it_runs):
         site = by_name[name]
         policy = [head.policy for head in site.heads]
         operands = [replace(sample, last_rows=site.last_rows) for sample in operands]

@@ -61,8 +61,8 @@ def _exchanged(rows, columns, exchanges):
 def store(place, stride_row, acc, total, rows_left):
     """Divide a consumer's rows of a tile by their sums and write them, 16 bytes a thread at a time.
 
-    A product leaves pieces of four: 16 bytes of a row at a time would be half a sector of memory, and a long queue of
-    stores holds up what follows.
+    A product leaves four: the 16 bytes of a row that four threads would write together are half a sector of memory, and
+    a long queue of stores holds up what follows.
     """
     inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, acc.type.layout))
     result = (acc * inverse[:, None]).to(place.dtype.element_ty)
