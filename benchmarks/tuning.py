@@ -32,7 +32,7 @@ from afbs_compile.found import FoundGraph
 from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.rewrite import SiteConstants, rewrite
 from afbs_compile.tuner.inputs import Inputs
-from afbs_compile.tuner.measure import Meter, with_whole_end
+from afbs_compile.tuner.measure import Meter, with_last_rows
 from afbs_compile.tuner.site import TuneSettings, search_curves
 from afbs_compile.tuner.space import Thresholds
 from afbs_compile.tuner.speed import Stopwatch
@@ -134,7 +134,7 @@ def rewritten(runs: Sequence[SampleRun], constants: Sequence[SiteConstants]) -> 
 def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outcome, stopwatch: Stopwatch) -> None:
     began = now()
     if name == ONE_PASS:
-        result = search_curves(Inputs(with_whole_end(operands)), TuneSettings(tolerance=tolerance), stopwatch)
+        result = search_curves(Inputs(with_last_rows(operands)), TuneSettings(tolerance=tolerance), stopwatch)
         thresholds, sparsity, shape = result.thresholds, result.measured.sparsity, result.shape
         policy, last_rows = result.policy, result.last_rows
         evaluations, calls, path = result.evaluations, math.nan, []

@@ -2,7 +2,7 @@
 
 Any runtime that knows ONNX functions runs the file by that body (:mod:`afbs_compile.export.onnx_function`). A runtime
 with a kernel of its own claims the node by its name, domain and version, and must then compute what the attributes
-``policy`` and ``predictor_version`` name; it may use ``lam``, which the body does not.
+``policy``, ``last_rows`` and ``predictor_version`` name; it may use ``lam``, which the body does not.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def locate(tile, planes, section, count_q, CAUSAL: gl.constexpr):
     """Plane (batch and head) and query block of a tile.
 
     ``section`` planes, whose keys and values fit the cache together, take turns; under causality longest rows first,
-    for the short ones fill the end. The last rows of all planes come before everything: they may be whole, and then
-    take several times as long as any other.
+    for the short ones fill the end. The last block of every plane comes before everything: it may be whole, and then
+    takes several times as long as any other.
     """
     ahead = 0
     count = count_q

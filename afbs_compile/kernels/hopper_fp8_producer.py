@@ -13,7 +13,7 @@ from afbs_compile.kernels.hopper_common import QUERY_STAGES, STEP, after, locate
 from afbs_compile.kernels.hopper_producer import ends
 
 # Newer Triton releases have another name for it.
-all_told = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -72,7 +72,7 @@ def producer(
             # before the barrier is armed, so whoever passes it can read them.
             tell(step_scales, 2 * slot, key_scale)
             tell(step_scales, 2 * slot + 1, value_scale)
-            all_told()
+            barrier()
             mbarrier.expect(key_ready.index(slot), STEP * HEAD_DIM)
             tma.async_copy_global_to_shared(
                 key_desc, [batch, head_k, block_k * STEP, 0], key_ready.index(slot), key_smem.index(slot)

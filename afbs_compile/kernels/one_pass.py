@@ -118,15 +118,15 @@ def one_pass(
     count_q, count_k = block_count(length, block_q), block_count(length, block_k)
     rows = torch.arange(count_q) if rows is None else rows
     rows = rows.to(q.device, non_blocking=True).contiguous()
-    places = _places(length, block_q, block_k, causal, last_rows, q.device)
-    visible, _, diagonal = (blocks[rows] for blocks in places)
+    all_visible, kept, all_diagonal = _places(length, block_q, block_k, causal, last_rows, q.device)
+    visible, diagonal = all_visible[rows], all_diagonal[rows]
     measure = _triton_pass if q.device.type == "cuda" else torch_pass
     parts = []
     for some, kv in _head_groups(heads, k.shape[0], count_q * count_k * VISIT_BYTES):
         limits = theta[some] if policy == DEFAULT else None
         level = levels(
             policy, q[None, some], k[None, kv], limits,
-            causal=causal, scale=scale, block_q=block_q, block_k=block_k, places=places[:2],
+            causal=causal, scale=scale, block_q=block_q, block_k=block_k, places=(all_visible, kept),
         )[0]  # fmt: skip
         visit = visit_order(level if len(rows) == count_q else level[:, rows], diagonal)
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.

@@ -84,7 +84,8 @@ def levels(
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two from 16; ``block_q`` is a multiple of ``block_k``.
         last_rows: query blocks that hold one of this many last rows keep every block.
-        places: the visible blocks and those that are always kept, bool ``[n_q, n_k]`` each, of a caller that has them.
+        places: the visible blocks and those that are always kept, bool ``[n_q, n_k]`` each, of a caller that has them;
+            ``last_rows`` is not looked at then.
 
     Returns:
         fp32 ``[B, H, n_q, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (diagonal ones, those of the last

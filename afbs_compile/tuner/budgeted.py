@@ -18,7 +18,7 @@ from afbs_compile.tuner.curves import SMALLEST, Curves
 from afbs_compile.tuner.end_to_end import EndToEnd, SiteThresholds
 from afbs_compile.tuner.explore import explore
 from afbs_compile.tuner.inputs import BlockShape, Inputs
-from afbs_compile.tuner.measure import Meter, with_whole_end
+from afbs_compile.tuner.measure import Meter, with_last_rows
 from afbs_compile.tuner.progress import budget_progress
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.site import TuneSettings, fastest_shape, with_speed
@@ -112,7 +112,7 @@ def measure(name: str, samples: Sequence[Operands], settings: TuneSettings, stop
         settings: block shapes to compare.
         stopwatch: what timing earlier sites has shown.
     """
-    inputs = Inputs(with_whole_end(samples))
+    inputs = Inputs(with_last_rows(samples))
     explored = explore(inputs, REFERENCE_ERROR, settings.shapes_on(samples[0].q.device), stopwatch)
     shape = fastest_shape(inputs, explored, stopwatch)
     choice = explored[shape]
@@ -152,7 +152,7 @@ def _settled(
     samples: Sequence[Operands], chosen: SiteThresholds, measured: MeasuredSite, stopwatch: Stopwatch
 ) -> SiteResult:
     """What the chosen thresholds of a site do to its heads on every sample, and how fast they are."""
-    samples = with_whole_end(samples)
+    samples = [replace(sample, last_rows=chosen.last_rows) for sample in samples]
     shape = BlockShape(chosen.block_q, chosen.block_k)
     policy = measured.points.policy
     meter = Meter(samples, **shape._asdict(), policy=policy)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from afbs_compile.kernels.one_pass import PassSums, one_pass
 from afbs_compile.kernels.policy import heads_of
-from afbs_compile.kernels.reference import block_count
+from afbs_compile.kernels.reference import block_count, first_whole_block
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner.measure import WINDOWS, dense_attention
 from afbs_compile.tuner.speed import clocked
 
 PREFIXES = (4, 2)
-"""A causal input of N tokens is an input of N / 4 and of N / 2 tokens as well: its first rows see nothing later."""
+"""A causal input of N tokens is an input of N / 4 and of N / 2 tokens as well: its first rows see nothing later. Only
+the last of these rows, which a shorter input keeps whole, are not whole in the longer one."""
 
 FEWEST_BLOCKS = 4
 """Shorter prefixes have little to skip and say little."""
@@ -182,7 +183,11 @@ class Inputs:
         edges = [blocks * i // self.windows for i in range(self.windows + 1)]
         pieces = [_error(sums, a, b) for a, b in itertools.pairwise(edges) if b > a]
         counts = [length // share // shape.block_q for share in PREFIXES] if element.causal else []
-        prefixes = {count * shape.block_q: _error(sums, 0, count) for count in counts if count >= FEWEST_BLOCKS}
+        prefixes = {
+            count * shape.block_q: _prefix_error(sums, count, shape.block_q, element.last_rows)
+            for count in counts
+            if count >= FEWEST_BLOCKS
+        }
         sparsity = 1 - sums.live.sum(1).float() / sums.visible.sum()
         return InputCurve(torch.stack(pieces), _error(sums, 0, blocks), prefixes, sparsity)
 
@@ -193,3 +198,11 @@ def _error(sums: PassSums, first: int, last: int) -> Tensor:
     return (
         sums.difference[:, first:last].sum(1) / sums.magnitude[:, first:last].sum(1, keepdim=True).clamp_min(tiny)
     ).float()
+
+
+def _prefix_error(sums: PassSums, blocks: int, block_q: int, last_rows: int) -> Tensor:
+    """Relative L1 ``[H, P]`` of an input that ends after ``blocks`` query blocks: its last rows are whole, so exact."""
+    differing = first_whole_block(blocks * block_q, block_q, last_rows)
+    tiny = torch.finfo(torch.float32).tiny
+    magnitude = sums.magnitude[:, :blocks].sum(1, keepdim=True).clamp_min(tiny)
+    return (sums.difference[:, :differing].sum(1) / magnitude).float()

@@ -25,7 +25,7 @@ LOW_FIDELITY_SHARE = 4
 """The paper's stage 1 runs on short sequences: here a quarter of the length, a sixteenth of the work."""
 
 LAST_ROWS = 64
-"""Rows at the end of a causal input that attend everything (:func:`with_whole_end`): as many as MInference looks at."""
+"""Rows at the end of a causal input that attend everything (:func:`with_last_rows`): as many as MInference looks at."""
 
 MIN_LOW_BLOCKS = 16
 """Fewer blocks than this say little about a long sequence: then the low fidelity is the full length."""
@@ -128,7 +128,7 @@ class Meter:
         return 1 - counts.sum(-1).float().mean(0) / valid.item()
 
 
-def with_whole_end(samples: Sequence[Operands]) -> list[Operands]:
+def with_last_rows(samples: Sequence[Operands]) -> list[Operands]:
     """Samples whose last rows attend everything, where they are causal.
 
     A language model's answer is read off its last row, and what it needs may lie in a block that nothing but that row

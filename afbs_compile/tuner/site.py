@@ -26,7 +26,7 @@ from afbs_compile.tuner.measure import (
     low_fidelity,
     relative_l1,
     sparse_attention,
-    with_whole_end,
+    with_last_rows,
 )
 from afbs_compile.tuner.paper import algorithm_1
 from afbs_compile.tuner.result import SiteResult
@@ -94,7 +94,7 @@ def tune_site(
     nothing = f"no threshold keeps any head's error within {settings.tolerance:g}"
     if settings.method == "paper":
         return with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, nothing)
-    inputs = Inputs(with_whole_end(samples))
+    inputs = Inputs(with_last_rows(samples))
     fp8 = settings.precision == "fp8"
     if fp8 and fp8_refusal(inputs.elements[inputs.first], SHAPE) is None:
         settings = replace(settings, shapes=(SHAPE,))

@@ -77,6 +77,20 @@ def test_heads_of_very_different_work_in_one_launch(block_k: int, causal: bool) 
     assert error(attend(q, k, v, live, shape), exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
 
 
+@pytest.mark.parametrize("block_k", [128, 64])
+def test_last_rows_are_whole_whatever_the_order_of_tiles(block_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "CACHED_BYTES", 1)  # key heads take turns one by one
+    shape = replace(PLAIN, length=1070, block_k=block_k)  # the last 64 rows lie in two blocks
+    q, k, v = inputs(shape, "cuda")
+    constants = [0.3] * 4, [reference.THETA_OFF] * 4
+    lists = predict.predict_blocks(q, k, *constants, **shape.call, last_rows=64)
+    live, visible = predict.lists_to_mask(lists, shape.counts[1]), all_blocks(shape, "cuda")
+    assert torch.equal(live[:, :, -2:], visible[:, :, -2:])
+    assert not torch.equal(live[:, :, :-2], visible[:, :, :-2])
+    out, _ = op.sparse_attention_with_counts(q, k, v, *constants, [NO_SKIP] * 4, **shape.call, last_rows=64)
+    assert error(out, exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+
+
 def test_a_row_needs_no_block_on_the_diagonal() -> None:
     for block_k in (128, 64):
         shape = replace(PLAIN, block_k=block_k)

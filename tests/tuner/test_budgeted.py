@@ -39,6 +39,7 @@ def test_the_compiled_model_stays_inside_and_the_recipe_says_so(tmp_path):
     assert budget.checked <= 1e-4
     assert recipe.sparsity > 0.2
     assert {site.last_rows for site in recipe.sites} == {64}
+    assert "blocks 64x64, last 64 rows of causal calls whole;" in " ".join(str(explain(recipe)).split())
     assert cost(model, recipe, token_ids(LENGTH, 9)) <= 1.3e-4  # another sample, which nothing was promised about
     recipe.save(tmp_path / "recipe.json")
     assert Recipe.load(tmp_path / "recipe.json") == recipe

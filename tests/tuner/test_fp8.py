@@ -15,7 +15,7 @@ from afbs_compile.passes.capture import Operands
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner import fp8 as tuner_fp8
 from afbs_compile.tuner import site
-from afbs_compile.tuner.measure import Meter, relative_l1, with_whole_end
+from afbs_compile.tuner.measure import Meter, relative_l1, with_last_rows
 from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.speed import Stopwatch
 from tests.fp8_engine import stand_in
@@ -52,7 +52,7 @@ def test_heads_within_the_tolerance_are_in_fp8_and_the_others_say_why():
     assert "fp8" in result.precision.names[:3]
     assert (result.measured.worst <= TOLERANCE).all()
     # What is recorded is what the operator gives, each head in its precision.
-    meter = Meter(with_whole_end(samples), block_q=128, block_k=128, policy=result.policy)
+    meter = Meter(with_last_rows(samples), block_q=128, block_k=128, policy=result.policy)
     again = meter(result.thresholds, result.precision).only(~result.thresholds.is_dense)
     in_fp8 = torch.tensor([name == "fp8" for name in result.precision.names])
     torch.testing.assert_close(result.measured.error[:, in_fp8], again.error[:, in_fp8])

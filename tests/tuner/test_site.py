@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from afbs_compile.kernels.policy import predict_mask
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner import paper, speed
 from afbs_compile.tuner.explore import CANDIDATES
-from afbs_compile.tuner.inputs import BlockShape
-from afbs_compile.tuner.measure import WINDOWS, Meter, low_fidelity, relative_l1, with_whole_end
+from afbs_compile.tuner.inputs import BlockShape, Inputs
+from afbs_compile.tuner.measure import WINDOWS, Meter, low_fidelity, relative_l1, with_last_rows
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.space import Thresholds, latent_to_thresholds
@@ -76,9 +77,24 @@ def test_the_last_rows_of_causal_inputs_are_whole():
     dense = Thresholds.dense(HEADS)
     thresholds = Thresholds(torch.zeros(HEADS), dense.theta, dense.lam)
     shape = {"block_q": 64, "block_k": 64}
-    error = Meter(with_whole_end([operands()]), **shape, windows=16)(thresholds).error
+    error = Meter(with_last_rows([operands()]), **shape, windows=16)(thresholds).error
     assert (error[-1] < 1e-5).all()
     assert (error[1:-1] > 0.02).all()
+
+
+def test_errors_of_prefixes_are_those_of_shorter_inputs():
+    (sample,) = with_last_rows([operands()])
+    shape, policy = SQUARE[0], ("meansim",) * HEADS
+    theta = Thresholds.dense(HEADS).theta
+    tau = torch.tensor([0.3, 0.7, 0.9]).expand(HEADS, -1).contiguous()
+    prefixes = Inputs([sample]).curve(0, tau, theta, policy, shape).prefixes
+    assert set(prefixes) == {LENGTH // 4, LENGTH // 2}
+    for length, errors in prefixes.items():
+        short = replace(sample, q=sample.q[:, :, :length], k=sample.k[:, :, :length], v=sample.v[:, :, :length])
+        for column, value in enumerate(tau[0].tolist()):
+            thresholds = Thresholds(torch.full((HEADS,), value), theta, Thresholds.dense(HEADS).lam)
+            (expected,) = Meter([short], **shape._asdict(), windows=1)(thresholds).error
+            assert errors[:, column].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_heads_use_what_the_tolerance_allows():
