@@ -25,7 +25,6 @@ from afbs_compile import Recipe, calibrate
 from afbs_compile.passes.capture import Operands, capture
 from afbs_compile.tuner.end_to_end import SiteThresholds
 from afbs_compile.tuner.measure import Meter
-from afbs_compile.tuner.space import Thresholds
 
 LOOSE = 0.07
 
@@ -121,21 +120,18 @@ def errors_on(recipe: Recipe, model: Any, windows: Sequence[Tensor]) -> Tensor:
     Returns:
         ``[sites, windows, H]``.
     """
-    by_name = {site.name: site for site in recipe.sites}
+    sites = {site.name: SiteThresholds.of(site) for site in recipe.sites if site.heads}
+    rewritten = {site.name for site in recipe.sites if site.outcome == "sparse"}
 
     def as_it_runs(name: str, operands: Operands) -> Tensor | None:
-        site = by_name[name]
-        policy = tuple(head.policy for head in site.heads)
-        chosen = SiteThresholds(Thresholds.of(site.heads), site.block_q, site.block_k, policy, last_rows=site.last_rows)
-        return chosen.attend(operands) if site.outcome == "sparse" else None
+        return sites[name].attend(operands) if name in rewritten else None
 
     errors = []
     for name, operands in capture(sample_runs(model, windows), as_it_runs):
-        site = by_name[name]
-        policy = [head.policy for head in site.heads]
+        site = sites[name]
         operands = [replace(sample, last_rows=site.last_rows) for sample in operands]
-        meter = Meter(operands, block_q=site.block_q, block_k=site.block_k, windows=1, policy=policy)
-        errors.append(meter(Thresholds.of(site.heads)).error)
+        meter = Meter(operands, block_q=site.block_q, block_k=site.block_k, windows=1, policy=site.policy)
+        errors.append(meter(site.thresholds).error)
     return torch.stack(errors)
 
 

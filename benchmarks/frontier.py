@@ -31,7 +31,6 @@ from afbs_compile.passes.capture import Attention, Operands, SampleRun, run_with
 from afbs_compile.tuner.end_to_end import SiteThresholds, find_logits, next_tokens, output_change
 from afbs_compile.tuner.inputs import BlockShape
 from afbs_compile.tuner.site import BLOCK_SHAPES
-from afbs_compile.tuner.space import Thresholds
 
 sys.path.append(str(ROOT / "examples"))
 import passkey
@@ -107,17 +106,7 @@ def main() -> None:
 
 def sites_of(recipe: Recipe) -> dict[str, SiteThresholds]:
     """The recipe's thresholds, whether or not the site was faster."""
-    return {
-        site.name: SiteThresholds(
-            Thresholds.of(site.heads),
-            site.block_q,
-            site.block_k,
-            tuple(head.policy for head in site.heads),
-            last_rows=site.last_rows,
-        )
-        for site in recipe.sites
-        if site.heads
-    }
+    return {site.name: SiteThresholds.of(site) for site in recipe.sites if site.heads}
 
 
 def sparse_with(sites: Mapping[str, SiteThresholds]) -> Attention:

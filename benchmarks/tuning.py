@@ -108,8 +108,8 @@ def compare(
                 _search(name, given, tolerance, outcome, stopwatch)
                 constants = outcome.constants[-1]
                 shape = {"block_q": constants.block_q, "block_k": constants.block_k}
-                tests = [replace(sample, last_rows=constants.last_rows) for sample in tests]
-                meter = Meter(tests, **shape, windows=1, policy=constants.policy or None)
+                as_it_runs = [replace(sample, last_rows=constants.last_rows) for sample in tests]
+                meter = Meter(as_it_runs, **shape, windows=1, policy=constants.policy or None)
                 chosen = Thresholds(*(torch.tensor(x) for x in (constants.tau, constants.theta, constants.lam)))
                 outcome.unseen.append(meter(chosen).error)
     tests = runs[len(windows) :]

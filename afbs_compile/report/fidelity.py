@@ -14,9 +14,8 @@ from torch.utils import _pytree as pytree
 
 from afbs_compile.recipe import SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
-from afbs_compile.tuner.end_to_end import output_change
+from afbs_compile.tuner.end_to_end import SiteThresholds, output_change
 from afbs_compile.tuner.measure import dense_attention, relative_l1, sparse_attention
-from afbs_compile.tuner.space import SitePrecision, Thresholds
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,9 @@ def head_errors(graphs: Sequence[AppliedGraph]) -> Iterable[HeadErrors]:
 
 
 def _errors(row: SiteRecipe, sample: Any) -> Tensor:
-    assert row.block_q is not None
-    assert row.block_k is not None
-    policy = [head.policy for head in row.heads]
-    precision = SitePrecision.of(row)
-    out, _ = sparse_attention(sample, Thresholds.of(row.heads), policy, row.block_q, row.block_k, precision)
+    chosen = SiteThresholds.of(row)
+    shape = chosen.block_q, chosen.block_k
+    out, _ = sparse_attention(sample, chosen.thresholds, chosen.policy, *shape, chosen.precision)
     return relative_l1(out, dense_attention(sample)).cpu()
 
 

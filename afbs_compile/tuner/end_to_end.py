@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from afbs_compile.errors import OptionError
 from afbs_compile.passes.capture import Operands, SampleRun, run_with
+from afbs_compile.recipe import SiteRecipe
 from afbs_compile.tuner.measure import sparse_attention
 from afbs_compile.tuner.space import SitePrecision, Thresholds
 
@@ -36,6 +37,15 @@ class SiteThresholds:
     policy: tuple[str, ...] | None = None
     precision: SitePrecision | None = None
     last_rows: int = 0
+
+    @staticmethod
+    def of(site: SiteRecipe) -> SiteThresholds:
+        """What a recipe says of a call, whether or not it is rewritten; the call has heads."""
+        assert site.block_q is not None, "only refused rows lack a block shape"
+        assert site.block_k is not None
+        policy = tuple(head.policy for head in site.heads)
+        thresholds, precision = Thresholds.of(site.heads), SitePrecision.of(site)
+        return SiteThresholds(thresholds, site.block_q, site.block_k, policy, precision, site.last_rows)
 
     def attend(self, operands: Operands) -> Tensor | None:
         """Sparse attention on a site's operands; ``None`` where every head is DENSE."""

@@ -144,8 +144,13 @@ class Inputs:
         """
         element, dense = self.elements[index], self.dense(index)
         q, k, v, out = element.q[0], element.k[0], element.v[0], dense[0]
-        call: dict[str, Any] = {"rows": rows, "causal": element.causal, "scale": element.scale, **shape._asdict()}
-        call["last_rows"] = element.last_rows
+        call: dict[str, Any] = {
+            "rows": rows,
+            "causal": element.causal,
+            "scale": element.scale,
+            "last_rows": element.last_rows,
+            **shape._asdict(),
+        }
         wanted = torch.arange(self.heads) if heads is None else heads
         parts, places = [], []
         for name, mine in heads_of(policy).items():
@@ -184,7 +189,9 @@ class Inputs:
         pieces = [_error(sums, a, b) for a, b in itertools.pairwise(edges) if b > a]
         counts = [length // share // shape.block_q for share in PREFIXES] if element.causal else []
         prefixes = {
-            count * shape.block_q: _prefix_error(sums, count, shape.block_q, element.last_rows)
+            count * shape.block_q: _error(
+                sums, 0, count, first_whole_block(count * shape.block_q, shape.block_q, element.last_rows)
+            )
             for count in counts
             if count >= FEWEST_BLOCKS
         }
@@ -192,17 +199,11 @@ class Inputs:
         return InputCurve(torch.stack(pieces), _error(sums, 0, blocks), prefixes, sparsity)
 
 
-def _error(sums: PassSums, first: int, last: int) -> Tensor:
-    """Relative L1 ``[H, P]`` over a range of query blocks; 0 where nothing is there to differ from."""
-    tiny = torch.finfo(torch.float32).tiny
-    return (
-        sums.difference[:, first:last].sum(1) / sums.magnitude[:, first:last].sum(1, keepdim=True).clamp_min(tiny)
-    ).float()
+def _error(sums: PassSums, first: int, last: int, exact_from: int | None = None) -> Tensor:
+    """Relative L1 ``[H, P]`` over a range of query blocks; 0 where nothing is there to differ from.
 
-
-def _prefix_error(sums: PassSums, blocks: int, block_q: int, last_rows: int) -> Tensor:
-    """Relative L1 ``[H, P]`` of an input that ends after ``blocks`` query blocks: its last rows are whole, so exact."""
-    differing = first_whole_block(blocks * block_q, block_q, last_rows)
-    tiny = torch.finfo(torch.float32).tiny
-    magnitude = sums.magnitude[:, :blocks].sum(1, keepdim=True).clamp_min(tiny)
-    return (sums.difference[:, :differing].sum(1) / magnitude).float()
+    Blocks from ``exact_from`` on count as computed whole, without error.
+    """
+    difference = sums.difference[:, first : last if exact_from is None else exact_from].sum(1)
+    magnitude = sums.magnitude[:, first:last].sum(1, keepdim=True)
+    return (difference / magnitude.clamp_min(torch.finfo(torch.float32).tiny)).float()

@@ -140,10 +140,13 @@ def test_a_calibration_captures_later_sites_on_what_sparse_earlier_ones_make(run
 
     monkeypatch.setattr("afbs_compile.tuner.graph.tune_site", spy)
     model, samples = runs
-    calibrate(model, [token_ids(LENGTH, seed=0)], tolerance=0.3, min_length=1)
+    recipe = calibrate(model, [token_ids(LENGTH, seed=0)], tolerance=0.3, min_length=1)
     (_, first), (second, _) = seen
     assert first.measured.sparsity.mean() > 0
     here = SiteThresholds(first.thresholds, *first.shape, first.policy, last_rows=first.last_rows)
+    recorded = SiteThresholds.of(recipe.sites[0])
+    assert (recorded.block_q, recorded.block_k, recorded.policy, recorded.last_rows) == (*first.shape, first.policy, 64)
+    assert torch.allclose(recorded.thresholds.tau, first.thresholds.tau, atol=1e-6)
     expected = {
         name: operands[0]
         for name, operands in capture(

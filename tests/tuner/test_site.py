@@ -40,12 +40,12 @@ def operands(seed: int = 0, length: int = LENGTH, batch: int = 1, causal: bool =
 
 
 def errors_by_reference(
-    sample: Operands, thresholds: Thresholds, policy: tuple[str, ...] | None = None, last_rows: int | None = None
+    sample: Operands, thresholds: Thresholds, policy: tuple[str, ...] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Error and sparsity of each head, in float64 and without any of the tuner's code."""
     shape = {"causal": sample.causal, "scale": sample.scale}
-    last = {"last_rows": (64 if sample.causal else 0) if last_rows is None else last_rows}
-    live = predict_mask(sample.q, sample.k, thresholds.tau.tolist(), thresholds.theta.tolist(), policy, **shape, **last)
+    constants = thresholds.tau.tolist(), thresholds.theta.tolist()
+    live = predict_mask(sample.q, sample.k, *constants, policy, **shape, last_rows=64 if sample.causal else 0)
     q, k, v = (t.double() for t in (sample.q, sample.k, sample.v))
     out = reference.masked_attention(q, k, v, live, thresholds.lam, **shape)
     everything = reference.visible_blocks(*live.shape[-2:], 64, 64, sample.causal, torch.device("cpu"))
