@@ -26,7 +26,7 @@ from afbs_compile.report import registry
 from afbs_compile.samples import bind, materialised, tensors_of
 from afbs_compile.tuner.graph import Source, calibrate_graph
 from afbs_compile.tuner.lengths import Outside
-from afbs_compile.tuner.measure import LAST_ROWS
+from afbs_compile.tuner.measure import KEPT
 
 
 def afbs(
@@ -112,7 +112,7 @@ def _conditions(
     return {
         "schema": SCHEMA_VERSION,
         "predictor": PREDICTOR_VERSION,
-        "last rows": LAST_ROWS,
+        "kept": KEPT,
         "graph": found.graph,
         "weights": found.weights,
         "source": found.source,

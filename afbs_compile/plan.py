@@ -193,6 +193,6 @@ def _constants(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SiteCo
         max_length=longest,
         policy=tuple(head.policy for head in row.heads),
         precision=tuple(head.precision for head in row.heads),
-        last_rows=row.last_rows,
+        kept=row.kept,
         fp8_constants=row.fp8_constants,
     )

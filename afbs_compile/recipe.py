@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from afbs_compile.errors import RecipeError
 from afbs_compile.kernels.fp8 import constant_count
+from afbs_compile.kernels.reference import Kept
 
 FORMAT = "afbs-recipe"
 SCHEMA_VERSION = 3
@@ -102,6 +103,7 @@ class SiteRecipe:
         kernel: what computed the sparse call when it was timed, e.g. ``"hopper 128x128"``; ``None`` where every head is
             DENSE. kernel_reason: why not the quickest kernel of the engine.
         last_rows: query blocks that hold one of this many last rows of a causal call keep every block.
+        local_keys: so do the blocks that hold one of this many keys right before a query block of it.
         fp8_constants: what the samples say about keys and values, for the heads of precision ``"fp8"``: for each key
             head its D means and its two peaks; empty where there is no such head.
     """
@@ -123,7 +125,13 @@ class SiteRecipe:
     kernel: str | None = None
     kernel_reason: str | None = None
     last_rows: int = 0
+    local_keys: int = 0
     fp8_constants: tuple[float, ...] = ()
+
+    @property
+    def kept(self) -> Kept:
+        """``local_keys`` and ``last_rows``."""
+        return Kept(self.local_keys, self.last_rows)
 
     @property
     def sparsity(self) -> float:
@@ -229,7 +237,7 @@ class GraphRecipe:
 _NOT_IN_RECORDS = {"name", "outcome", "reason", "heads", "fp8_constants"}
 """Fields of a site that :meth:`Recipe.to_records` writes under another name, one head at a time, or not at all."""
 
-_ADDED = {"precision", "precision_reason", "fp8_constants", "last_rows"}
+_ADDED = {"precision", "precision_reason", "fp8_constants", "last_rows", "local_keys"}
 """Fields that recipes of this schema lack where they are older; they then have their defaults."""
 
 
@@ -374,8 +382,9 @@ def _check(recipe: Recipe) -> None:
         fp8 = any(head.precision == "fp8" for head in site.heads)
         if fp8 and len(site.fp8_constants) != constant_count(site.kv_heads or 0, site.head_dim or 0):
             raise _DamagedError(f"{site.name} has heads in FP8 and not the constants of its key heads")
-        if site.last_rows < 0:
-            raise _DamagedError(f"{site.name} has last_rows {site.last_rows}")
+        for name, value in site.kept._asdict().items():
+            if value < 0:
+                raise _DamagedError(f"{site.name} has {name} {value}")
         if not all(map(math.isfinite, site.fp8_constants)):
             raise _DamagedError(f"{site.name} has an FP8 constant that is not finite")
         for index, head in enumerate(site.heads):

@@ -129,7 +129,7 @@ def errors_on(recipe: Recipe, model: Any, windows: Sequence[Tensor]) -> Tensor:
     errors = []
     for name, operands in capture(sample_runs(model, windows), as_it_runs):
         site = sites[name]
-        operands = [replace(sample, last_rows=site.last_rows) for sample in operands]
+        operands = [replace(sample, kept=site.kept) for sample in operands]
         meter = Meter(operands, block_q=site.block_q, block_k=site.block_k, windows=1, policy=site.policy)
         errors.append(meter(site.thresholds).error)
     return torch.stack(errors)

@@ -5,9 +5,9 @@
 
 Every point is calibrated on windows of one text and measured on windows of another (or of the same text, disjoint).
 The oracle knows the true attention mass of every block of the unseen text and keeps the smallest set of blocks that
-reaches a share of it, the same share for all heads: no predictor and no search can be told more about one head. The
-thresholds run whether or not they are faster at this length: this is about quality. Ends with pass keys at the budget
-that measured closest to +1 %.
+reaches a share of it, the same share for all heads, beside the blocks that calibration always keeps: no predictor and
+no search can be told more about one head. The thresholds run whether or not they are faster at this length: this is
+about quality. Ends with pass keys at the budget that measured closest to +1 %.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
 from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.reference import block_count, diagonal_blocks, select_blocks, visible_blocks
+from afbs_compile.kernels.reference import NOTHING_MORE, block_count, kept_blocks, select_blocks, visible_blocks
 from afbs_compile.passes.capture import Attention, Operands, SampleRun, run_with
 from afbs_compile.tuner.end_to_end import SiteThresholds, find_logits, next_tokens, output_change
 from afbs_compile.tuner.inputs import BlockShape
+from afbs_compile.tuner.measure import KEPT
 from afbs_compile.tuner.site import BLOCK_SHAPES
 
 sys.path.append(str(ROOT / "examples"))
@@ -175,7 +176,8 @@ class Oracle:
         mass = mass / mass.sum(-1, keepdim=True)
         visible = visible_blocks(blocks, blocks, BLOCK, BLOCK, operands.causal, q.device)
         live = select_blocks(mass, torch.full((1, 1, 1), self._mass, device=q.device))
-        live = (live | diagonal_blocks(blocks, blocks, BLOCK, BLOCK, q.device)) & visible
+        kept = kept_blocks(length, BLOCK, BLOCK, KEPT if operands.causal else NOTHING_MORE, q.device)
+        live = (live | kept) & visible
         self._sparsities.append(1 - float(live.sum() / visible.sum() / len(live)))
         allowed = live.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :length, :length]
         if operands.causal:

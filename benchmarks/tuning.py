@@ -29,10 +29,11 @@ from searches import PEERS, Search
 from torch import Tensor
 
 from afbs_compile.found import FoundGraph
+from afbs_compile.kernels.reference import NOTHING_MORE
 from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.rewrite import SiteConstants, rewrite
 from afbs_compile.tuner.inputs import Inputs
-from afbs_compile.tuner.measure import Meter, with_last_rows
+from afbs_compile.tuner.measure import Meter, with_kept_blocks
 from afbs_compile.tuner.site import TuneSettings, search_curves
 from afbs_compile.tuner.space import Thresholds
 from afbs_compile.tuner.speed import Stopwatch
@@ -108,7 +109,7 @@ def compare(
                 _search(name, given, tolerance, outcome, stopwatch)
                 constants = outcome.constants[-1]
                 shape = {"block_q": constants.block_q, "block_k": constants.block_k}
-                as_it_runs = [replace(sample, last_rows=constants.last_rows) for sample in tests]
+                as_it_runs = [replace(sample, kept=constants.kept) for sample in tests]
                 meter = Meter(as_it_runs, **shape, windows=1, policy=constants.policy or None)
                 chosen = Thresholds(*(torch.tensor(x) for x in (constants.tau, constants.theta, constants.lam)))
                 outcome.unseen.append(meter(chosen).error)
@@ -134,16 +135,16 @@ def rewritten(runs: Sequence[SampleRun], constants: Sequence[SiteConstants]) -> 
 def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outcome, stopwatch: Stopwatch) -> None:
     began = now()
     if name == ONE_PASS:
-        result = search_curves(Inputs(with_last_rows(operands)), TuneSettings(tolerance=tolerance), stopwatch)
+        result = search_curves(Inputs(with_kept_blocks(operands)), TuneSettings(tolerance=tolerance), stopwatch)
         thresholds, sparsity, shape = result.thresholds, result.measured.sparsity, result.shape
-        policy, last_rows = result.policy, result.last_rows
+        policy, kept = result.policy, result.kept
         evaluations, calls, path = result.evaluations, math.nan, []
         path = [(math.nan, evaluations, float(sparsity.mean()), float(result.measured.worst.mean()))]
     else:
         search = Search(Meter(operands, block_q=64, block_k=64), tolerance)
         PEERS[name](search)
         thresholds, sparsity, shape, policy = search.best, search.sparsity, (64, 64), ()
-        last_rows = 0
+        kept = NOTHING_MORE
         evaluations, calls, path = search.meter.evaluations, search.meter.calls, search.path
     outcome.seconds += now() - began
     outcome.evaluations.append(evaluations)
@@ -151,7 +152,7 @@ def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outc
     outcome.sparsity.append(sparsity)
     outcome.paths.append(path)
     columns = (tuple(x.tolist()) for x in (thresholds.tau, thresholds.theta, thresholds.lam))
-    outcome.constants.append(SiteConstants(*columns, *shape, min_length=0, policy=policy, last_rows=last_rows))
+    outcome.constants.append(SiteConstants(*columns, *shape, min_length=0, policy=policy, kept=kept))
 
 
 def now() -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from afbs_compile import plan
 from afbs_compile.kernels import fp8, op, precision
 from afbs_compile.kernels.policy import predict_mask
+from afbs_compile.kernels.reference import Kept
 from afbs_compile.tuner import fp8 as tuner_fp8
 
 
@@ -31,12 +32,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         policy: Any,
         names: Any,
         constants: Any,
-        last_rows: int,
+        kept: Kept,
         **call: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, counts = own(q, k, v, tau, theta, lam, policy, None, None, last_rows, **call)
+        out, counts = own(q, k, v, tau, theta, lam, policy, None, None, kept, **call)
         if names is not None and "fp8" in names:
-            live = predict_mask(q, k, tau, theta, policy, last_rows=last_rows, **call)
+            live = predict_mask(q, k, tau, theta, policy, kept=kept, **call)
             rounded = fp8.attend(fp8.quantise(q, k, v, constants, call["scale"]), live, causal=call["causal"])
             mine = torch.tensor([name == "fp8" for name in names])[:, None, None]
             out.copy_(torch.where(mine, rounded.to(q.dtype), out))

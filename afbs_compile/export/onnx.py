@@ -2,7 +2,7 @@
 
 Any runtime that knows ONNX functions runs the file by that body (:mod:`afbs_compile.export.onnx_function`). A runtime
 with a kernel of its own claims the node by its name, domain and version, and must then compute what the attributes
-``policy``, ``last_rows`` and ``predictor_version`` name; it may use ``lam``, which the body does not.
+``policy``, ``last_rows``, ``local_keys`` and ``predictor_version`` name; it may use ``lam``, which the body does not.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ ATTRIBUTES = {
     "block_q": (INT, "rows of a query block"),
     "block_k": (INT, "rows of a key block; block_q is a multiple of it"),
     "last_rows": (INT, "query blocks that hold one of this many last rows keep every block"),
+    "local_keys": (INT, "blocks that hold one of this many keys right before a query block are kept"),
     "min_length": (INT, "shorter sequences keep every block"),
     "max_length": (INT, "longer sequences keep every block; 0 for no limit"),
     "predictor_version": (INT, "version of the selection rule; a native kernel must implement this one"),
@@ -209,6 +210,7 @@ def _sparse_attention_node() -> Callable[..., Any]:
         precision: None = None,
         fp8_constants: None = None,
         last_rows: int = 0,
+        local_keys: int = 0,
     ) -> Any:
         # Calls are written by position, so both of FP8 come along; an exported program has no heads in FP8.
         assert precision is None
@@ -226,6 +228,7 @@ def _sparse_attention_node() -> Callable[..., Any]:
             block_q=block_q,
             block_k=block_k,
             last_rows=last_rows,
+            local_keys=local_keys,
             min_length=min_length,
             max_length=max_length,
             policy=names,

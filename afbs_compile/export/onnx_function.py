@@ -52,7 +52,7 @@ InBlocks <block> (x) => (blocks)
 
 SPARSE_ATTENTION = """
 SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q, block_k, min_length, max_length,
-    predictor_version, last_rows: int = 0>
+    predictor_version, last_rows: int = 0, local_keys: int = 0>
     (q, k, v) => (out)
 {
     zero = Constant <value = int64 {0}> ()
@@ -74,7 +74,8 @@ SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q
 
     live = afbs.PredictMask <tau: floats = @tau, theta: floats = @theta, policy_code: ints = @policy_code,
         is_causal: int = @is_causal, scale: float = @scale, block_q: int = @block_q, block_k: int = @block_k,
-        last_rows: int = @last_rows, min_length: int = @min_length, max_length: int = @max_length>
+        last_rows: int = @last_rows, local_keys: int = @local_keys, min_length: int = @min_length,
+        max_length: int = @max_length>
         (q32, k32)
     count_q1 = Shape <start = 2, end = 3> (live)
     count_k1 = Shape <start = 3, end = 4> (live)

@@ -165,10 +165,10 @@ KeepByWindow <block_q, block_k> (q, heads, tau, visible) => (keep)
 """
 
 BLOCKS_IN_REACH = """
-BlocksInReach <is_causal, block_q, block_k, last_rows: int = 0> (length) => (visible, kept)
+BlocksInReach <is_causal, block_q, block_k, last_rows: int = 0, local_keys: int = 0> (length) => (visible, kept)
 {
-    # visible: some row of the query block may attend some key; kept: the blocks share rows, or those of the query block
-    # are among the last
+    # visible: some row of the query block may attend some key; kept: the blocks share rows, or the key block holds keys
+    # right before the query block, or the rows of the query block are among the last
     zero = Constant <value = int64 {0}> ()
     column = Constant <value = int64[1] {-1}> ()
     size_q = Constant <value_int: int = @block_q> ()
@@ -182,14 +182,16 @@ BlocksInReach <is_causal, block_q, block_k, last_rows: int = 0> (length) => (vis
     end_q = Add (first_q, size_q)
     end_k = Add (first_k, size_k)
     begins_before = Less (first_k, end_q)
-    ends_after = Less (first_q, end_k)
-    diagonal = And (begins_before, ends_after)
+    local = Constant <value_int: int = @local_keys> ()
+    end_near = Add (end_k, local)
+    ends_after = Less (first_q, end_near)
+    near = And (begins_before, ends_after)
     last = Constant <value_int: int = @last_rows> ()
     before_last = Sub (length, last)
     some_last = Greater (last, zero)
     reaches = Greater (end_q, before_last)
     whole = And (reaches, some_last)
-    kept = Or (diagonal, whole)
+    kept = Or (near, whole)
     visible = Or (begins_before, any_key)
 }
 """
@@ -215,7 +217,8 @@ HeadsWith (code, first, last, selects) => (heads, some)
 """
 
 PREDICT_MASK = """
-PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_length, max_length, last_rows: int = 0>
+PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_length, max_length, last_rows: int = 0,
+    local_keys: int = 0>
     (q, k) => (live)
 {
     head_axes = Constant <value = int64[2] {1, 2}> ()
@@ -238,7 +241,8 @@ PredictMask <tau, theta, policy_code, is_causal, scale, block_q, block_k, min_le
     count = Squeeze (count1)
     length = Squeeze (length1)
     visible, always = afbs.BlocksInReach
-        <is_causal: int = @is_causal, block_q: int = @block_q, block_k: int = @block_k, last_rows: int = @last_rows>
+        <is_causal: int = @is_causal, block_q: int = @block_q, block_k: int = @block_k, last_rows: int = @last_rows,
+        local_keys: int = @local_keys>
         (length)
     blocks = Shape (visible)
     none_shape = Concat <axis = 0> (batch1, zero1, blocks)

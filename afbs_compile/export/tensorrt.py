@@ -133,6 +133,7 @@ def call_plugins(gm: fx.GraphModule) -> int:
                     *(given[name] for name in ("block_q", "block_k", "min_length", "max_length")),
                     ",".join(given.get("policy") or ()),
                     given.get("last_rows", 0),
+                    given.get("local_keys", 0),
                 ),
             )
         plugin.meta = dict(node.meta)
@@ -169,6 +170,7 @@ def sparse_attention_plugin(
     max_length: int = 0,
     policy: str = "",
     last_rows: int = 0,
+    local_keys: int = 0,
 ) -> Tensor:
     """``afbs::sparse_attention`` with its thresholds as text and a contiguous result.
 
@@ -180,8 +182,9 @@ def sparse_attention_plugin(
     thresholds = (from_text(text) for text in (tau, theta, lam))
     names = policy.split(",") if policy else None
     out = afbs_compile.kernels.op.sparse_attention(
-        q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length, max_length, names, last_rows=last_rows
-    )
+        q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length, max_length, names,
+        last_rows=last_rows, local_keys=local_keys,
+    )  # fmt: skip
     result: Tensor = out.contiguous()
     return result
 
@@ -202,6 +205,7 @@ def _(
     max_length: int = 0,
     policy: str = "",
     last_rows: int = 0,
+    local_keys: int = 0,
 ) -> Tensor:
     """The shape of q, unchecked: the generator asks with sizes that no attention has."""
     return q.new_empty(q.shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.policy import check_policies
 from afbs_compile.kernels.precision import check_precision
+from afbs_compile.kernels.reference import Kept
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257)
@@ -28,7 +29,7 @@ def check_call(
     policy: Sequence[str] | None,
     precision: Sequence[str] | None,
     fp8_constants: Sequence[float] | None,
-    last_rows: int,
+    kept: Kept,
 ) -> None:
     """Refuse arguments that no engine takes; of the tensors only shapes, dtypes and devices are read.
 
@@ -38,8 +39,9 @@ def check_call(
     _check_tensors(q, k, v)
     _check_constants(q.shape[1], tau, theta, lam, block_q, block_k, policy)
     check_precision(q, k, precision, fp8_constants)
-    if last_rows < 0:
-        raise ValueError(f"last_rows is {last_rows}; accepted: 0 or more")
+    for name, value in kept._asdict().items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}; accepted: 0 or more")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

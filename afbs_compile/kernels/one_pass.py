@@ -24,7 +24,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.policies.base import ALWAYS
 from afbs_compile.kernels.policy import DEFAULT, levels
-from afbs_compile.kernels.reference import block_count, diagonal_blocks, kept_blocks, visible_blocks
+from afbs_compile.kernels.reference import NOTHING_MORE, Kept, block_count, diagonal_blocks, kept_blocks, visible_blocks
 
 WORKING_BYTES = 384 * 2**20
 """Memory that a pass may take for itself, about; it goes through the heads in groups that fit."""
@@ -72,12 +72,12 @@ def visit_order(level: Tensor, diagonal: Tensor) -> Visit:
 
 @functools.lru_cache(maxsize=4)
 def _places(
-    length: int, block_q: int, block_k: int, causal: bool, last_rows: int, device: torch.device
+    length: int, block_q: int, block_k: int, causal: bool, kept: Kept, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The visible, the always kept and the diagonal blocks. A calibration asks for the same ones again and again."""
     shape = (block_count(length, block_q), block_count(length, block_k), block_q, block_k)
-    kept = kept_blocks(length, block_q, block_k, last_rows, device)
-    return visible_blocks(*shape, causal, device), kept, diagonal_blocks(*shape, device)
+    always = kept_blocks(length, block_q, block_k, kept, device)
+    return visible_blocks(*shape, causal, device), always, diagonal_blocks(*shape, device)
 
 
 def one_pass(
@@ -94,7 +94,7 @@ def one_pass(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    last_rows: int = 0,
+    kept: Kept = NOTHING_MORE,
 ) -> PassSums:
     """Measure every threshold of every head on one input.
 
@@ -107,7 +107,7 @@ def one_pass(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
-        last_rows: query blocks that hold one of this many last rows keep every block.
+        kept: which blocks every tau keeps, beside those on the diagonal.
 
     Returns:
         Sums per query block, on the device of ``q``. A row whose output overflows measures NaN or infinity.
@@ -118,7 +118,7 @@ def one_pass(
     count_q, count_k = block_count(length, block_q), block_count(length, block_k)
     rows = torch.arange(count_q) if rows is None else rows
     rows = rows.to(q.device, non_blocking=True).contiguous()
-    all_visible, kept, all_diagonal = _places(length, block_q, block_k, causal, last_rows, q.device)
+    all_visible, always, all_diagonal = _places(length, block_q, block_k, causal, kept, q.device)
     visible, diagonal = all_visible[rows], all_diagonal[rows]
     measure = _triton_pass if q.device.type == "cuda" else torch_pass
     parts = []
@@ -126,7 +126,7 @@ def one_pass(
         limits = theta[some] if policy == DEFAULT else None
         level = levels(
             policy, q[None, some], k[None, kv], limits,
-            causal=causal, scale=scale, block_q=block_q, block_k=block_k, places=(all_visible, kept),
+            causal=causal, scale=scale, block_q=block_q, block_k=block_k, places=(all_visible, always),
         )[0]  # fmt: skip
         visit = visit_order(level if len(rows) == count_q else level[:, rows], diagonal)
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.

@@ -19,7 +19,7 @@ from afbs_compile.kernels.checks import check_call
 from afbs_compile.kernels.fp8 import constant_count
 from afbs_compile.kernels.policy import predict_mask
 from afbs_compile.kernels.predict import BlockLists, predict_blocks
-from afbs_compile.kernels.reference import KEEP_ALL
+from afbs_compile.kernels.reference import KEEP_ALL, Kept
 
 LISTS_SHARE = 0.035
 """Largest part of the memory of q, k, v and the output that block lists may take; at 128K tokens they and the block
@@ -88,7 +88,7 @@ def _attend_in_groups(
     policy: Sequence[str] | None,
     precision: Sequence[str] | None,
     fp8_constants: Sequence[float] | None,
-    last_rows: int,
+    kept: Kept,
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     """Predict and attend on Triton for as many heads at a time as the memory of their block lists allows."""
@@ -99,7 +99,7 @@ def _attend_in_groups(
         mine, keys = slice(first, first + step), slice(first // repeats, (first + step) // repeats)
         parts = (q, k, v, out) if step >= heads else (q[:, mine], k[:, keys], v[:, keys], out[:, mine])
         names = None if policy is None else policy[mine]
-        lists = predict_blocks(*parts[:2], tau[mine], theta[mine], policy=names, last_rows=last_rows, **call)
+        lists = predict_blocks(*parts[:2], tau[mine], theta[mine], policy=names, kept=kept, **call)
         if precision is None:
             _attend_on_triton(*parts[:3], lists, lam[mine], out=parts[3], **call)
         else:
@@ -149,7 +149,7 @@ def _sparse_attention(
     policy: Sequence[str] | None,
     precision: Sequence[str] | None,
     fp8_constants: Sequence[float] | None,
-    last_rows: int,
+    kept: Kept,
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_attention_with_counts` on checked arguments that hold at least one element."""
@@ -159,8 +159,8 @@ def _sparse_attention(
             raise ValueError(f"precision is fp8, and {reason}")
     with _own_precision(q):
         if engine_name(q.device) == "triton":
-            return _attend_in_groups(q, k, v, tau, theta, lam, policy, precision, fp8_constants, last_rows, **call)
-        live = predict_mask(q, k, tau, theta, policy, last_rows=last_rows, **call)
+            return _attend_in_groups(q, k, v, tau, theta, lam, policy, precision, fp8_constants, kept, **call)
+        live = predict_mask(q, k, tau, theta, policy, kept=kept, **call)
         return flex.attend(q, k, v, live, **call), live.sum(-1, dtype=torch.int32)
 
 
@@ -180,6 +180,7 @@ def sparse_attention_with_counts(
     precision: str | Sequence[str] | None = None,
     fp8_constants: Sequence[float] | None = None,
     last_rows: int = 0,
+    local_keys: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The sparse engine of the device, whatever the length and the constants, and how much it computed.
 
@@ -195,7 +196,7 @@ def sparse_attention_with_counts(
             that of the operands. FP8 needs a Hopper GPU, fp16 or bf16, D 64 or 128, blocks of 128 x 128 and lam off.
         fp8_constants: what calibration knows of the keys and values, as
             :meth:`afbs_compile.kernels.fp8.Constants.unpacked` takes it.
-        last_rows: query blocks that hold one of this many last rows keep every block; 0 or more.
+        last_rows, local_keys: which blocks every tau keeps, as in :class:`afbs_compile.kernels.reference.Kept`.
 
     Returns:
         The output ``[B, H, N, D]``, which lies in memory as ``[B, N, H, D]``, and the number of live key blocks of
@@ -205,12 +206,13 @@ def sparse_attention_with_counts(
         ValueError: naming the argument, what came and what is accepted.
     """
     precision = [precision] * q.shape[1] if isinstance(precision, str) else precision
-    check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, last_rows)
+    kept = Kept(local_keys, last_rows)
+    check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, kept)
     if q.numel() == 0:
         count_q = reference.block_count(q.shape[2], block_q)
         return _empty_output(q), q.new_zeros(*q.shape[:2], count_q, dtype=torch.int32)
     call = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k}
-    return _sparse_attention(q, k, v, tau, theta, lam, policy, precision, fp8_constants, last_rows, **call)
+    return _sparse_attention(q, k, v, tau, theta, lam, policy, precision, fp8_constants, kept, **call)
 
 
 @torch.library.custom_op(
@@ -219,7 +221,7 @@ def sparse_attention_with_counts(
     schema=(
         "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, bool is_causal, float? scale=None, "
         "int block_q=64, int block_k=64, int min_length=0, int max_length=0, str[]? policy=None, "
-        "str[]? precision=None, float[]? fp8_constants=None, int last_rows=0) -> Tensor"
+        "str[]? precision=None, float[]? fp8_constants=None, int last_rows=0, int local_keys=0) -> Tensor"
     ),
 )
 def sparse_attention(
@@ -239,6 +241,7 @@ def sparse_attention(
     precision: Sequence[str] | None = None,
     fp8_constants: Sequence[float] | None = None,
     last_rows: int = 0,
+    local_keys: int = 0,
 ) -> Tensor:
     """Block-sparse attention with each head's constants; dense where that is what they say.
 
@@ -255,14 +258,15 @@ def sparse_attention(
         ValueError: naming the argument, what came and what is accepted.
         RuntimeError: a gradient is asked for.
     """
-    check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, last_rows)
+    kept = Kept(local_keys, last_rows)
+    check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, kept)
     if q.numel() == 0:
         return _empty_output(q)
     too_long = 0 < max_length < q.shape[2]
     if q.shape[2] < min_length or too_long or all(value >= KEEP_ALL for value in tau):
         return _dense_attention(q, k, v, is_causal, scale)
     call = {"causal": is_causal, "scale": scale, "block_q": block_q, "block_k": block_k}
-    out, _ = _sparse_attention(q, k, v, tau, theta, lam, policy, precision, fp8_constants, last_rows, **call)
+    out, _ = _sparse_attention(q, k, v, tau, theta, lam, policy, precision, fp8_constants, kept, **call)
     return out
 
 
@@ -284,9 +288,12 @@ def _(
     precision: Sequence[str] | None = None,
     fp8_constants: Sequence[float] | None = None,
     last_rows: int = 0,
+    local_keys: int = 0,
 ) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""
-    check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, last_rows)
+    check_call(
+        q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, Kept(local_keys, last_rows)
+    )
     return _empty_output(q)
 
 

@@ -71,7 +71,7 @@ def levels(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    last_rows: int = 0,
+    kept: reference.Kept = reference.NOTHING_MORE,
     places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The tau from which each block is live: at any tau above its level.
@@ -83,13 +83,13 @@ def levels(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two from 16; ``block_q`` is a multiple of ``block_k``.
-        last_rows: query blocks that hold one of this many last rows keep every block.
+        kept: which blocks every tau keeps, beside those on the diagonal.
         places: the visible blocks and those that are always kept, bool ``[n_q, n_k]`` each, of a caller that has them;
-            ``last_rows`` is not looked at then.
+            ``kept`` is not looked at then.
 
     Returns:
-        fp32 ``[B, H, n_q, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (diagonal ones, those of the last
-        rows, those that theta keeps, rows with NaN), infinity for invisible ones, in [0, 1) for the others.
+        fp32 ``[B, H, n_q, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (diagonal ones, those of ``kept``,
+        those that theta keeps, rows with NaN), infinity for invisible ones, in [0, 1) for the others.
 
     Raises:
         ValueError: there is no such policy, or it has no theta.
@@ -102,9 +102,9 @@ def levels(
         sizes = (*counts, block_q, block_k)
         places = (
             reference.visible_blocks(*sizes, causal, q.device),
-            reference.kept_blocks(q.shape[2], block_q, block_k, last_rows, q.device),
+            reference.kept_blocks(q.shape[2], block_q, block_k, kept, q.device),
         )
-    visible, kept = places
+    visible, always = places
     candidates = visible
     limits = [reference.THETA_OFF] * q.shape[1] if theta is None else torch.as_tensor(theta).tolist()
     check_policies([policy] * q.shape[1], limits)
@@ -114,9 +114,9 @@ def levels(
         similarity_q, similarity_k = similarities
         limit = reference.per_head(limits, q)
         coherent_k = similarity_k.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None, :] >= limit
-        candidates, kept = visible & coherent_k, kept | ~coherent_k | ~(similarity_q[..., None] >= limit)
+        candidates, always = visible & coherent_k, always | ~coherent_k | ~(similarity_q[..., None] >= limit)
     level = base.levels(scores, chosen.rule, candidates)
-    return torch.where(kept, ALWAYS, level).masked_fill(~visible, math.inf)
+    return torch.where(always, ALWAYS, level).masked_fill(~visible, math.inf)
 
 
 Scored = tuple[Tensor, tuple[Tensor, Tensor] | None]

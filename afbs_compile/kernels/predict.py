@@ -58,15 +58,13 @@ def predict_mask(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    last_rows: int = 0,
+    kept: reference.Kept = reference.NOTHING_MORE,
 ) -> Tensor:
     """:func:`reference.predict_mask` with less work where no head asks for self-similarity; it may wait for the device.
 
     Arguments and result are those of the reference.
     """
-    call: dict[str, Any] = {
-        "causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k, "last_rows": last_rows
-    }  # fmt: skip
+    call: dict[str, Any] = {"causal": causal, "scale": scale, "block_q": block_q, "block_k": block_k, "kept": kept}
     if max(theta) >= 0.0:
         return reference.predict_mask(q, k, tau, theta, **call)
     mean_q, mean_k = _block_means(q, block_q), _block_means(k, block_k)
@@ -79,7 +77,7 @@ def predict_mask(
     probability = reference.block_probabilities(mean_q, mean_k, visible, scale=scale)
     tau_head = reference.per_head(tau, q)
     live = reference.select_blocks(probability, tau_head) | (tau_head >= reference.KEEP_ALL)
-    live = live | reference.kept_blocks(q.shape[2], block_q, block_k, last_rows, q.device)
+    live = live | reference.kept_blocks(q.shape[2], block_q, block_k, kept, q.device)
     return live & visible
 
 
@@ -104,7 +102,7 @@ def predict_blocks(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    last_rows: int = 0,
+    kept: reference.Kept = reference.NOTHING_MORE,
 ) -> BlockLists:
     """Predict the live blocks on the device of ``q``, in fp32 whatever the inputs.
 
@@ -115,13 +113,13 @@ def predict_blocks(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two; ``block_q`` is a multiple of ``block_k``.
-        last_rows: query blocks that hold one of this many last rows keep every block.
+        kept: which blocks every tau keeps, beside those on the diagonal.
 
     Returns:
         The lists. Engines agree up to fp32 rounding: a block whose preceding mass lies within about 1e-5 of ``tau``
         may be live on one and not on the other.
     """
-    call: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k, "last_rows": last_rows}
+    call: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k, "kept": kept}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type != "cuda":
         from afbs_compile.kernels import policy as policies  # it builds on this module

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.reference import block_count, first_whole_block
+from afbs_compile.kernels.reference import NOTHING_MORE, Kept, block_count, first_whole_block
 
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -184,7 +184,7 @@ def _score_kernel(
     tl.store(scores + offsets, (product * scale).to(tl.int32, bitcast=True), mask=inside)
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "count_q", "programs_q", "first_whole"])
+@triton.jit(do_not_specialize=["heads", "groups", "count_q", "programs_q", "local_keys", "first_whole"])
 def _select_kernel(
     lists,
     counts,
@@ -195,6 +195,7 @@ def _select_kernel(
     count_q,
     count_k,
     programs_q,
+    local_keys,
     first_whole,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -239,8 +240,8 @@ def _select_kernel(
     threshold = tl.where(keep_all, -0x80000000, threshold)
 
     first_q = block * BLOCK_Q
-    diagonal = (cols * BLOCK_K < first_q + BLOCK_Q) & (first_q < cols * BLOCK_K + BLOCK_K)
-    live = visible & ((bits >= threshold) | (coherent == 0) | diagonal)
+    near = (cols * BLOCK_K < first_q + BLOCK_Q) & (first_q < cols * BLOCK_K + BLOCK_K + local_keys)
+    live = visible & ((bits >= threshold) | (coherent == 0) | near)
 
     # Every store below depends on a sum over the whole row, so no score is overwritten before it is read.
     flags = live.to(tl.int32)
@@ -327,7 +328,8 @@ def select_by_mass(
     causal: bool,
     block_q: int,
     block_k: int,
-    first_whole: int,
+    length: int,
+    kept: Kept,
 ) -> None:
     """Replace the scores in ``lists.indices`` by the live blocks and fill ``lists.counts``.
 
@@ -336,17 +338,19 @@ def select_by_mass(
         similarity: what :func:`pooled_scores` returns, or ones.
         heads_k: key heads.
         tau, theta, causal, block_q, block_k: as in :func:`predict_blocks`.
-        first_whole: this query block and those after it keep every block.
+        length: N.
+        kept: which blocks every tau keeps, beside those on the diagonal.
     """
+    first_whole = first_whole_block(length, block_q, kept.last_rows)
     batch, heads, count_q, count_k = lists.indices.shape
     columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):
         thresholds = device_constants((*tau, *theta), lists.indices.device)
         _selection(
-            (layout(lists.indices), heads_k, block_q, block_k, causal, first_whole),
+            (layout(lists.indices), heads_k, block_q, block_k, causal, kept.local_keys, first_whole),
             batch * heads * count_q,
             *(lists.indices, lists.counts, similarity, thresholds),
-            *(heads, heads // heads_k, count_q, count_k, batch * heads * count_q, first_whole),
+            *(heads, heads // heads_k, count_q, count_k, batch * heads * count_q, kept.local_keys, first_whole),
             *(block_q, block_k, causal, columns),
             warps=warps,
         )
@@ -372,7 +376,7 @@ def predict_blocks(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    last_rows: int = 0,
+    kept: Kept = NOTHING_MORE,
 ) -> BlockLists:
     """:func:`afbs_compile.kernels.predict.predict_blocks` on Triton, whatever the device.
 
@@ -383,6 +387,5 @@ def predict_blocks(
     if lists.counts.numel():
         blocks: dict[str, Any] = {"causal": causal, "block_q": block_q, "block_k": block_k}
         similarity = pooled_scores(q, k, lists.indices, has_theta=max(theta) >= 0.0, scale=scale, **blocks)
-        first_whole = first_whole_block(q.shape[2], block_q, last_rows)
-        select_by_mass(lists, similarity, k.shape[1], tau, theta, first_whole=first_whole, **blocks)
+        select_by_mass(lists, similarity, k.shape[1], tau, theta, length=q.shape[2], kept=kept, **blocks)
     return lists

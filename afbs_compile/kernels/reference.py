@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,24 @@ LAMBDA_OFF = -1000.0
 calibration chooses. Testing tiles costs more than skipping them saves (``benchmarks/kernels.py --cases lambda``)."""
 
 LOG2_E = math.log2(math.e)
+
+
+class Kept(NamedTuple):
+    """The blocks that every tau keeps, beside those on the diagonal.
+
+    Attributes:
+        local_keys: 0 or more; the blocks that hold one of this many keys right before a query block. Its first rows
+            have few keys of their own block to look back at, and what came just before a token matters to it the most.
+        last_rows: 0 or more; every block of a query block that holds one of this many last rows. Those rows answer:
+            what a language model says next is read off the last one, and they have the whole text to find it in.
+    """
+
+    local_keys: int = 0
+    last_rows: int = 0
+
+
+NOTHING_MORE = Kept()
+"""The diagonal only."""
 
 
 def block_count(length: int, block: int) -> int:
@@ -92,12 +111,15 @@ def first_whole_block(length: int, block_q: int, last_rows: int) -> int:
     return max(0, length - last_rows) // block_q if last_rows > 0 else block_count(length, block_q)
 
 
-def kept_blocks(length: int, block_q: int, block_k: int, last_rows: int, device: torch.device) -> Tensor:
-    """``[n_q, n_k]`` bool: the blocks that every tau keeps: those on the diagonal, and all of the last rows."""
+def kept_blocks(length: int, block_q: int, block_k: int, kept: Kept, device: torch.device) -> Tensor:
+    """``[n_q, n_k]`` bool: the blocks that every tau keeps: those on the diagonal, local ones, all of the last rows."""
     count_q, count_k = block_count(length, block_q), block_count(length, block_k)
-    kept = diagonal_blocks(count_q, count_k, block_q, block_k, device)
-    kept[first_whole_block(length, block_q, last_rows) :] = True
-    return kept
+    first_q = torch.arange(count_q, device=device)[:, None] * block_q
+    first_k = torch.arange(count_k, device=device) * block_k
+    # Block j overlaps [first_q - local_keys, first_q + block_q).
+    blocks = (first_k < first_q + block_q) & (first_q < first_k + block_k + kept.local_keys)
+    blocks[first_whole_block(length, block_q, kept.last_rows) :] = True
+    return blocks
 
 
 def block_probabilities(mean_q: Tensor, mean_k: Tensor, candidates: Tensor, *, scale: float) -> Tensor:
@@ -151,7 +173,7 @@ def predict_mask(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    last_rows: int = 0,
+    kept: Kept = NOTHING_MORE,
 ) -> Tensor:
     """Which key blocks each query block attends: the two filters of SpargeAttn and the blocks that are always kept.
 
@@ -167,8 +189,7 @@ def predict_mask(
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
-        last_rows: query blocks that hold one of this many last rows keep every block. Those rows answer: what a
-            language model says next is read off the last one, and they have the whole text to find it in.
+        kept: which blocks every tau keeps, beside those on the diagonal.
 
     Returns:
         bool ``[B, H, n_q, n_k]``, true where the block is live.
@@ -180,12 +201,12 @@ def predict_mask(
     mean_k, similarity_k = block_statistics(k, block_k)
     count_q, count_k = mean_q.shape[2], mean_k.shape[2]
     visible = visible_blocks(count_q, count_k, block_q, block_k, causal, q.device)
-    kept = kept_blocks(q.shape[2], block_q, block_k, last_rows, q.device)
+    always = kept_blocks(q.shape[2], block_q, block_k, kept, q.device)
 
     coherent_k = similarity_k.repeat_interleave(groups, 1)[..., None, :] >= theta
     coherent_q = similarity_q[..., None] >= theta
     probability = block_probabilities(mean_q, mean_k, visible & coherent_k, scale=scale)
-    live = (select_blocks(probability, tau) & coherent_k) | ~coherent_k | ~coherent_q | (tau >= KEEP_ALL) | kept
+    live = (select_blocks(probability, tau) & coherent_k) | ~coherent_k | ~coherent_q | (tau >= KEEP_ALL) | always
     return live & visible
 
 
@@ -261,10 +282,8 @@ def sparse_attention(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    last_rows: int = 0,
+    kept: Kept = NOTHING_MORE,
 ) -> Tensor:
     """Predict the live blocks, then attend over them: what ``afbs::sparse_attention`` computes."""
-    live = predict_mask(
-        q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k, last_rows=last_rows
-    )
+    live = predict_mask(q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k, kept=kept)
     return masked_attention(q, k, v, live, lam, causal=causal, scale=scale, block_q=block_q, block_k=block_k)

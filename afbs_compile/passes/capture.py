@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from afbs_compile.kernels.reference import NOTHING_MORE, Kept
 from afbs_compile.passes.build import laid_out_like
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.site import AttentionSite
@@ -28,7 +29,7 @@ class Operands:
         q: ``[B, H, N, D]``; k, v: ``[B, H_kv, N, D]``; detached.
         scale: softmax scale.
         causal: whether row r attends keys 0..r only.
-        last_rows: where the site is made sparse, query blocks that hold one of this many last rows keep every block.
+        kept: where the site is made sparse, which blocks every tau keeps, beside those on the diagonal.
     """
 
     q: Tensor
@@ -36,7 +37,7 @@ class Operands:
     v: Tensor
     scale: float
     causal: bool
-    last_rows: int = 0
+    kept: Kept = NOTHING_MORE
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import fx
 
 import afbs_compile.kernels.op  # noqa: F401  registers the operator
 from afbs_compile.kernels.policy import DEFAULT
+from afbs_compile.kernels.reference import NOTHING_MORE, Kept
 from afbs_compile.passes.build import NodeBuilder, erase_unused
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.unmask import unmask
@@ -32,7 +33,7 @@ class SiteConstants:
         policy: one name per query head; empty means ``meansim`` for all.
         precision: one name per query head; empty means that of the operands for all.
         fp8_constants: for the heads of precision ``fp8``; empty where there is none.
-        last_rows: query blocks that hold one of this many last rows keep every block.
+        kept: which blocks every tau keeps, beside those on the diagonal.
     """
 
     tau: tuple[float, ...]
@@ -45,7 +46,7 @@ class SiteConstants:
     policy: tuple[str, ...] = ()
     precision: tuple[str, ...] = ()
     fp8_constants: tuple[float, ...] = ()
-    last_rows: int = 0
+    kept: Kept = NOTHING_MORE
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) 
             **({"max_length": constants.max_length} if constants.max_length else {}),
             **_named_policies(constants),
             **_named_precisions(constants),
-            **({"last_rows": constants.last_rows} if constants.last_rows else {}),
+            **{name: value for name, value in constants.kept._asdict().items() if value},
         },
     )
     if site.rank != 4:  # the output has the shape of q: one head_dim for all operands

@@ -95,7 +95,7 @@ def operands(graphs: Sequence[AppliedGraph]) -> Iterator[tuple[SiteRecipe, list[
             for name, found in walk:
                 if rows[name].heads:
                     row = rows[name]
-                    yield row, [replace(sample, last_rows=row.last_rows) for sample in found]
+                    yield row, [replace(sample, kept=row.kept) for sample in found]
 
 
 def rewritten(model: Callable[..., Any], recipe: Recipe, *, name: str = "the recipe given") -> Callable[..., Any]:

@@ -123,7 +123,7 @@ def _site_masks(graph: int, row: SiteRecipe, wanted: list[int], sample: Operands
         scale=sample.scale,
         block_q=row.block_q,
         block_k=row.block_k,
-        last_rows=sample.last_rows,
+        kept=sample.kept,
     )[0].cpu()
     rows, columns = int(live.shape[1]), int(live.shape[2])
     visible = visible_blocks(rows, columns, row.block_q, row.block_k, sample.causal, torch.device("cpu")).sum()

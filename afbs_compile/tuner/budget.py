@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afbs_compile.kernels.reference import KEEP_ALL
+from afbs_compile.kernels.reference import KEEP_ALL, NOTHING_MORE, Kept
 from afbs_compile.recipe import Policy
 from afbs_compile.tuner.allocate import allocate
 from afbs_compile.tuner.end_to_end import EndToEnd, OutputChange, SiteThresholds
@@ -70,7 +70,7 @@ class SitePoints:
         tau, theta: thresholds, ``[H, points]``; error: relative L1 of the head's output; live: share of the valid
             blocks that is computed. Points that must not be used have a NaN error.
         block_q, block_k: block shape of all points; policy: a name per head.
-        last_rows: query blocks that hold one of this many last rows keep every block.
+        kept: which blocks every tau keeps, beside those on the diagonal.
     """
 
     name: str
@@ -81,7 +81,7 @@ class SitePoints:
     block_q: int
     block_k: int
     policy: tuple[Policy, ...]
-    last_rows: int = 0
+    kept: Kept = NOTHING_MORE
 
     @property
     def heads(self) -> int:
@@ -93,7 +93,7 @@ class SitePoints:
         tau, theta = (values.gather(1, points[:, None])[:, 0] for values in (self.tau, self.theta))
         lam = Thresholds.dense(self.heads).lam
         thresholds = Thresholds(tau, theta, lam)
-        return SiteThresholds(thresholds, self.block_q, self.block_k, self.policy, last_rows=self.last_rows)
+        return SiteThresholds(thresholds, self.block_q, self.block_k, self.policy, kept=self.kept)
 
     def reference_points(self) -> Tensor:
         """``[H]``: the sparsest point of each head with at most :data:`REFERENCE_ERROR`; 0 where there is none."""

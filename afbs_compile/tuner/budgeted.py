@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from afbs_compile.errors import OptionError
-from afbs_compile.kernels.reference import KEEP_ALL, THETA_OFF
+from afbs_compile.kernels.reference import KEEP_ALL, THETA_OFF, Kept
 from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.recipe import BudgetRecord
 from afbs_compile.tuner.budget import REFERENCE_ERROR, Budget, SitePoints, spend
@@ -18,7 +18,7 @@ from afbs_compile.tuner.curves import SMALLEST, Curves
 from afbs_compile.tuner.end_to_end import EndToEnd, SiteThresholds
 from afbs_compile.tuner.explore import explore
 from afbs_compile.tuner.inputs import BlockShape, Inputs
-from afbs_compile.tuner.measure import Meter, with_last_rows
+from afbs_compile.tuner.measure import Meter, with_kept_blocks
 from afbs_compile.tuner.progress import budget_progress
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.site import TuneSettings, fastest_shape, with_speed
@@ -112,7 +112,7 @@ def measure(name: str, samples: Sequence[Operands], settings: TuneSettings, stop
         settings: block shapes to compare.
         stopwatch: what timing earlier sites has shown.
     """
-    inputs = Inputs(with_last_rows(samples))
+    inputs = Inputs(with_kept_blocks(samples))
     explored = explore(inputs, REFERENCE_ERROR, settings.shapes_on(samples[0].q.device), stopwatch)
     shape = fastest_shape(inputs, explored, stopwatch)
     choice = explored[shape]
@@ -126,11 +126,11 @@ def measure(name: str, samples: Sequence[Operands], settings: TuneSettings, stop
     everything = torch.ones(inputs.heads, dtype=torch.bool)
     curve = Curves("refine", inputs.length, shape, choice.theta, choice.policy, tau, error, sparsity, everything)
     curves = (*(c for each in explored.values() for c in each.curves), curve)
-    points = _points(name, curve, shape, inputs.elements[0].last_rows)
+    points = _points(name, curve, shape, inputs.elements[0].kept)
     return MeasuredSite(points, curves, inputs.evaluations)
 
 
-def _points(name: str, curve: Curves, shape: BlockShape, last_rows: int) -> SitePoints:
+def _points(name: str, curve: Curves, shape: BlockShape, kept: Kept) -> SitePoints:
     def after(dense: float, values: torch.Tensor) -> torch.Tensor:
         return torch.cat([torch.full((len(values), 1), dense), values], 1)
 
@@ -144,7 +144,7 @@ def _points(name: str, curve: Curves, shape: BlockShape, last_rows: int) -> Site
         block_q=shape.block_q,
         block_k=shape.block_k,
         policy=curve.policy,
-        last_rows=last_rows,
+        kept=kept,
     )
 
 
@@ -152,7 +152,7 @@ def _settled(
     samples: Sequence[Operands], chosen: SiteThresholds, measured: MeasuredSite, stopwatch: Stopwatch
 ) -> SiteResult:
     """What the chosen thresholds of a site do to its heads on every sample, and how fast they are."""
-    samples = [replace(sample, last_rows=chosen.last_rows) for sample in samples]
+    samples = [replace(sample, kept=chosen.kept) for sample in samples]
     shape = BlockShape(chosen.block_q, chosen.block_k)
     policy = measured.points.policy
     meter = Meter(samples, **shape._asdict(), policy=policy)
@@ -164,7 +164,7 @@ def _settled(
         None,
         None,
         measured.evaluations + meter.evaluations,
-        last_rows=chosen.last_rows,
+        kept=chosen.kept,
         curves=measured.curves,
     )
     longest = max(samples, key=lambda sample: sample.q.shape[2])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from afbs_compile.errors import OptionError
+from afbs_compile.kernels.reference import NOTHING_MORE, Kept
 from afbs_compile.passes.capture import Operands, SampleRun, run_with
 from afbs_compile.recipe import SiteRecipe
 from afbs_compile.tuner.measure import sparse_attention
@@ -28,7 +29,7 @@ class SiteThresholds:
     Attributes:
         thresholds: per head; policy, precision: likewise.
         block_q, block_k: rows per block.
-        last_rows: query blocks that hold one of this many last rows keep every block.
+        kept: which blocks every tau keeps, beside those on the diagonal.
     """
 
     thresholds: Thresholds
@@ -36,7 +37,7 @@ class SiteThresholds:
     block_k: int
     policy: tuple[str, ...] | None = None
     precision: SitePrecision | None = None
-    last_rows: int = 0
+    kept: Kept = NOTHING_MORE
 
     @staticmethod
     def of(site: SiteRecipe) -> SiteThresholds:
@@ -45,14 +46,14 @@ class SiteThresholds:
         assert site.block_k is not None
         policy = tuple(head.policy for head in site.heads)
         thresholds, precision = Thresholds.of(site.heads), SitePrecision.of(site)
-        return SiteThresholds(thresholds, site.block_q, site.block_k, policy, precision, site.last_rows)
+        return SiteThresholds(thresholds, site.block_q, site.block_k, policy, precision, site.kept)
 
     def attend(self, operands: Operands) -> Tensor | None:
         """Sparse attention on a site's operands; ``None`` where every head is DENSE."""
         if self.thresholds.is_dense.all():
             return None
         shape = self.block_q, self.block_k
-        operands = replace(operands, last_rows=self.last_rows)
+        operands = replace(operands, kept=self.kept)
         return sparse_attention(operands, self.thresholds, self.policy, *shape, self.precision)[0]
 
 

@@ -119,7 +119,7 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
     def chosen(name: str, operands: Operands) -> Tensor | None:
         """Later sites are calibrated on what the sparse ones before them make."""
         result = results[name]
-        here = SiteThresholds(result.thresholds, *result.shape, result.policy, result.precision, result.last_rows)
+        here = SiteThresholds(result.thresholds, *result.shape, result.policy, result.precision, result.kept)
         return None if result.dense_reason else here.attend(operands)
 
     with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs, chosen)) as walk:
@@ -165,7 +165,7 @@ def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
         dtype=str(site.dtype).removeprefix("torch."),
         block_q=result.shape.block_q,
         block_k=result.shape.block_k,
-        last_rows=result.last_rows,
+        **result.kept._asdict(),
         heads=tuple(_head_recipe(result, head) for head in range(len(result.thresholds.tau))),
         dense_ms=None if speed is None else round(speed.dense_ms, 4),
         sparse_ms=None if speed is None else round(speed.sparse_ms, 4),

@@ -148,7 +148,7 @@ class Inputs:
             "rows": rows,
             "causal": element.causal,
             "scale": element.scale,
-            "last_rows": element.last_rows,
+            "kept": element.kept,
             **shape._asdict(),
         }
         wanted = torch.arange(self.heads) if heads is None else heads
@@ -190,7 +190,7 @@ class Inputs:
         counts = [length // share // shape.block_q for share in PREFIXES] if element.causal else []
         prefixes = {
             count * shape.block_q: _error(
-                sums, 0, count, first_whole_block(count * shape.block_q, shape.block_q, element.last_rows)
+                sums, 0, count, first_whole_block(count * shape.block_q, shape.block_q, element.kept.last_rows)
             )
             for count in counts
             if count >= FEWEST_BLOCKS

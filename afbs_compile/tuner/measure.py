@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afbs_compile.kernels.op import sparse_attention_with_counts
-from afbs_compile.kernels.reference import block_count, visible_blocks
+from afbs_compile.kernels.reference import Kept, block_count, visible_blocks
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner.space import SitePrecision, Thresholds
 
@@ -24,8 +24,9 @@ L1_ELEMENTS = 2**24
 LOW_FIDELITY_SHARE = 4
 """The paper's stage 1 runs on short sequences: here a quarter of the length, a sixteenth of the work."""
 
-LAST_ROWS = 64
-"""Rows at the end of a causal input that attend everything (:func:`with_last_rows`): as many as MInference looks at."""
+KEPT = Kept(local_keys=64, last_rows=64)
+"""Of causal inputs (:func:`with_kept_blocks`): one block before each query block, and as many last rows as MInference
+looks at."""
 
 MIN_LOW_BLOCKS = 16
 """Fewer blocks than this say little about a long sequence: then the low fidelity is the full length."""
@@ -128,14 +129,14 @@ class Meter:
         return 1 - counts.sum(-1).float().mean(0) / valid.item()
 
 
-def with_last_rows(samples: Sequence[Operands]) -> list[Operands]:
-    """Samples whose last rows attend everything, where they are causal.
+def with_kept_blocks(samples: Sequence[Operands]) -> list[Operands]:
+    """Samples that always keep the keys right before a query block and whose last rows attend everything, if causal.
 
     A language model's answer is read off its last row, and what it needs may lie in a block that nothing but that row
     asks for: one row of many does not move a block's mean, so no predictor of blocks can know. The error of a head does
     not show it either, for it is a sum over all rows.
     """
-    return [replace(sample, last_rows=LAST_ROWS) if sample.causal else sample for sample in samples]
+    return [replace(sample, kept=KEPT) if sample.causal else sample for sample in samples]
 
 
 def low_fidelity(meter: Meter, windows: int | None = None) -> Meter:
@@ -177,7 +178,7 @@ def sparse_attention(
         block_q=block_q,
         block_k=block_k,
         policy=policy,
-        last_rows=sample.last_rows,
+        **sample.kept._asdict(),
         **(precision.arguments if precision is not None else {}),
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from afbs_compile.kernels.reference import NOTHING_MORE, Kept
 from afbs_compile.recipe import Policy
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.curves import Curves
@@ -29,7 +30,7 @@ class SiteResult:
         precision: of the heads, where FP8 was asked for.
         dense_reason: why the whole site stays dense, or ``None`` if it is rewritten.
         evaluations: cost in dense equivalents.
-        last_rows: query blocks that hold one of this many last rows keep every block.
+        kept: which blocks every tau keeps, beside those on the diagonal.
         curves: all that was measured on the way; empty for ``method="paper"``, whose ``trials`` tell it.
         lengths: what was learnt about other lengths; tau_exponent: ``[H]``, as in :class:`HeadRecipe`.
         deciding: bool ``[inputs]``, inputs that kept a head from a bolder threshold; held_out: bool ``[inputs]``, those
@@ -44,7 +45,7 @@ class SiteResult:
     speed: SiteSpeed | None
     dense_reason: str | None
     evaluations: float
-    last_rows: int = 0
+    kept: Kept = NOTHING_MORE
     curves: tuple[Curves, ...] = ()
     lengths: Lengths | None = None
     tau_exponent: Tensor | None = None

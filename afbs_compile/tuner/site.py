@@ -26,7 +26,7 @@ from afbs_compile.tuner.measure import (
     low_fidelity,
     relative_l1,
     sparse_attention,
-    with_last_rows,
+    with_kept_blocks,
 )
 from afbs_compile.tuner.paper import algorithm_1
 from afbs_compile.tuner.result import SiteResult
@@ -94,7 +94,7 @@ def tune_site(
     nothing = f"no threshold keeps any head's error within {settings.tolerance:g}"
     if settings.method == "paper":
         return with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, nothing)
-    inputs = Inputs(with_last_rows(samples))
+    inputs = Inputs(with_kept_blocks(samples))
     fp8 = settings.precision == "fp8"
     if fp8 and fp8_refusal(inputs.elements[inputs.first], SHAPE) is None:
         settings = replace(settings, shapes=(SHAPE,))
@@ -184,7 +184,7 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
         None,
         None,
         inputs.evaluations,
-        last_rows=inputs.elements[0].last_rows,
+        kept=inputs.elements[0].kept,
         curves=curves,
         lengths=lengths,
         tau_exponent=torch.where(sparse, exponent, 0.0),

@@ -224,7 +224,7 @@ def _predictor_call(
         "scale": sample.scale,
         "block_q": block_q,
         "block_k": block_k,
-        "last_rows": sample.last_rows,
+        "kept": sample.kept,
     }
     if engine_name(sample.q.device) == "triton":
         return lambda: predict_blocks(sample.q, sample.k, *constants, **call).counts

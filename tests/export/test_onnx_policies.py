@@ -7,6 +7,7 @@ import torch
 
 from afbs_compile.export.onnx import OPSETS, POLICIES
 from afbs_compile.kernels import policy
+from afbs_compile.kernels.reference import Kept
 from tests.export.test_onnx_function import (
     BOOL,
     DOMAIN,
@@ -91,14 +92,14 @@ def test_the_same_blocks_and_the_same_output(name, causal, block_q, block_k):
 
 @EACH_POLICY
 @EACH_DIRECTION
-def test_the_last_rows_keep_every_block(name, causal):
-    attributes = attributes_of([name] * 4, TAU[name], causal, 64, 32) | {"last_rows": 100}
+def test_local_keys_and_last_rows_keep_blocks(name, causal):
+    attributes = attributes_of([name] * 4, TAU[name], causal, 64, 32) | {"last_rows": 100, "local_keys": 30}
     masks = session("PredictMask", ["q", "k"], ["live"], attributes, {"live": BOOL})
     for seed, (batch, length, kv_heads) in enumerate(SIZES):
         q, k, _ = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
         call = {"causal": causal, "scale": 0.25, "block_q": 64, "block_k": 32}
         (found,) = run(masks, q=q, k=k)
-        assert torch.equal(found, policy.predict_mask(q, k, TAU[name], OFF, [name] * 4, last_rows=100, **call))
+        assert torch.equal(found, policy.predict_mask(q, k, TAU[name], OFF, [name] * 4, kept=Kept(30, 100), **call))
 
 
 @EACH_DIRECTION

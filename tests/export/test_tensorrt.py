@@ -117,7 +117,7 @@ def test_every_argument_of_a_call_reaches_the_operator():
     given = {
         "tau": [0.3, 0.3, 0.3, 0.9], "theta": [0.2, -1.0, -1.0, -1.0], "lam": [-1000.0] * 4, "is_causal": True,
         "scale": 0.3, "block_q": 32, "block_k": 16, "min_length": 5, "max_length": 250,
-        "policy": ["meansim", "cumulant", "sink_window", "meanshare"], "last_rows": 20,
+        "policy": ["meansim", "cumulant", "sink_window", "meanshare"], "last_rows": 20, "local_keys": 20,
     }  # fmt: skip
     known = {argument.name for argument in torch.ops.afbs.sparse_attention.default._schema.arguments}
     assert known == {"q", "k", "v", *given, "precision", "fp8_constants"}
@@ -140,6 +140,7 @@ def test_every_argument_of_a_call_reaches_the_operator():
         {"tau": [0.9, 0.3, 0.3, 0.3]}, {"theta": [-1.0] * 4}, {"is_causal": False}, {"scale": 0.2}, {"block_q": 16},
         {"block_k": 32}, {"min_length": 201}, {"max_length": 199}, {"policy": ["meansim"] * 4, "theta": [-1.0] * 4},
         {"last_rows": 0},
+        {"local_keys": 0},
     ):  # fmt: skip
         seen.append(converted(**changed))
         assert torch.equal(seen[-1], sparse_attention(q, k, v, **{**given, **changed})), changed

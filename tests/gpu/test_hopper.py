@@ -83,7 +83,7 @@ def test_last_rows_are_whole_whatever_the_order_of_tiles(block_k: int, monkeypat
     shape = replace(PLAIN, length=1070, block_k=block_k)  # the last 64 rows lie in two blocks
     q, k, v = inputs(shape, "cuda")
     constants = [0.3] * 4, [reference.THETA_OFF] * 4
-    lists = predict.predict_blocks(q, k, *constants, **shape.call, last_rows=64)
+    lists = predict.predict_blocks(q, k, *constants, **shape.call, kept=reference.Kept(last_rows=64))
     live, visible = predict.lists_to_mask(lists, shape.counts[1]), all_blocks(shape, "cuda")
     assert torch.equal(live[:, :, -2:], visible[:, :, -2:])
     assert not torch.equal(live[:, :, :-2], visible[:, :, :-2])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from afbs_compile.kernels.reference import Kept
 from afbs_compile.passes.find import find
 from afbs_compile.passes.rewrite import SiteConstants, dump, rewrite, rounded
 
@@ -123,14 +124,15 @@ def test_policies_stand_in_the_call_where_they_are_not_the_default(look, qkv, na
     assert ("policy" in call.kwargs) == ("cumulant" in names)
 
 
-@pytest.mark.parametrize("last_rows", [0, 64])
-def test_last_rows_stand_in_the_call_where_there_are_any(look, qkv, last_rows):
+@pytest.mark.parametrize("kept", [Kept(), Kept(64, 64), Kept(last_rows=64)])
+def test_kept_blocks_stand_in_the_call_where_there_are_any(look, qkv, kept):
     def constants(site):
-        return SiteConstants((0.5,) * 4, (-1.0,) * 4, (-1000.0,) * 4, 64, 64, 0, last_rows=last_rows)
+        return SiteConstants((0.5,) * 4, (-1.0,) * 4, (-1000.0,) * 4, 64, 64, 0, kept=kept)
 
     gm, _ = rewritten(look, lambda q, k, v: sdpa(q, k, v, is_causal=True), *qkv, constants=constants)
     (call,) = [node for node in gm.graph.nodes if node.target is OP]
-    assert call.kwargs.get("last_rows") == (last_rows or None)
+    for name, value in kept._asdict().items():
+        assert call.kwargs.get(name) == (value or None)
 
 
 def test_rounding_is_idempotent():

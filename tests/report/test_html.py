@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from afbs_compile.kernels.reference import predict_mask
+from afbs_compile.kernels.reference import Kept, predict_mask
 from afbs_compile.passes.capture import capture
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SampleRecord, SearchPath, SiteRecipe
 from afbs_compile.report.applied import SampleRun, apply
@@ -138,7 +138,7 @@ def test_masks_are_those_of_the_predictor():
         (1, s, h) for s in ("layers.0", "layers.1") for h in (0, 1, 3)
     ]
     _, (sample,) = next(capture([SampleRun(graph.found.gm, graph.found.sites, graph.inputs[0])]))
-    call = {"causal": True, "scale": sample.scale, "last_rows": 64}
+    call = {"causal": True, "scale": sample.scale, "kept": Kept(last_rows=64)}
     expected = predict_mask(sample.q, sample.k, [0.5, 0.6, 1.0, 0.8], [-1.0] * 4, **call)[0]
     for mask, head in zip(masks.heads[:3], (0, 1, 3), strict=True):
         assert (mask.rows, mask.columns) == (5, 5)

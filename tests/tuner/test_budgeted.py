@@ -9,6 +9,7 @@ from torch import nn
 from afbs_compile import Recipe, calibrate, explain
 from afbs_compile.errors import OptionError
 from afbs_compile.tuner.end_to_end import output_change
+from afbs_compile.tuner.measure import KEPT
 from tests.toy import Attention, LanguageToy, Toy, drifting, token_ids
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
@@ -38,8 +39,10 @@ def test_the_compiled_model_stays_inside_and_the_recipe_says_so(tmp_path):
     assert budget.checked is not None
     assert budget.checked <= 1e-4
     assert recipe.sparsity > 0.2
-    assert {site.last_rows for site in recipe.sites} == {64}
-    assert "blocks 64x64, last 64 rows of causal calls whole;" in " ".join(str(explain(recipe)).split())
+    assert {site.kept for site in recipe.sites} == {KEPT}
+    assert "blocks 64x64, 64 keys before a query block kept, last 64 rows of causal calls whole;" in " ".join(
+        str(explain(recipe)).split()
+    )
     assert cost(model, recipe, token_ids(LENGTH, 9)) <= 1.3e-4  # another sample, which nothing was promised about
     recipe.save(tmp_path / "recipe.json")
     assert Recipe.load(tmp_path / "recipe.json") == recipe

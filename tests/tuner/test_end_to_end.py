@@ -13,6 +13,7 @@ from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.passes.capture import SampleRun, capture, run_with
 from afbs_compile.passes.find import find
 from afbs_compile.tuner.end_to_end import EndToEnd, SiteThresholds, find_logits, next_tokens, output_change
+from afbs_compile.tuner.measure import KEPT
 from afbs_compile.tuner.site import tune_site
 from afbs_compile.tuner.space import Thresholds
 from tests.toy import HEADS, TOKENS, LanguageToy, always_faster, token_ids
@@ -143,9 +144,9 @@ def test_a_calibration_captures_later_sites_on_what_sparse_earlier_ones_make(run
     recipe = calibrate(model, [token_ids(LENGTH, seed=0)], tolerance=0.3, min_length=1)
     (_, first), (second, _) = seen
     assert first.measured.sparsity.mean() > 0
-    here = SiteThresholds(first.thresholds, *first.shape, first.policy, last_rows=first.last_rows)
+    here = SiteThresholds(first.thresholds, *first.shape, first.policy, kept=first.kept)
     recorded = SiteThresholds.of(recipe.sites[0])
-    assert (recorded.block_q, recorded.block_k, recorded.policy, recorded.last_rows) == (*first.shape, first.policy, 64)
+    assert (recorded.block_q, recorded.block_k, recorded.policy, recorded.kept) == (*first.shape, first.policy, KEPT)
     assert torch.allclose(recorded.thresholds.tau, first.thresholds.tau, atol=1e-6)
     expected = {
         name: operands[0]

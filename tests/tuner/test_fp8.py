@@ -11,11 +11,12 @@ import torch
 import afbs_compile
 from afbs_compile.errors import OptionError, RecipeError
 from afbs_compile.kernels import fp8, op
+from afbs_compile.kernels.reference import NOTHING_MORE
 from afbs_compile.passes.capture import Operands
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner import fp8 as tuner_fp8
 from afbs_compile.tuner import site
-from afbs_compile.tuner.measure import Meter, relative_l1, with_last_rows
+from afbs_compile.tuner.measure import Meter, relative_l1, with_kept_blocks
 from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.speed import Stopwatch
 from tests.fp8_engine import stand_in
@@ -52,7 +53,7 @@ def test_heads_within_the_tolerance_are_in_fp8_and_the_others_say_why():
     assert "fp8" in result.precision.names[:3]
     assert (result.measured.worst <= TOLERANCE).all()
     # What is recorded is what the operator gives, each head in its precision.
-    meter = Meter(with_last_rows(samples), block_q=128, block_k=128, policy=result.policy)
+    meter = Meter(with_kept_blocks(samples), block_q=128, block_k=128, policy=result.policy)
     again = meter(result.thresholds, result.precision).only(~result.thresholds.is_dense)
     in_fp8 = torch.tensor([name == "fp8" for name in result.precision.names])
     torch.testing.assert_close(result.measured.error[:, in_fp8], again.error[:, in_fp8])
@@ -142,19 +143,19 @@ def test_another_device_keeps_its_own_precision_and_says_so(recipe, monkeypatch)
     assert "not in FP8" in str(afbs_compile.explain(model))
 
 
-def test_recipes_from_before_fp8_and_last_rows_still_load(recipe, tmp_path):
+def test_recipes_from_before_fp8_and_kept_blocks_still_load(recipe, tmp_path):
     path = tmp_path / "recipe.json"
     recipe.save(path)
     data = json.loads(path.read_text())
     for graph in data["graphs"]:
         for entry in graph["sites"]:
-            del entry["fp8_constants"], entry["last_rows"]
+            del entry["fp8_constants"], entry["last_rows"], entry["local_keys"]
             for head in entry["heads"]:
                 del head["precision"], head["precision_reason"]
     path.write_text(json.dumps(data))
     loaded = Recipe.load(path)
     assert {head.precision for s in loaded.sites for head in s.heads} == {"own"}
-    assert {s.last_rows for s in loaded.sites} == {0}
+    assert {s.kept for s in loaded.sites} == {NOTHING_MORE}
     data["graphs"][0]["sites"][0]["heads"][0]["precision"] = "fp8"
     path.write_text(json.dumps(data))
     with pytest.raises(RecipeError, match="has heads in FP8 and not the constants of its key heads"):
@@ -189,7 +190,7 @@ def test_later_sites_are_calibrated_on_what_fp8_makes(monkeypatch):
     out, _ = op.sparse_attention_with_counts(
         first.q, first.k, first.v, [h.tau for h in row.heads], [h.theta for h in row.heads], [-1000.0] * HEADS,
         causal=True, scale=first.scale, block_q=128, block_k=128, policy=[h.policy for h in row.heads],
-        precision=names, fp8_constants=row.fp8_constants, last_rows=row.last_rows,
+        precision=names, fp8_constants=row.fp8_constants, kept=row.kept,
     )  # fmt: skip
     with torch.no_grad():
         x = drifting(LENGTH)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from afbs_compile.kernels import reference
 from afbs_compile.kernels.policy import predict_mask
+from afbs_compile.kernels.reference import NOTHING_MORE
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner import paper, speed
 from afbs_compile.tuner.explore import CANDIDATES
 from afbs_compile.tuner.inputs import BlockShape, Inputs
-from afbs_compile.tuner.measure import WINDOWS, Meter, low_fidelity, relative_l1, with_last_rows
+from afbs_compile.tuner.measure import KEPT, WINDOWS, Meter, low_fidelity, relative_l1, with_kept_blocks
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.site import TuneSettings, tune_site
 from afbs_compile.tuner.space import Thresholds, latent_to_thresholds
@@ -45,7 +46,7 @@ def errors_by_reference(
     """Error and sparsity of each head, in float64 and without any of the tuner's code."""
     shape = {"causal": sample.causal, "scale": sample.scale}
     constants = thresholds.tau.tolist(), thresholds.theta.tolist()
-    live = predict_mask(sample.q, sample.k, *constants, policy, **shape, last_rows=64 if sample.causal else 0)
+    live = predict_mask(sample.q, sample.k, *constants, policy, **shape, kept=KEPT if sample.causal else NOTHING_MORE)
     q, k, v = (t.double() for t in (sample.q, sample.k, sample.v))
     out = reference.masked_attention(q, k, v, live, thresholds.lam, **shape)
     everything = reference.visible_blocks(*live.shape[-2:], 64, 64, sample.causal, torch.device("cpu"))
@@ -70,20 +71,20 @@ def test_every_head_holds_the_tolerance_on_every_sample(causal):
     assert (result.measured.sparsity > torch.tensor([0.0, 0.2, 0.4, 0.6])).all()
 
 
-def test_the_last_rows_of_causal_inputs_are_whole():
+def test_the_last_rows_of_causal_inputs_are_whole_and_local_keys_kept():
     results = [tune_site([operands(causal=causal)], TuneSettings(shapes=SQUARE)) for causal in (True, False)]
-    assert [result.last_rows for result in results] == [64, 0]
-    assert tune_site([operands()], TuneSettings(method="paper")).last_rows == 0  # Algorithm 1 as it is
+    assert [result.kept for result in results] == [KEPT, NOTHING_MORE]
+    assert tune_site([operands()], TuneSettings(method="paper")).kept == NOTHING_MORE  # Algorithm 1 as it is
     dense = Thresholds.dense(HEADS)
     thresholds = Thresholds(torch.zeros(HEADS), dense.theta, dense.lam)
     shape = {"block_q": 64, "block_k": 64}
-    error = Meter(with_last_rows([operands()]), **shape, windows=16)(thresholds).error
+    error = Meter(with_kept_blocks([operands()]), **shape, windows=16)(thresholds).error
     assert (error[-1] < 1e-5).all()
     assert (error[1:-1] > 0.02).all()
 
 
 def test_errors_of_prefixes_are_those_of_shorter_inputs():
-    (sample,) = with_last_rows([operands()])
+    (sample,) = with_kept_blocks([operands()])
     shape, policy = SQUARE[0], ("meansim",) * HEADS
     theta = Thresholds.dense(HEADS).theta
     tau = torch.tensor([0.3, 0.7, 0.9]).expand(HEADS, -1).contiguous()

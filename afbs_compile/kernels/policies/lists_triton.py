@@ -13,7 +13,7 @@ from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.select_triton import select_by_strength
 from afbs_compile.kernels.policy import heads_of, in_order, operands_of, policy_named
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.reference import THETA_OFF, first_whole_block
+from afbs_compile.kernels.reference import NOTHING_MORE, THETA_OFF, Kept
 
 
 def predict_with(
@@ -24,31 +24,29 @@ def predict_with(
     theta: Sequence[float],
     *,
     scale: float,
-    last_rows: int = 0,
+    kept: Kept = NOTHING_MORE,
     **blocks: Any,
 ) -> BlockLists:
     """The lists of heads that share a policy.
 
     Args:
         policy: of all heads.
-        q, k, tau, theta, scale, last_rows: as in :func:`afbs_compile.kernels.predict.predict_blocks`.
+        q, k, tau, theta, scale, kept: as in :func:`afbs_compile.kernels.predict.predict_blocks`.
         blocks: ``causal``, ``block_q`` and ``block_k``, as there.
     """
     if policy.name == "meansim":  # the only one with a theta
-        return predict_triton.predict_blocks(q, k, tau, theta, scale=scale, last_rows=last_rows, **blocks)
+        return predict_triton.predict_blocks(q, k, tau, theta, scale=scale, kept=kept, **blocks)
     lists = predict_triton.empty_lists(q, blocks["block_q"], blocks["block_k"])
     if lists.counts.numel() == 0:
         return lists
     policy.write_scores(q, k, lists.indices, scale=scale, **blocks)
-    first_whole = first_whole_block(q.shape[2], blocks["block_q"], last_rows)
+    chosen: dict[str, Any] = {"length": q.shape[2], "kept": kept, **blocks}
     if policy.rule == "mass":
         batch, heads, count_q, count_k = lists.indices.shape
         coherent = q.new_ones(batch * heads * (count_q + count_k), dtype=torch.float32)
-        predict_triton.select_by_mass(
-            lists, coherent, heads, tau, [THETA_OFF] * heads, first_whole=first_whole, **blocks
-        )
+        predict_triton.select_by_mass(lists, coherent, heads, tau, [THETA_OFF] * heads, **chosen)
     else:
-        select_by_strength(lists, tau, share=policy.rule == "share", first_whole=first_whole, **blocks)
+        select_by_strength(lists, tau, share=policy.rule == "share", **chosen)
     return lists
 
 

@@ -15,9 +15,10 @@ import triton.language as tl
 from afbs_compile.kernels.launch import Launcher, device_constants, layout
 from afbs_compile.kernels.predict import BlockLists
 from afbs_compile.kernels.predict_triton import selection_shape
+from afbs_compile.kernels.reference import Kept, first_whole_block
 
 
-@triton.jit(do_not_specialize=["heads", "count_q", "first_whole"])
+@triton.jit(do_not_specialize=["heads", "count_q", "local_keys", "first_whole"])
 def _select_kernel(
     lists,
     counts,
@@ -25,6 +26,7 @@ def _select_kernel(
     heads,
     count_q,
     count_k,
+    local_keys,
     first_whole,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,8 +57,8 @@ def _select_kernel(
     # Any NaN among the strengths reaches their sum. Infinite ones are no NaN.
     flaws = tl.sum(tl.where(strength == strength, 0.0, strength), 0)
     first_q = block * BLOCK_Q
-    diagonal = (cols * BLOCK_K < first_q + BLOCK_Q) & (first_q < cols * BLOCK_K + BLOCK_K)
-    kept = diagonal | (strength > tl.load(odds + program // count_q % heads))
+    near = (cols * BLOCK_K < first_q + BLOCK_Q) & (first_q < cols * BLOCK_K + BLOCK_K + local_keys)
+    kept = near | (strength > tl.load(odds + program // count_q % heads))
     kept = tl.where((flaws != flaws) | (block >= first_whole), exists, kept)
     live = visible & kept
 
@@ -79,7 +81,8 @@ def select_by_strength(
     causal: bool,
     block_q: int,
     block_k: int,
-    first_whole: int,
+    length: int,
+    kept: Kept,
 ) -> None:
     """Replace the scores in ``lists.indices`` by the live blocks and fill ``lists.counts``.
 
@@ -89,16 +92,18 @@ def select_by_strength(
         share: whether the rule is ``"share"``, else ``"strength"``.
         causal: whether row r attends keys 0..r only.
         block_q, block_k: rows per block.
-        first_whole: this query block and those after it keep every block.
+        length: N.
+        kept: which blocks every tau keeps, beside those on the diagonal.
     """
+    first_whole = first_whole_block(length, block_q, kept.last_rows)
     batch, heads, count_q, count_k = lists.indices.shape
     columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):
         constants = device_constants(tuple(map(odds_of, tau)), lists.indices.device)
         _selection(
-            (layout(lists.indices), block_q, block_k, causal, share, first_whole),
+            (layout(lists.indices), block_q, block_k, causal, share, kept.local_keys, first_whole),
             batch * heads * count_q,
-            *(lists.indices, lists.counts, constants, heads, count_q, count_k, first_whole),
+            *(lists.indices, lists.counts, constants, heads, count_q, count_k, kept.local_keys, first_whole),
             *(block_q, block_k, causal, share, columns),
             warps=warps,
         )
