@@ -36,8 +36,8 @@ from afbs_compile.tuner.site import BLOCK_SHAPES
 sys.path.append(str(ROOT / "examples"))
 import passkey
 
-TOLERANCES = (0.01, 0.02, 0.03, 0.055, 0.09)
-BUDGETS = (0.0025, 0.0035, 0.005, 0.01, 0.02, 0.05)
+TOLERANCES = (0.02, 0.03, 0.055, 0.09, 0.13)
+BUDGETS = (0.0025, 0.005, 0.0075, 0.01, 0.02, 0.05)
 RISES = (0.005, 0.01, 0.02, 0.05)
 MASSES = (0.995, 0.99, 0.98, 0.96, 0.93, 0.88)
 BLOCK = 64
