@@ -6,20 +6,26 @@ Per layer, Q, K and V of 32 heads of dimension 128 at 32,768 tokens are made fro
 (of heads h, dimension d, on windows of 32,768 tokens): head i is captured head ``i mod h``, each row mapped by a random
 matrix ``[d, 128]`` with orthonormal rows (the same one for Q and K, so that scores are kept; another one for V) that
 differs for each i, and scaled so that the softmax sees the same logits. Several inputs are several windows.
+
+``seconds`` is wall-clock time, ``gpu_seconds`` what the device works in a second sweep over the layers, under PyTorch's
+profiler; the first sweep is preceded by a layer that compiles.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings, text_windows
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tuning import now
 
 from afbs_compile.passes.capture import Operands, capture
@@ -56,35 +62,55 @@ def llama(model: Any, windows: Sequence[Tensor], layers: Sequence[int], toleranc
         "one input, 5 windows of it": lambda operands: operands[:1],
         f"{len(windows)} inputs": lambda operands: operands,
     }.items():
+        settings = TuneSettings(tolerance=tolerance)
+        make = partial(_layer, [split(operands) for operands in captured])
+        tune_site(make(-1), settings, stopwatch=Stopwatch())  # compiles
         stopwatch, spent = Stopwatch(), []
         sparsity, evaluations, peak = [], [], 0.0
-        for number in range(-1, max(layers)):  # the first round compiles
-            operands = [enlarged(o, number) for o in split(captured[number % len(captured)])]
+        for number in range(max(layers)):
+            operands = make(number)
             held = now() and _reset_peak(windows[0].device)
             began = now()
-            result = tune_site(operands, TuneSettings(tolerance=tolerance), stopwatch=stopwatch)
-            if number >= 0:
-                spent.append(now() - began)
-                sparsity.append(float(result.measured.sparsity.mean()))
-                evaluations.append(result.evaluations)
-                peak = max(peak, _peak(windows[0].device) - held)
-            else:
-                stopwatch = Stopwatch()
+            result = tune_site(operands, settings, stopwatch=stopwatch)
+            spent.append(now() - began)
+            sparsity.append(float(result.measured.sparsity.mean()))
+            evaluations.append(result.evaluations)
+            peak = max(peak, _peak(windows[0].device) - held)
             del operands, result
+        stopwatch = Stopwatch()
+        busy = [
+            gpu_seconds(partial(tune_site, make(number), settings, stopwatch=stopwatch))
+            for number in range(max(layers))
+        ]
         one = 4 * LLAMA_HEADS * LLAMA_DIM * LLAMA_LENGTH * 2  # Q, K, V, O of one input in half precision
         for count in layers:
             row = {
                 "inputs": name,
                 "layers": count,
                 "seconds": sum(spent[:count]),
+                "gpu_seconds": sum(busy[:count]),
                 "mean_sparsity": sum(sparsity[:count]) / count,
                 "dense_equivalents_per_site": sum(evaluations[:count]) / count,
                 "peak_beyond_operands_in_qkvo_of_one_input": peak / one,
                 "peak_in_qkvo_of_all_inputs": (peak + held) / (one * len(split(list(windows)))),
             }
             print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-            rows.append(row | {"seconds_by_layer": spent[:count]})
+            rows.append(row | {"seconds_by_layer": spent[:count], "gpu_seconds_by_layer": busy[:count]})
     return rows
+
+
+def _layer(captured: Sequence[Sequence[Operands]], number: int) -> list[Operands]:
+    return [enlarged(operands, number) for operands in captured[number % len(captured)]]
+
+
+def gpu_seconds(call: Callable[[], object]) -> float:
+    """What the kernels and copies of a call take, one after the other on the device; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.time_range.elapsed_us() for event in seen.events() if event.device_type == DeviceType.CUDA) / 1e6
 
 
 def enlarged(operands: Operands, seed: int) -> Operands:

@@ -24,9 +24,9 @@ L1_ELEMENTS = 2**24
 LOW_FIDELITY_SHARE = 4
 """The paper's stage 1 runs on short sequences: here a quarter of the length, a sixteenth of the work."""
 
-KEPT = Kept(local_keys=64, last_rows=64)
-"""Of causal inputs (:func:`with_kept_blocks`): one block before each query block, and as many last rows as MInference
-looks at."""
+KEPT = Kept(local_keys=128, last_rows=64)
+"""Of causal inputs (:func:`with_kept_blocks`). 64 local keys need more work for the same perplexity, 256 need less at
+8,192 tokens (``benchmarks/frontier.py``), but are a quarter of all work at 2,048. As many last rows as MInference's."""
 
 MIN_LOW_BLOCKS = 16
 """Fewer blocks than this say little about a long sequence: then the low fidelity is the full length."""
@@ -132,9 +132,10 @@ class Meter:
 def with_kept_blocks(samples: Sequence[Operands]) -> list[Operands]:
     """Samples that always keep the keys right before a query block and whose last rows attend everything, if causal.
 
-    A language model's answer is read off its last row, and what it needs may lie in a block that nothing but that row
-    asks for: one row of many does not move a block's mean, so no predictor of blocks can know. The error of a head does
-    not show it either, for it is a sum over all rows.
+    Both serve few rows of many, which do not move a block's mean, so no predictor of blocks can know; the error of a
+    head does not show it either, for it is a sum over all rows. A block's first rows have hardly a key of their own
+    block to look back at, and most of what a token attends lies right before it. The last row is what a language
+    model's answer is read off, and it may ask for a block that no other row needs.
     """
     return [replace(sample, kept=KEPT) if sample.causal else sample for sample in samples]
 
