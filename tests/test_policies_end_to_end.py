@@ -48,7 +48,7 @@ def test_policies_of_a_recipe_stand_in_the_graph_and_run(recipe, tmp_path, monke
 
     def by_hand(q, k, v, is_causal):
         constants = (TAU, [-1.0] * 4, [-1000.0] * 4, is_causal)
-        return torch.ops.afbs.sparse_attention(q, k, v, *constants, policy=NAMES, last_rows=64, local_keys=64)
+        return torch.ops.afbs.sparse_attention(q, k, v, *constants, policy=NAMES, last_rows=64, local_keys=128)
 
     dense = Toy().eval()(x)
     monkeypatch.setattr(F, "scaled_dot_product_attention", by_hand)

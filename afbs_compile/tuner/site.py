@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
+from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF, block_count, kept_blocks, visible_blocks
 from afbs_compile.passes.capture import Operands
 from afbs_compile.recipe import Policy, Precision
 from afbs_compile.tuner import gp
@@ -113,11 +113,11 @@ def with_speed(
     Args:
         result: of the site; sample: operands to time it on.
         stopwatch: what timing earlier sites has shown.
-        nothing: the reason to give where every head is DENSE.
+        nothing: the reason to give where every head is DENSE though it has blocks to skip.
         dense_ms: milliseconds of the dense call, where they are known.
     """
     if result.thresholds.is_dense.all():
-        return replace(result, dense_reason=nothing)
+        return replace(result, dense_reason=_all_kept(sample, result.shape) or nothing)
     sparsity = float(result.measured.sparsity.mean())
     speed = SiteSpeed.measure(
         sample,
@@ -133,6 +133,15 @@ def with_speed(
     if speed.min_length is None:
         not_faster = f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense"
     return replace(result, speed=speed, dense_reason=not_faster)
+
+
+def _all_kept(sample: Operands, shape: BlockShape) -> str | None:
+    """The reason why nothing can be skipped, where the blocks that are always kept are all there are."""
+    length = sample.q.shape[2]
+    counts = block_count(length, shape.block_q), block_count(length, shape.block_k)
+    visible = visible_blocks(*counts, *shape, sample.causal, torch.device("cpu"))
+    kept = kept_blocks(length, *shape, sample.kept, torch.device("cpu"))
+    return f"too short: every block of its {length:,} tokens is always kept" if (kept | ~visible).all() else None
 
 
 def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Posterior | None) -> SiteResult:

@@ -14,7 +14,7 @@ from afbs_compile.cli import main
 from tests.toy import Toy, drifting, without_a_clock
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "model-7m"
-POSITIONS, LENGTH = 1024, 256
+POSITIONS, LENGTH = 1024, 512
 
 
 @pytest.fixture(autouse=True)

@@ -107,6 +107,7 @@ def test_verify_a_recipe_on_its_own_samples_passes(recipes, capsys, toy_inputs):
 def test_verify_fails_with_exit_code_1_where_the_promise_does_not_hold(recipes, tmp_path, capsys, toy_inputs):
     content = json.loads(Path(recipes["toy"]).read_text())
     for site in content["graphs"][0]["sites"]:
+        site["local_keys"] = 0
         for head in site["heads"]:
             head["tau"] = 0.2
     wrong = tmp_path / "eager.json"
@@ -118,7 +119,7 @@ def test_verify_fails_with_exit_code_1_where_the_promise_does_not_hold(recipes, 
 def test_verify_of_a_language_model_counts_choices_and_perplexity(recipes, llama, text, capsys):
     given = ["verify", recipes["llama"], "--model", llama, "--data", text, "--samples", "2"]
     printed = output(capsys, *given, "--share", "0.01")
-    assert f"of {2 * LENGTH}" in printed
+    assert f"of {2 * LENGTH:,}" in printed
     assert "perplexity" in printed
 
 

@@ -61,6 +61,7 @@ def test_a_file_is_held_to_what_was_written_into_it(format_, recipes, toy_inputs
 def test_a_file_that_computes_something_else_fails(recipes, toy_inputs, tmp_path, capsys):
     eager = json.loads(Path(recipes["toy"]).read_text())
     for site in eager["graphs"][0]["sites"]:
+        site["local_keys"] = 0
         for head in site["heads"]:
             head["tau"] = 0.3
     (tmp_path / "eager.json").write_text(json.dumps(eager))

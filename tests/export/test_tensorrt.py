@@ -75,6 +75,7 @@ def test_the_program_that_the_library_gets(library, tmp_path, grouped):
         0,
         "",
         0,
+        0,
     )
     run = load(tmp_path / "model.ep")
     assert run.recipe == recipe

@@ -18,7 +18,7 @@ from afbs_compile.tuner.site import tune_site
 from afbs_compile.tuner.space import Thresholds
 from tests.toy import HEADS, TOKENS, LanguageToy, always_faster, token_ids
 
-LENGTH = 256
+LENGTH = 512
 
 
 @pytest.fixture

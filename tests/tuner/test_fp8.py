@@ -190,7 +190,7 @@ def test_later_sites_are_calibrated_on_what_fp8_makes(monkeypatch):
     out, _ = op.sparse_attention_with_counts(
         first.q, first.k, first.v, [h.tau for h in row.heads], [h.theta for h in row.heads], [-1000.0] * HEADS,
         causal=True, scale=first.scale, block_q=128, block_k=128, policy=[h.policy for h in row.heads],
-        precision=names, fp8_constants=row.fp8_constants, kept=row.kept,
+        precision=names, fp8_constants=row.fp8_constants, **row.kept._asdict(),
     )  # fmt: skip
     with torch.no_grad():
         x = drifting(LENGTH)

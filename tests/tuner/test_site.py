@@ -68,7 +68,7 @@ def test_every_head_holds_the_tolerance_on_every_sample(causal):
         [errors_by_reference(sample, result.thresholds, result.policy)[1] for sample in samples]
     ).mean(0)
     assert result.measured.sparsity.tolist() == pytest.approx(sparsity.tolist(), abs=1e-6)
-    assert (result.measured.sparsity > torch.tensor([0.0, 0.2, 0.4, 0.6])).all()
+    assert (result.measured.sparsity > torch.tensor([0.0, 0.2, 0.4, 0.5])).all()
 
 
 def test_the_last_rows_of_causal_inputs_are_whole_and_local_keys_kept():
@@ -80,7 +80,16 @@ def test_the_last_rows_of_causal_inputs_are_whole_and_local_keys_kept():
     shape = {"block_q": 64, "block_k": 64}
     error = Meter(with_kept_blocks([operands()]), **shape, windows=16)(thresholds).error
     assert (error[-1] < 1e-5).all()
-    assert (error[1:-1] > 0.02).all()
+    assert (error[4:-1, 0] > 0.02).all(), "the head that is not local errs elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("length", "reason"), [(256, "too short: every block of its 256 tokens is always kept"), (448, None)]
+)
+def test_short_inputs_have_nothing_to_skip(length, reason):
+    result = tune_site([operands(length=length)], TuneSettings(tolerance=0.9, shapes=SQUARE))
+    assert bool(result.thresholds.is_dense.all()) == (reason is not None)
+    assert reason is None or result.dense_reason == reason
 
 
 def test_errors_of_prefixes_are_those_of_shorter_inputs():
@@ -100,10 +109,12 @@ def test_errors_of_prefixes_are_those_of_shorter_inputs():
 
 def test_heads_use_what_the_tolerance_allows():
     result = tune_site([operands(), operands(1)], TuneSettings(tolerance=0.05, shapes=SQUARE))
+    could = result.thresholds.tau > 0  # a sharp head has nothing left but what is always kept
+    assert could.sum() >= 2
     for step in (0.97, 0.9):  # a step of the grid is a twentieth
         bolder = Thresholds(1 - (1 - result.thresholds.tau) / step, result.thresholds.theta, result.thresholds.lam)
         worst = torch.stack([errors_by_reference(operands(seed), bolder, result.policy)[0] for seed in (0, 1)]).amax(0)
-    assert (worst > 0.05 * 0.93).all()
+    assert (worst[could] > 0.05 * 0.93).all()
 
 
 @pytest.mark.parametrize("weight", [4.0, 16.0], ids=["a little", "far"])
