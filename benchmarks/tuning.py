@@ -3,7 +3,8 @@
     python benchmarks/tuning.py                                              the shipped model at 4,096 tokens
     python benchmarks/tuning.py --model M --calibrate A.txt --test B.txt --lengths 4096 8192 16384 --dtype bfloat16
 
-Every search sees the same operands of every site, all heads at once, and the same tolerance on every input. Costs are
+Every search sees the same operands of every site, all heads at once, the same tolerance on every input, and an operator
+that always keeps the same blocks (those that calibration keeps; ``method="paper"`` keeps the diagonal only). Costs are
 attention work in dense calls over one input, per site: a sparse call counts its live share, and the dense calls that
 errors are measured against count as well.
 """
@@ -18,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from searches import PEERS, Search
 from torch import Tensor
 
 from afbs_compile.found import FoundGraph
-from afbs_compile.kernels.reference import NOTHING_MORE
 from afbs_compile.passes.capture import Operands, SampleRun, capture
 from afbs_compile.passes.rewrite import SiteConstants, rewrite
 from afbs_compile.tuner.inputs import Inputs
@@ -102,6 +102,7 @@ def compare(
     stopwatch = Stopwatch()
     with closing(capture(runs)) as walk:
         for number, (_, operands) in enumerate(walk):
+            operands = with_kept_blocks(operands)
             given, tests = operands[: len(windows)], operands[len(windows) :]
             for name, outcome in outcomes.items():
                 if number == 0:  # what is compiled once a process is not the search
@@ -109,8 +110,7 @@ def compare(
                 _search(name, given, tolerance, outcome, stopwatch)
                 constants = outcome.constants[-1]
                 shape = {"block_q": constants.block_q, "block_k": constants.block_k}
-                as_it_runs = [replace(sample, kept=constants.kept) for sample in tests]
-                meter = Meter(as_it_runs, **shape, windows=1, policy=constants.policy or None)
+                meter = Meter(tests, **shape, windows=1, policy=constants.policy or None)
                 chosen = Thresholds(*(torch.tensor(x) for x in (constants.tau, constants.theta, constants.lam)))
                 outcome.unseen.append(meter(chosen).error)
     tests = runs[len(windows) :]
@@ -135,16 +135,14 @@ def rewritten(runs: Sequence[SampleRun], constants: Sequence[SiteConstants]) -> 
 def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outcome, stopwatch: Stopwatch) -> None:
     began = now()
     if name == ONE_PASS:
-        result = search_curves(Inputs(with_kept_blocks(operands)), TuneSettings(tolerance=tolerance), stopwatch)
+        result = search_curves(Inputs(operands), TuneSettings(tolerance=tolerance), stopwatch)
         thresholds, sparsity, shape = result.thresholds, result.measured.sparsity, result.shape
-        policy, kept = result.policy, result.kept
-        evaluations, calls, path = result.evaluations, math.nan, []
+        policy, evaluations, calls = result.policy, result.evaluations, math.nan
         path = [(math.nan, evaluations, float(sparsity.mean()), float(result.measured.worst.mean()))]
     else:
         search = Search(Meter(operands, block_q=64, block_k=64), tolerance)
         PEERS[name](search)
         thresholds, sparsity, shape, policy = search.best, search.sparsity, (64, 64), ()
-        kept = NOTHING_MORE
         evaluations, calls, path = search.meter.evaluations, search.meter.calls, search.path
     outcome.seconds += now() - began
     outcome.evaluations.append(evaluations)
@@ -152,7 +150,7 @@ def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outc
     outcome.sparsity.append(sparsity)
     outcome.paths.append(path)
     columns = (tuple(x.tolist()) for x in (thresholds.tau, thresholds.theta, thresholds.lam))
-    outcome.constants.append(SiteConstants(*columns, *shape, min_length=0, policy=policy, kept=kept))
+    outcome.constants.append(SiteConstants(*columns, *shape, min_length=0, policy=policy, kept=operands[0].kept))
 
 
 def now() -> float:
