@@ -71,6 +71,8 @@ def edited(path: Path, **changes: object) -> str:
         (lambda p: edited(p, graphs={}), "recipe.graphs is not a list"),
         (lambda p: edited(p, graphs=[]), "it has no graph"),
         (lambda p: p.read_text().replace('"block_q": 64', '"block_q": 0'), "no block shape"),
+        (lambda p: p.read_text().replace('"last_rows": 0', '"last_rows": -1'), "last_rows -1"),
+        (lambda p: p.read_text().replace('"local_keys": 0', '"local_keys": -1'), "local_keys -1"),
         (lambda p: "[" * 100_000, "damaged: it is not JSON"),
         (lambda p: p.read_text().replace('"tau": 0.9', '"tau": null'), "tau is None"),
         (lambda p: p.read_text().replace('"tau": 0.9', '"tau": NaN'), "not finite"),
