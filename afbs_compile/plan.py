@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -58,7 +59,10 @@ class Plan:
             return cls({}, refused)
         graph = _matching_graph(found, recipe)
         by_name = {site.name: site for site in graph.sites}
-        rows = [_in_precision(site, _applied(site, by_name.get(site.name), outside)) for site in found.sites]
+        rows = [
+            _in_precision(site, _applied(site, by_name.get(site.name), outside, recipe.tolerance))
+            for site in found.sites
+        ]
         constants = {
             site: _constants(site, row, outside)
             for site, row in zip(found.sites, rows, strict=True)
@@ -119,7 +123,7 @@ def _size(length: int | torch.SymInt) -> int:
     return int(length) if isinstance(length, int) else int(length.node.hint)
 
 
-def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside) -> SiteRecipe:
+def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside, tolerance: float | None) -> SiteRecipe:
     """The recorded decision, as it applies to a site at this graph's length."""
     if recorded is None or recorded.outcome == "refused":
         return SiteRecipe(site.name, "dense", "not calibrated: it was refused when the recipe was made")
@@ -142,7 +146,7 @@ def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside)
     if validated[0] <= site.length <= validated[1]:
         return recorded
     if outside == "extrapolate":
-        heads = [_extrapolated(head, validated, site.length) for head in recorded.heads]
+        heads = [_extrapolated(head, validated, site.length, tolerance) for head in recorded.heads]
         return replace(recorded, heads=tuple(heads))
     reason = f"outside the validated lengths: {site.length} tokens, validated from {validated[0]} to {validated[1]}"
     return replace(recorded, outcome="dense", reason=reason)
@@ -168,8 +172,10 @@ def in_own_precision(row: SiteRecipe, reason: str) -> SiteRecipe:
     return replace(row, heads=heads, fp8_constants=())
 
 
-def _extrapolated(head: HeadRecipe, validated: tuple[int, int], length: int) -> HeadRecipe:
-    tau = extrapolated_tau(head.tau, head.tau_exponent, head.length_exponent, validated, length)
+def _extrapolated(head: HeadRecipe, validated: tuple[int, int], length: int, tolerance: float | None) -> HeadRecipe:
+    # A budget on the output gives a head no room beyond what it was measured to cost.
+    room = 1.0 if tolerance is None else max(1.0, tolerance / max(head.error, sys.float_info.min))
+    tau = extrapolated_tau(head.tau, head.tau_exponent, head.length_exponent, validated, length, room)
     return replace(head, tau=tau)
 
 

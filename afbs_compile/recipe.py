@@ -103,7 +103,7 @@ class SiteRecipe:
         kernel: what computed the sparse call when it was timed, e.g. ``"hopper 128x128"``; ``None`` where every head is
             DENSE. kernel_reason: why not the quickest kernel of the engine.
         last_rows: query blocks that hold one of this many last rows of a causal call keep every block.
-        local_keys: so do the blocks that hold one of this many keys right before a query block of it.
+        local_keys: the blocks that hold one of this many keys right before a query block of it are kept too.
         fp8_constants: what the samples say about keys and values, for the heads of precision ``"fp8"``: for each key
             head its D means and its two peaks; empty where there is no such head.
     """
@@ -131,7 +131,7 @@ class SiteRecipe:
     @property
     def kept(self) -> Kept:
         """``local_keys`` and ``last_rows``."""
-        return Kept(self.local_keys, self.last_rows)
+        return Kept(self.last_rows, self.local_keys)
 
     @property
     def sparsity(self) -> float:

@@ -6,7 +6,8 @@
 Every head's threshold is the sparsest whose worst error over the calibration windows stays within a limit; then it runs
 on windows of other text: the files given and the standard library's Python code. The errors are those of block-sparse
 attention itself (sum|O - O_dense| / sum|O_dense| per head and window), taken for all thresholds at once: with the key
-blocks of a query block in the order in which tau lets them in, partial sums over them are the outputs of all taus.
+blocks of a query block in the order in which tau lets them in, partial sums over them are the outputs of all taus. What
+calibration always keeps comes first.
 
 Scores: the policies' own, and an oracle that knows the true mass of every block. Rules: "mass" and "share", see
 afbs_compile/kernels/policies/base.py, and "floor": "share" without the root of the number of blocks. "static" is block
@@ -27,8 +28,9 @@ from torch import Tensor
 
 from afbs_compile.kernels.policies import base
 from afbs_compile.kernels.policy import policy_named
-from afbs_compile.kernels.reference import diagonal_blocks, visible_blocks
+from afbs_compile.kernels.reference import kept_blocks, visible_blocks
 from afbs_compile.passes.capture import Operands, capture
+from afbs_compile.tuner.measure import KEPT
 
 BLOCK = 64
 POINTS = 192
@@ -109,7 +111,7 @@ def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
     q, k, v = (x.float() for x in (sample.q, sample.k, sample.v))
     count = q.shape[2] // BLOCK
     visible = visible_blocks(count, count, BLOCK, BLOCK, True, q.device)
-    diagonal = diagonal_blocks(count, count, BLOCK, BLOCK, q.device)
+    always = kept_blocks(q.shape[2], BLOCK, BLOCK, KEPT, q.device)
     weights_of = _row_softmax(q, k, sample.scale)
     blocks = {"causal": True, "block_q": BLOCK, "block_k": BLOCK}
     levels: dict[str, dict[str, Tensor]] = {}
@@ -120,9 +122,7 @@ def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
         else:
             scores = policy_named(name).scores(q, k, scale=sample.scale, **blocks)
         levels[name] = {
-            rule: torch.where(diagonal, base.ALWAYS, levels_of(scores, rule, visible)).masked_fill(~visible, torch.inf)[
-                0
-            ]
+            rule: torch.where(always, base.ALWAYS, levels_of(scores, rule, visible)).masked_fill(~visible, torch.inf)[0]
             for rule in (RULES if name in SCORES else ("strength",))
         }
     # All rules let blocks in by descending score: one order serves them.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
 from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.reference import NOTHING_MORE, block_count, kept_blocks, select_blocks, visible_blocks
+from afbs_compile.kernels.reference import DIAGONAL_ONLY, block_count, kept_blocks, select_blocks, visible_blocks
 from afbs_compile.passes.capture import Attention, Operands, SampleRun, run_with
 from afbs_compile.tuner.end_to_end import SiteThresholds, find_logits, next_tokens, output_change
 from afbs_compile.tuner.inputs import BlockShape
@@ -39,7 +39,7 @@ import passkey
 TOLERANCES = (0.02, 0.03, 0.055, 0.09, 0.13)
 BUDGETS = (0.0025, 0.005, 0.0075, 0.01, 0.02, 0.05)
 RISES = (0.005, 0.01, 0.02, 0.05)
-MASSES = (0.99, 0.96, 0.9, 0.8, 0.7, 0.6, 0.5)
+MASSES = (0.995, 0.99, 0.98, 0.96, 0.93, 0.88, 0.8, 0.7)
 BLOCK = 64
 
 
@@ -176,7 +176,7 @@ class Oracle:
         mass = mass / mass.sum(-1, keepdim=True)
         visible = visible_blocks(blocks, blocks, BLOCK, BLOCK, operands.causal, q.device)
         live = select_blocks(mass, torch.full((1, 1, 1), self._mass, device=q.device))
-        kept = kept_blocks(length, BLOCK, BLOCK, KEPT if operands.causal else NOTHING_MORE, q.device)
+        kept = kept_blocks(length, BLOCK, BLOCK, KEPT if operands.causal else DIAGONAL_ONLY, q.device)
         live = (live | kept) & visible
         self._sparsities.append(1 - float(live.sum() / visible.sum() / len(live)))
         allowed = live.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :length, :length]

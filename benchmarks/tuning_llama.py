@@ -62,16 +62,16 @@ def llama(model: Any, windows: Sequence[Tensor], layers: Sequence[int], toleranc
         "one input, 5 windows of it": lambda operands: operands[:1],
         f"{len(windows)} inputs": lambda operands: operands,
     }.items():
-        settings = TuneSettings(tolerance=tolerance)
+        tuning = TuneSettings(tolerance=tolerance)
         make = partial(_layer, [split(operands) for operands in captured])
-        tune_site(make(-1), settings, stopwatch=Stopwatch())  # compiles
+        tune_site(make(-1), tuning, stopwatch=Stopwatch())  # compiles
         stopwatch, spent = Stopwatch(), []
         sparsity, evaluations, peak = [], [], 0.0
         for number in range(max(layers)):
             operands = make(number)
             held = now() and _reset_peak(windows[0].device)
             began = now()
-            result = tune_site(operands, settings, stopwatch=stopwatch)
+            result = tune_site(operands, tuning, stopwatch=stopwatch)
             spent.append(now() - began)
             sparsity.append(float(result.measured.sparsity.mean()))
             evaluations.append(result.evaluations)
@@ -79,8 +79,7 @@ def llama(model: Any, windows: Sequence[Tensor], layers: Sequence[int], toleranc
             del operands, result
         stopwatch = Stopwatch()
         busy = [
-            gpu_seconds(partial(tune_site, make(number), settings, stopwatch=stopwatch))
-            for number in range(max(layers))
+            gpu_seconds(partial(tune_site, make(number), tuning, stopwatch=stopwatch)) for number in range(max(layers))
         ]
         one = 4 * LLAMA_HEADS * LLAMA_DIM * LLAMA_LENGTH * 2  # Q, K, V, O of one input in half precision
         for count in layers:
@@ -107,6 +106,7 @@ def gpu_seconds(call: Callable[[], object]) -> float:
     """What the kernels and copies of a call take, one after the other on the device; 0 without a GPU."""
     if not torch.cuda.is_available():
         return 0.0
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()

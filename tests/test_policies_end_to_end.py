@@ -12,7 +12,7 @@ import afbs_compile
 from afbs_compile.errors import RecipeError
 from tests.toy import Toy, drifting
 
-LENGTH = 512
+LENGTH = 1024
 NAMES = ["cumulant", "meanshare", "sink_window", "meansim"]
 TAU = [0.95, 0.93, 0.1, 0.7]
 

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from afbs_compile.kernels.policies.base import ALWAYS
 from afbs_compile.kernels.policy import DEFAULT, levels
-from afbs_compile.kernels.reference import NOTHING_MORE, Kept, block_count, diagonal_blocks, kept_blocks, visible_blocks
+from afbs_compile.kernels.reference import (
+    DIAGONAL_ONLY,
+    Kept,
+    block_count,
+    diagonal_blocks,
+    kept_blocks,
+    visible_blocks,
+)
 
 WORKING_BYTES = 384 * 2**20
 """Memory that a pass may take for itself, about; it goes through the heads in groups that fit."""
@@ -94,7 +101,7 @@ def one_pass(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    kept: Kept = NOTHING_MORE,
+    kept: Kept = DIAGONAL_ONLY,
 ) -> PassSums:
     """Measure every threshold of every head on one input.
 

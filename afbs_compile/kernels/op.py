@@ -206,7 +206,7 @@ def sparse_attention_with_counts(
         ValueError: naming the argument, what came and what is accepted.
     """
     precision = [precision] * q.shape[1] if isinstance(precision, str) else precision
-    kept = Kept(local_keys, last_rows)
+    kept = Kept(last_rows, local_keys)
     check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, kept)
     if q.numel() == 0:
         count_q = reference.block_count(q.shape[2], block_q)
@@ -258,7 +258,7 @@ def sparse_attention(
         ValueError: naming the argument, what came and what is accepted.
         RuntimeError: a gradient is asked for.
     """
-    kept = Kept(local_keys, last_rows)
+    kept = Kept(last_rows, local_keys)
     check_call(q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, kept)
     if q.numel() == 0:
         return _empty_output(q)
@@ -292,7 +292,7 @@ def _(
 ) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""
     check_call(
-        q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, Kept(local_keys, last_rows)
+        q, k, v, tau, theta, lam, block_q, block_k, policy, precision, fp8_constants, Kept(last_rows, local_keys)
     )
     return _empty_output(q)
 

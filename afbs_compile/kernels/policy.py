@@ -71,7 +71,7 @@ def levels(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    kept: reference.Kept = reference.NOTHING_MORE,
+    kept: reference.Kept = reference.DIAGONAL_ONLY,
     places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The tau from which each block is live: at any tau above its level.

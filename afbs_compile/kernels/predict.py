@@ -58,7 +58,7 @@ def predict_mask(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    kept: reference.Kept = reference.NOTHING_MORE,
+    kept: reference.Kept = reference.DIAGONAL_ONLY,
 ) -> Tensor:
     """:func:`reference.predict_mask` with less work where no head asks for self-similarity; it may wait for the device.
 
@@ -102,7 +102,7 @@ def predict_blocks(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    kept: reference.Kept = reference.NOTHING_MORE,
+    kept: reference.Kept = reference.DIAGONAL_ONLY,
 ) -> BlockLists:
     """Predict the live blocks on the device of ``q``, in fp32 whatever the inputs.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.reference import NOTHING_MORE, Kept, block_count, first_whole_block
+from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept, block_count, first_whole_block
 
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -341,16 +341,16 @@ def select_by_mass(
         length: N.
         kept: which blocks every tau keeps, beside those on the diagonal.
     """
-    first_whole = first_whole_block(length, block_q, kept.last_rows)
+    first_whole, local_keys = first_whole_block(length, block_q, kept.last_rows), min(kept.local_keys, length)
     batch, heads, count_q, count_k = lists.indices.shape
     columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):
         thresholds = device_constants((*tau, *theta), lists.indices.device)
         _selection(
-            (layout(lists.indices), heads_k, block_q, block_k, causal, kept.local_keys, first_whole),
+            (layout(lists.indices), heads_k, block_q, block_k, causal, local_keys, first_whole),
             batch * heads * count_q,
             *(lists.indices, lists.counts, similarity, thresholds),
-            *(heads, heads // heads_k, count_q, count_k, batch * heads * count_q, kept.local_keys, first_whole),
+            *(heads, heads // heads_k, count_q, count_k, batch * heads * count_q, local_keys, first_whole),
             *(block_q, block_k, causal, columns),
             warps=warps,
         )
@@ -376,7 +376,7 @@ def predict_blocks(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    kept: Kept = NOTHING_MORE,
+    kept: Kept = DIAGONAL_ONLY,
 ) -> BlockLists:
     """:func:`afbs_compile.kernels.predict.predict_blocks` on Triton, whatever the device.
 

@@ -37,18 +37,18 @@ class Kept(NamedTuple):
     """The blocks that every tau keeps, beside those on the diagonal.
 
     Attributes:
-        local_keys: 0 or more; the blocks that hold one of this many keys right before a query block. Its first rows
-            have few keys of their own block to look back at, and what came just before a token matters to it the most.
         last_rows: 0 or more; every block of a query block that holds one of this many last rows. Those rows answer:
             what a language model says next is read off the last one, and they have the whole text to find it in.
+        local_keys: 0 or more; the blocks that hold one of this many keys right before a query block. Its first rows
+            have few keys of their own block to look back at, and what came just before a token matters to it the most.
     """
 
-    local_keys: int = 0
     last_rows: int = 0
+    local_keys: int = 0
 
 
-NOTHING_MORE = Kept()
-"""The diagonal only."""
+DIAGONAL_ONLY = Kept()
+"""Of calls that were not calibrated, and of ``method="paper"``."""
 
 
 def block_count(length: int, block: int) -> int:
@@ -96,11 +96,13 @@ def visible_blocks(
     return torch.arange(count_k, device=device) * block_k <= last_row[:, None]
 
 
-def diagonal_blocks(count_q: int, count_k: int, block_q: int, block_k: int, device: torch.device) -> Tensor:
-    """``[n_q, n_k]`` bool: key blocks that overlap the rows of the query block. They are always kept."""
+def diagonal_blocks(
+    count_q: int, count_k: int, block_q: int, block_k: int, device: torch.device, local_keys: int = 0
+) -> Tensor:
+    """``[n_q, n_k]`` bool: key blocks that overlap the rows of the query block, or the ``local_keys`` before them."""
     first_q = torch.arange(count_q, device=device)[:, None] * block_q
     first_k = torch.arange(count_k, device=device) * block_k
-    return (first_k < first_q + block_q) & (first_q < first_k + block_k)
+    return (first_k < first_q + block_q) & (first_q < first_k + block_k + local_keys)
 
 
 def first_whole_block(length: int, block_q: int, last_rows: int) -> int:
@@ -114,10 +116,7 @@ def first_whole_block(length: int, block_q: int, last_rows: int) -> int:
 def kept_blocks(length: int, block_q: int, block_k: int, kept: Kept, device: torch.device) -> Tensor:
     """``[n_q, n_k]`` bool: the blocks that every tau keeps: those on the diagonal, local ones, all of the last rows."""
     count_q, count_k = block_count(length, block_q), block_count(length, block_k)
-    first_q = torch.arange(count_q, device=device)[:, None] * block_q
-    first_k = torch.arange(count_k, device=device) * block_k
-    # Block j overlaps [first_q - local_keys, first_q + block_q).
-    blocks = (first_k < first_q + block_q) & (first_q < first_k + block_k + kept.local_keys)
+    blocks = diagonal_blocks(count_q, count_k, block_q, block_k, device, kept.local_keys)
     blocks[first_whole_block(length, block_q, kept.last_rows) :] = True
     return blocks
 
@@ -173,7 +172,7 @@ def predict_mask(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    kept: Kept = NOTHING_MORE,
+    kept: Kept = DIAGONAL_ONLY,
 ) -> Tensor:
     """Which key blocks each query block attends: the two filters of SpargeAttn and the blocks that are always kept.
 
@@ -282,7 +281,7 @@ def sparse_attention(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
-    kept: Kept = NOTHING_MORE,
+    kept: Kept = DIAGONAL_ONLY,
 ) -> Tensor:
     """Predict the live blocks, then attend over them: what ``afbs::sparse_attention`` computes."""
     live = predict_mask(q, k, tau, theta, causal=causal, scale=scale, block_q=block_q, block_k=block_k, kept=kept)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from afbs_compile.kernels.reference import NOTHING_MORE, Kept
+from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept
 from afbs_compile.passes.build import laid_out_like
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.site import AttentionSite
@@ -37,7 +37,7 @@ class Operands:
     v: Tensor
     scale: float
     causal: bool
-    kept: Kept = NOTHING_MORE
+    kept: Kept = DIAGONAL_ONLY
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import fx
 
 import afbs_compile.kernels.op  # noqa: F401  registers the operator
 from afbs_compile.kernels.policy import DEFAULT
-from afbs_compile.kernels.reference import NOTHING_MORE, Kept
+from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept
 from afbs_compile.passes.build import NodeBuilder, erase_unused
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.unmask import unmask
@@ -46,7 +46,7 @@ class SiteConstants:
     policy: tuple[str, ...] = ()
     precision: tuple[str, ...] = ()
     fp8_constants: tuple[float, ...] = ()
-    kept: Kept = NOTHING_MORE
+    kept: Kept = DIAGONAL_ONLY
 
 
 @dataclass(frozen=True)

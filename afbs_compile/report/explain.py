@@ -239,7 +239,7 @@ def _note(recipe: Recipe) -> str:
     blocks = " and ".join(sorted({f"{site.block_q}x{site.block_k}" for site in recipe.sites if site.heads}))
     local_keys = max((site.local_keys for site in recipe.sites), default=0)
     last_rows = max((site.last_rows for site in recipe.sites), default=0)
-    blocks += f", {local_keys} keys before a query block kept" if local_keys else ""
+    blocks += f", {local_keys} keys before a query block of causal calls kept" if local_keys else ""
     blocks += f", last {last_rows} rows of causal calls whole" if last_rows else ""
     return (
         f"mean sparsity {recipe.sparsity:.1%}; {recipe.goal}; method {recipe.method}; "

@@ -103,7 +103,7 @@ def _diff(row: SiteRecipe, call: tuple[str, str], constants: SiteConstants | Non
     if constants is None:
         return SiteDiff(row.name, row.outcome, row.reason, before, None, ())
     after = f"afbs.sparse_attention({operands}, blocks {constants.block_q}x{constants.block_k}"
-    local_keys, last_rows = constants.kept
+    last_rows, local_keys = constants.kept
     after += f", {local_keys} keys before a block kept" if local_keys else ""
     after += f", last {last_rows} rows whole" if last_rows else ""
     after += f", from {constants.min_length:,} tokens)" if constants.min_length else ")"

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afbs_compile.kernels.reference import KEEP_ALL, NOTHING_MORE, Kept
+from afbs_compile.kernels.reference import DIAGONAL_ONLY, KEEP_ALL, Kept
 from afbs_compile.recipe import Policy
 from afbs_compile.tuner.allocate import allocate
 from afbs_compile.tuner.end_to_end import EndToEnd, OutputChange, SiteThresholds
@@ -81,7 +81,7 @@ class SitePoints:
     block_q: int
     block_k: int
     policy: tuple[Policy, ...]
-    kept: Kept = NOTHING_MORE
+    kept: Kept = DIAGONAL_ONLY
 
     @property
     def heads(self) -> int:

@@ -18,7 +18,7 @@ from afbs_compile.tuner.curves import SMALLEST, Curves
 from afbs_compile.tuner.end_to_end import EndToEnd, SiteThresholds
 from afbs_compile.tuner.explore import explore
 from afbs_compile.tuner.inputs import BlockShape, Inputs
-from afbs_compile.tuner.measure import Meter, with_kept_blocks
+from afbs_compile.tuner.measure import Meter, nothing_to_skip, with_kept_blocks
 from afbs_compile.tuner.progress import budget_progress
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.site import TuneSettings, fastest_shape, with_speed
@@ -169,4 +169,5 @@ def _settled(
     )
     longest = max(samples, key=lambda sample: sample.q.shape[2])
     one = replace(longest, q=longest.q[:1], k=longest.k[:1], v=longest.v[:1])
-    return with_speed(result, one, stopwatch, "the budget on the output leaves every head of it dense")
+    nothing = nothing_to_skip(samples, [shape]) or "the budget on the output leaves every head of it dense"
+    return with_speed(result, one, stopwatch, nothing)

@@ -105,10 +105,14 @@ def crossing(curves: Curves, tolerance: float) -> Crossing:
 
 
 def tau_exponent(curves: Curves, tolerance: float) -> Tensor:
-    """``a [H]`` of ``error ~ (1 - tau) ** a`` about the tolerance: least squares on the points within a factor of 3."""
+    """``a [H]`` of ``error ~ (1 - tau) ** a`` about the tolerance: least squares on the points within a factor of 3.
+
+    About the largest error of a head where that is smaller than the tolerance.
+    """
     x = torch.log((1 - curves.tau).clamp_min(1e-9))
     y = torch.log(curves.error.clamp_min(1e-12))
-    near = ((y - math.log(tolerance)).abs() <= math.log(3)).float()
+    largest = y.masked_fill(~y.isfinite(), -math.inf).amax(-1, keepdim=True)
+    near = ((y - largest.clamp_max(math.log(tolerance))).abs() <= math.log(3)).float()
     count = near.sum(-1).clamp_min(1)
     dx = (x - ((near * x).sum(-1) / count)[:, None]) * near
     slope = (dx * y.nan_to_num(0.0)).sum(-1) / dx.square().sum(-1).clamp_min(1e-12)

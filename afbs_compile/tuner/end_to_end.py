@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from afbs_compile.errors import OptionError
-from afbs_compile.kernels.reference import NOTHING_MORE, Kept
+from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept
 from afbs_compile.passes.capture import Operands, SampleRun, run_with
 from afbs_compile.recipe import SiteRecipe
 from afbs_compile.tuner.measure import sparse_attention
@@ -37,7 +37,7 @@ class SiteThresholds:
     block_k: int
     policy: tuple[str, ...] | None = None
     precision: SitePrecision | None = None
-    kept: Kept = NOTHING_MORE
+    kept: Kept = DIAGONAL_ONLY
 
     @staticmethod
     def of(site: SiteRecipe) -> SiteThresholds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,7 +34,12 @@ class Lengths:
 
 
 def fit_lengths(
-    lengths: Sequence[int], error: Tensor, prefixes: Mapping[int, Tensor], sparse: Tensor, tolerance: float
+    lengths: Sequence[int],
+    error: Tensor,
+    prefixes: Mapping[int, Tensor],
+    sparse: Tensor,
+    tolerance: float,
+    telling: Callable[[int], bool] = lambda _: True,
 ) -> Lengths:
     """Fit error against length.
 
@@ -43,6 +48,7 @@ def fit_lengths(
         error: fp32 ``[inputs, H]``, of whole inputs.
         prefixes: fp32 ``[n, H]`` by length, errors of causal prefixes.
         sparse: bool ``[H]``, heads that skip anything; tolerance: relative L1.
+        telling: of a length, whether it has blocks enough to skip that its error tells how errors move.
     """
     by_length: dict[int, list[Tensor]] = {}
     for length, row in zip(lengths, error, strict=True):
@@ -56,30 +62,41 @@ def fit_lengths(
         if length not in whole and not (measured[length][:, sparse] <= tolerance).all():
             break
         shortest = min(shortest, length)
-    return Lengths((shortest, max(whole)), _exponent(measured))
+    return Lengths(
+        (shortest, max(whole)), _exponent({n: rows for n, rows in measured.items() if telling(n)}, error.shape[1])
+    )
 
 
 def extrapolated_tau(
-    tau: float, tau_exponent: float, length_exponent: float, validated: tuple[int, int], length: int
+    tau: float,
+    tau_exponent: float,
+    length_exponent: float,
+    validated: tuple[int, int],
+    length: int,
+    room: float = 1.0,
 ) -> float:
-    """A head's tau at another length, raised to keep its error where the error was seen to grow towards that length.
+    """A head's tau at another length, raised where the error was seen to grow towards that length beyond its room.
 
     Args:
         tau: validated; tau_exponent, length_exponent: a and b of ``error ~ (1 - tau) ** a * length ** b``.
         validated: shortest and longest validated length; length: the other one.
+        room: how many times its validated error a head may have, at least 1.
     """
     nearest = min(max(length, validated[0]), validated[1])
     if tau_exponent <= 0 or length == nearest:
         return tau
-    # (1 - tau') ** a * length ** b = (1 - tau) ** a * nearest ** b
-    share: float = (length / nearest) ** (-length_exponent / tau_exponent)
-    return 1 - (1 - tau) * min(1.0, max(MOST_CAREFUL, share))
+    # (1 - tau') ** a * length ** b = room * (1 - tau) ** a * nearest ** b
+    growth: float = (length / nearest) ** length_exponent
+    share: float = (room / growth) ** (1 / tau_exponent) if growth > room else 1.0
+    return 1 - (1 - tau) * max(MOST_CAREFUL, share)
 
 
-def _exponent(measured: Mapping[int, Tensor]) -> Tensor:
-    """Least squares of the log of the mean error over the log of the length."""
+def _exponent(measured: Mapping[int, Tensor], heads: int) -> Tensor:
+    """Least squares of the log of the mean error over the log of the length; 0 without two lengths."""
+    if len(measured) < 2:
+        return torch.zeros(heads)
     x = torch.tensor([float(length) for length in measured]).log()
     y = torch.stack([rows.mean(0) for rows in measured.values()]).clamp_min(1e-9).log()
     dx = (x - x.mean())[:, None]
-    slope = (dx * y).sum(0) / dx.square().sum().clamp_min(1e-12)
+    slope = (dx * y).sum(0) / dx.square().sum()
     return slope.nan_to_num(0.0).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)

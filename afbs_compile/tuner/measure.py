@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afbs_compile.kernels.op import sparse_attention_with_counts
-from afbs_compile.kernels.reference import Kept, block_count, visible_blocks
+from afbs_compile.kernels.reference import Kept, block_count, kept_blocks, visible_blocks
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner.space import SitePrecision, Thresholds
 
@@ -24,9 +25,9 @@ L1_ELEMENTS = 2**24
 LOW_FIDELITY_SHARE = 4
 """The paper's stage 1 runs on short sequences: here a quarter of the length, a sixteenth of the work."""
 
-KEPT = Kept(local_keys=128, last_rows=64)
-"""Of causal inputs (:func:`with_kept_blocks`). 64 local keys need more work for the same perplexity, 256 need less at
-8,192 tokens (``benchmarks/frontier.py``), but are a quarter of all work at 2,048. As many last rows as MInference's."""
+KEPT = Kept(last_rows=64, local_keys=128)
+"""Of causal inputs (:func:`with_kept_blocks`). At +1 % of perplexity and 8,192 tokens 64 local keys need more work, 256
+less (``benchmarks/NOTES.md``), but those are a quarter of all work at 2,048. As many last rows as MInference's."""
 
 MIN_LOW_BLOCKS = 16
 """Fewer blocks than this say little about a long sequence: then the low fidelity is the full length."""
@@ -138,6 +139,21 @@ def with_kept_blocks(samples: Sequence[Operands]) -> list[Operands]:
     model's answer is read off, and it may ask for a block that no other row needs.
     """
     return [replace(sample, kept=KEPT) if sample.causal else sample for sample in samples]
+
+
+@functools.cache
+def kept_share(length: int, block_q: int, block_k: int, causal: bool, kept: Kept) -> float:
+    """The share of an input's visible blocks that every tau keeps."""
+    counts, cpu = (block_count(length, block_q), block_count(length, block_k)), torch.device("cpu")
+    visible = visible_blocks(*counts, block_q, block_k, causal, cpu)
+    return float((kept_blocks(length, block_q, block_k, kept, cpu) & visible).sum() / visible.sum())
+
+
+def nothing_to_skip(samples: Sequence[Operands], shapes: Sequence[Sequence[int]]) -> str | None:
+    """The reason why nothing can be skipped, where the blocks that are always kept are all there are."""
+    length = max(sample.q.shape[2] for sample in samples)
+    shares = [kept_share(s.q.shape[2], *shape, s.causal, s.kept) for s in samples for shape in shapes]
+    return f"too short: every block of its {length:,} tokens is always kept" if min(shares) >= 1 else None
 
 
 def low_fidelity(meter: Meter, windows: int | None = None) -> Meter:

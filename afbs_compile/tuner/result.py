@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from afbs_compile.kernels.reference import NOTHING_MORE, Kept
+from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept
 from afbs_compile.recipe import Policy
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.curves import Curves
@@ -45,7 +45,7 @@ class SiteResult:
     speed: SiteSpeed | None
     dense_reason: str | None
     evaluations: float
-    kept: Kept = NOTHING_MORE
+    kept: Kept = DIAGONAL_ONLY
     curves: tuple[Curves, ...] = ()
     lengths: Lengths | None = None
     tau_exponent: Tensor | None = None

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF, block_count, kept_blocks, visible_blocks
+from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
 from afbs_compile.passes.capture import Operands
 from afbs_compile.recipe import Policy, Precision
 from afbs_compile.tuner import gp
@@ -23,7 +23,9 @@ from afbs_compile.tuner.measure import (
     WINDOWS,
     Measurement,
     Meter,
+    kept_share,
     low_fidelity,
+    nothing_to_skip,
     relative_l1,
     sparse_attention,
     with_kept_blocks,
@@ -49,6 +51,9 @@ PAPER_POLICY: tuple[Policy, ...] = ("meansim",)
 
 PAPER_SHAPE = BlockShape(64, 64)
 """The paper's block size, B = 64 (its experimental setup)."""
+
+MOSTLY = 0.5
+"""Where every tau keeps more than this share of the blocks, a length's error does not tell how errors move."""
 
 STEPS_BACK = 4
 """Thresholds that a head goes back where the kernel does not confirm the pass, before it is DENSE."""
@@ -95,6 +100,7 @@ def tune_site(
     if settings.method == "paper":
         return with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, nothing)
     inputs = Inputs(with_kept_blocks(samples))
+    nothing = nothing_to_skip(inputs.elements, settings.shapes_on(samples[0].q.device)) or nothing
     fp8 = settings.precision == "fp8"
     if fp8 and fp8_refusal(inputs.elements[inputs.first], SHAPE) is None:
         settings = replace(settings, shapes=(SHAPE,))
@@ -113,11 +119,11 @@ def with_speed(
     Args:
         result: of the site; sample: operands to time it on.
         stopwatch: what timing earlier sites has shown.
-        nothing: the reason to give where every head is DENSE though it has blocks to skip.
+        nothing: the reason to give where every head is DENSE.
         dense_ms: milliseconds of the dense call, where they are known.
     """
     if result.thresholds.is_dense.all():
-        return replace(result, dense_reason=_all_kept(sample, result.shape) or nothing)
+        return replace(result, dense_reason=nothing)
     sparsity = float(result.measured.sparsity.mean())
     speed = SiteSpeed.measure(
         sample,
@@ -133,15 +139,6 @@ def with_speed(
     if speed.min_length is None:
         not_faster = f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense"
     return replace(result, speed=speed, dense_reason=not_faster)
-
-
-def _all_kept(sample: Operands, shape: BlockShape) -> str | None:
-    """The reason why nothing can be skipped, where the blocks that are always kept are all there are."""
-    length = sample.q.shape[2]
-    counts = block_count(length, shape.block_q), block_count(length, shape.block_k)
-    visible = visible_blocks(*counts, *shape, sample.causal, torch.device("cpu"))
-    kept = kept_blocks(length, *shape, sample.kept, torch.device("cpu"))
-    return f"too short: every block of its {length:,} tokens is always kept" if (kept | ~visible).all() else None
 
 
 def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Posterior | None) -> SiteResult:
@@ -182,7 +179,12 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
     exponent = tau_exponent(refined[0], tolerance) if refined else torch.zeros(inputs.heads)
     one_input = len(inputs.elements) == 1  # a short one has fewer windows than others
     whole = [int(element.q.shape[2]) for element in inputs.elements] * (len(found.error) if one_input else 1)
-    lengths = fit_lengths(whole, found.error, found.prefixes, sparse, tolerance) if refined else None
+    element = inputs.elements[0]
+
+    def telling(length: int) -> bool:
+        return kept_share(length, *shape, element.causal, element.kept) <= MOSTLY
+
+    lengths = fit_lengths(whole, found.error, found.prefixes, sparse, tolerance, telling) if refined else None
     held_out = torch.ones(len(inputs.elements), dtype=torch.bool)
     held_out[inputs.first] = False
     return SiteResult(
@@ -193,7 +195,7 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
         None,
         None,
         inputs.evaluations,
-        kept=inputs.elements[0].kept,
+        kept=element.kept,
         curves=curves,
         lengths=lengths,
         tau_exponent=torch.where(sparse, exponent, 0.0),

@@ -99,7 +99,7 @@ def test_local_keys_and_last_rows_keep_blocks(name, causal):
         q, k, _ = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
         call = {"causal": causal, "scale": 0.25, "block_q": 64, "block_k": 32}
         (found,) = run(masks, q=q, k=k)
-        assert torch.equal(found, policy.predict_mask(q, k, TAU[name], OFF, [name] * 4, kept=Kept(30, 100), **call))
+        assert torch.equal(found, policy.predict_mask(q, k, TAU[name], OFF, [name] * 4, kept=Kept(100, 30), **call))
 
 
 @EACH_DIRECTION

@@ -118,7 +118,7 @@ def test_every_argument_of_a_call_reaches_the_operator():
     given = {
         "tau": [0.3, 0.3, 0.3, 0.9], "theta": [0.2, -1.0, -1.0, -1.0], "lam": [-1000.0] * 4, "is_causal": True,
         "scale": 0.3, "block_q": 32, "block_k": 16, "min_length": 5, "max_length": 250,
-        "policy": ["meansim", "cumulant", "sink_window", "meanshare"], "last_rows": 20, "local_keys": 20,
+        "policy": ["meansim", "cumulant", "sink_window", "meanshare"], "last_rows": 20, "local_keys": 40,
     }  # fmt: skip
     known = {argument.name for argument in torch.ops.afbs.sparse_attention.default._schema.arguments}
     assert known == {"q", "k", "v", *given, "precision", "fp8_constants"}

@@ -21,7 +21,7 @@ SHAPES = [
     Shape(777, 16, kv_heads=1),
 ]
 KEPT = [Kept(last_rows=rows) for rows in (1, 64, 65, 200, 5000)]
-KEPT += [Kept(local_keys=keys) for keys in (1, 32, 33, 64, 200, 5000)] + [Kept(64, 64)]
+KEPT += [Kept(local_keys=keys) for keys in (1, 32, 33, 64, 200, 5000)] + [Kept(64, 128)]
 
 
 def always(shape: Shape, kept: Kept) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_they_are_kept_and_the_others_are_as_before(shape: Shape, kept: Kept) ->
     assert torch.equal(live, before | (always(shape, kept) & visible))
 
 
-@pytest.mark.parametrize("kept", [Kept(last_rows=65), Kept(local_keys=40), Kept(64, 64)], ids=str)
+@pytest.mark.parametrize("kept", [Kept(last_rows=65), Kept(local_keys=40), Kept(64, 128)], ids=str)
 @pytest.mark.parametrize("name", policy.POLICIES)
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=shape_id)
 def test_every_policy_and_engine_keeps_the_same(name: str, shape: Shape, kept: Kept) -> None:

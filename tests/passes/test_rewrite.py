@@ -124,7 +124,7 @@ def test_policies_stand_in_the_call_where_they_are_not_the_default(look, qkv, na
     assert ("policy" in call.kwargs) == ("cumulant" in names)
 
 
-@pytest.mark.parametrize("kept", [Kept(), Kept(64, 64), Kept(last_rows=64)])
+@pytest.mark.parametrize("kept", [Kept(), Kept(64, 128), Kept(last_rows=64)])
 def test_kept_blocks_stand_in_the_call_where_there_are_any(look, qkv, kept):
     def constants(site):
         return SiteConstants((0.5,) * 4, (-1.0,) * 4, (-1000.0,) * 4, 64, 64, 0, kept=kept)

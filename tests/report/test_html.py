@@ -125,7 +125,9 @@ def test_masks_are_those_of_the_predictor():
     heads = tuple(HeadRecipe("sparse", "meansim", t, -1.0, -1000.0, 0.5, 0.05, (0.05,)) for t in (0.5, 0.6, 0.7, 0.8))
     heads = (*heads[:2], HeadRecipe("dense", "meansim", 1.0, -1.0, -1000.0, 0.0, 0.0, (0.0,)), heads[3])
     sites = tuple(
-        SiteRecipe(s.name, "sparse", None, True, 32, 4, "float32", 64, 64, heads, 2.0, 1.0, 128, last_rows=64)
+        SiteRecipe(
+            s.name, "sparse", None, True, 32, 4, "float32", 64, 64, heads, 2.0, 1.0, 128, last_rows=64, local_keys=1
+        )
         for s in graph.found.sites
     )
     recipe = made()
@@ -138,7 +140,7 @@ def test_masks_are_those_of_the_predictor():
         (1, s, h) for s in ("layers.0", "layers.1") for h in (0, 1, 3)
     ]
     _, (sample,) = next(capture([SampleRun(graph.found.gm, graph.found.sites, graph.inputs[0])]))
-    call = {"causal": True, "scale": sample.scale, "kept": Kept(last_rows=64)}
+    call = {"causal": True, "scale": sample.scale, "kept": Kept(64, 1)}
     expected = predict_mask(sample.q, sample.k, [0.5, 0.6, 1.0, 0.8], [-1.0] * 4, **call)[0]
     for mask, head in zip(masks.heads[:3], (0, 1, 3), strict=True):
         assert (mask.rows, mask.columns) == (5, 5)

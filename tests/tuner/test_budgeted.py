@@ -15,6 +15,8 @@ from tests.toy import Attention, LanguageToy, Toy, drifting, token_ids
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
 
 LENGTH = 512
+LIMIT = 1e-5
+"""Nats: less than it costs to compute only what is always kept."""
 
 
 def samples(count: int) -> list[torch.Tensor]:
@@ -30,23 +32,24 @@ def cost(model: nn.Module, recipe: Recipe, ids: torch.Tensor) -> float:
 
 def test_the_compiled_model_stays_inside_and_the_recipe_says_so(tmp_path):
     model = LanguageToy(LENGTH).eval()
-    recipe = calibrate(model, samples(4), tolerance={"kl": 1e-4}, min_length=1)
+    recipe = calibrate(model, samples(4), tolerance={"kl": LIMIT}, min_length=1)
     budget = recipe.budget
     assert budget is not None
     assert recipe.tolerance is None
-    assert (budget.quantity, budget.limit, budget.chosen_on, budget.checked_on) == ("kl", 1e-4, 2, 2)
-    assert 0 < budget.measured <= 1e-4
+    assert (budget.quantity, budget.limit, budget.chosen_on, budget.checked_on) == ("kl", LIMIT, 2, 2)
+    assert LIMIT / 2 < budget.measured <= LIMIT
     assert budget.checked is not None
-    assert budget.checked <= 1e-4
-    assert recipe.sparsity > 0.2
+    assert budget.checked <= LIMIT
+    assert recipe.sparsity > 0.1
     assert {site.kept for site in recipe.sites} == {KEPT}
-    assert "blocks 64x64, 128 keys before a query block kept, last 64 rows of causal calls whole;" in " ".join(
-        str(explain(recipe)).split()
+    assert (
+        "blocks 64x64, 128 keys before a query block of causal calls kept, last 64 rows of causal calls whole;"
+        in " ".join(str(explain(recipe)).split())
     )
-    assert cost(model, recipe, token_ids(LENGTH, 9)) <= 1.3e-4  # another sample, which nothing was promised about
+    assert cost(model, recipe, token_ids(LENGTH, 9)) <= 1.3 * LIMIT  # another sample, which nothing was promised about
     recipe.save(tmp_path / "recipe.json")
     assert Recipe.load(tmp_path / "recipe.json") == recipe
-    assert "budget on the output: KL at most 0.0001 nats" in str(explain(recipe))
+    assert "budget on the output: KL at most 1e-05 nats" in str(explain(recipe))
 
 
 def test_more_budget_is_sparser():
@@ -63,7 +66,7 @@ def test_perplexity_is_measured_on_the_samples_tokens():
 
 
 def test_one_sample_is_not_checked():
-    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(1), tolerance={"kl": 1e-4}, min_length=1)
+    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(1), tolerance={"kl": LIMIT}, min_length=1)
     assert recipe.budget is not None
     assert (recipe.budget.checked, recipe.budget.checked_on) == (None, 0)
 
@@ -71,15 +74,15 @@ def test_one_sample_is_not_checked():
 @torch.no_grad()
 def test_in_the_backend():
     model = LanguageToy(LENGTH).eval()
-    options = {"tolerance": {"kl": 1e-4}, "samples": samples(2), "min_length": 1}
+    options = {"tolerance": {"kl": LIMIT}, "samples": samples(2), "min_length": 1}
     compiled = torch.compile(model, backend="afbs", options=options)
     ids = token_ids(LENGTH, 5)
     change = output_change(model(ids), compiled(ids), ids[:, 1:])
-    assert 0 < change.kl <= 1.5e-4
+    assert LIMIT / 3 < change.kl <= 1.5 * LIMIT
 
 
 def test_the_search_is_recorded():
-    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(2), tolerance={"kl": 1e-4}, min_length=1)
+    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(2), tolerance={"kl": LIMIT}, min_length=1)
     paths = recipe.sites[0].heads[0].search
     assert {"explore", "refine"} <= {path.stage for path in paths}
     assert max(len(path.tau) for path in paths) >= 16

@@ -11,7 +11,7 @@ import torch
 import afbs_compile
 from afbs_compile.errors import OptionError, RecipeError
 from afbs_compile.kernels import fp8, op
-from afbs_compile.kernels.reference import NOTHING_MORE
+from afbs_compile.kernels.reference import DIAGONAL_ONLY
 from afbs_compile.passes.capture import Operands
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner import fp8 as tuner_fp8
@@ -155,7 +155,7 @@ def test_recipes_from_before_fp8_and_kept_blocks_still_load(recipe, tmp_path):
     path.write_text(json.dumps(data))
     loaded = Recipe.load(path)
     assert {head.precision for s in loaded.sites for head in s.heads} == {"own"}
-    assert {s.kept for s in loaded.sites} == {NOTHING_MORE}
+    assert {s.kept for s in loaded.sites} == {DIAGONAL_ONLY}
     data["graphs"][0]["sites"][0]["heads"][0]["precision"] = "fp8"
     path.write_text(json.dumps(data))
     with pytest.raises(RecipeError, match="has heads in FP8 and not the constants of its key heads"):

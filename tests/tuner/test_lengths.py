@@ -47,3 +47,19 @@ def test_tau_rises_where_the_error_grows_and_never_falls():
     assert extrapolated_tau(0.9, 1.0, -0.5, inside, 256) == pytest.approx(0.95)
     assert extrapolated_tau(0.9, 0.0, 0.0, inside, 256) == 0.9
     assert extrapolated_tau(0.9, 0.1, 2.0, inside, 10**6) == pytest.approx(0.995)
+
+
+def test_a_head_with_room_is_raised_only_for_what_exceeds_it():
+    inside = (1024, 4096)
+    assert extrapolated_tau(0.0, 1.0, 0.5, inside, 16384, room=2.5) == 0.0, "the error doubles"
+    assert extrapolated_tau(0.9, 1.0, 0.5, inside, 16384, room=1.5) == pytest.approx(1 - 0.1 * 1.5 / 2)
+    assert extrapolated_tau(0.9, 2.0, 0.5, inside, 16384, room=1.5) == pytest.approx(1 - 0.1 * (1.5 / 2) ** 0.5)
+
+
+def test_lengths_that_tell_nothing_are_validated_but_not_fitted():
+    short = {512: law(512) * 1e-6, 1024: law(1024), 2048: law(2048)}
+    found = fit_lengths([4096], law(4096), short, SPARSE, 0.055, lambda length: length > 512)
+    assert found.exponent.tolist() == pytest.approx([0.3, -0.2], abs=1e-4)
+    assert found.validated == (512, 4096)
+    alone = fit_lengths([4096], law(4096), short, SPARSE, 0.055, lambda length: length > 2048)
+    assert alone.exponent.tolist() == [0.0, 0.0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from afbs_compile.kernels import reference
 from afbs_compile.kernels.policy import predict_mask
-from afbs_compile.kernels.reference import NOTHING_MORE
+from afbs_compile.kernels.reference import DIAGONAL_ONLY
 from afbs_compile.passes.capture import Operands
 from afbs_compile.tuner import paper, speed
 from afbs_compile.tuner.explore import CANDIDATES
@@ -46,7 +46,7 @@ def errors_by_reference(
     """Error and sparsity of each head, in float64 and without any of the tuner's code."""
     shape = {"causal": sample.causal, "scale": sample.scale}
     constants = thresholds.tau.tolist(), thresholds.theta.tolist()
-    live = predict_mask(sample.q, sample.k, *constants, policy, **shape, kept=KEPT if sample.causal else NOTHING_MORE)
+    live = predict_mask(sample.q, sample.k, *constants, policy, **shape, kept=KEPT if sample.causal else DIAGONAL_ONLY)
     q, k, v = (t.double() for t in (sample.q, sample.k, sample.v))
     out = reference.masked_attention(q, k, v, live, thresholds.lam, **shape)
     everything = reference.visible_blocks(*live.shape[-2:], 64, 64, sample.causal, torch.device("cpu"))
@@ -73,8 +73,8 @@ def test_every_head_holds_the_tolerance_on_every_sample(causal):
 
 def test_the_last_rows_of_causal_inputs_are_whole_and_local_keys_kept():
     results = [tune_site([operands(causal=causal)], TuneSettings(shapes=SQUARE)) for causal in (True, False)]
-    assert [result.kept for result in results] == [KEPT, NOTHING_MORE]
-    assert tune_site([operands()], TuneSettings(method="paper")).kept == NOTHING_MORE  # Algorithm 1 as it is
+    assert [result.kept for result in results] == [KEPT, DIAGONAL_ONLY]
+    assert tune_site([operands()], TuneSettings(method="paper")).kept == DIAGONAL_ONLY  # Algorithm 1 as it is
     dense = Thresholds.dense(HEADS)
     thresholds = Thresholds(torch.zeros(HEADS), dense.theta, dense.lam)
     shape = {"block_q": 64, "block_k": 64}
@@ -93,13 +93,14 @@ def test_short_inputs_have_nothing_to_skip(length, reason):
 
 
 def test_errors_of_prefixes_are_those_of_shorter_inputs():
-    (sample,) = with_kept_blocks([operands()])
+    (sample,) = with_kept_blocks([operands(length=2 * LENGTH)])
     shape, policy = SQUARE[0], ("meansim",) * HEADS
     theta = Thresholds.dense(HEADS).theta
     tau = torch.tensor([0.3, 0.7, 0.9]).expand(HEADS, -1).contiguous()
     prefixes = Inputs([sample]).curve(0, tau, theta, policy, shape).prefixes
-    assert set(prefixes) == {LENGTH // 4, LENGTH // 2}
+    assert set(prefixes) == {LENGTH // 2, LENGTH}
     for length, errors in prefixes.items():
+        assert errors.max() > 0.01, "there must be something to err about"
         short = replace(sample, q=sample.q[:, :, :length], k=sample.k[:, :, :length], v=sample.v[:, :, :length])
         for column, value in enumerate(tau[0].tolist()):
             thresholds = Thresholds(torch.full((HEADS,), value), theta, Thresholds.dense(HEADS).lam)

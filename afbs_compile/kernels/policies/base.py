@@ -8,7 +8,8 @@ Rules, for a query block that sees ``n`` key blocks with probabilities ``p``:
   for the blocks that are computed; the root of n keeps thresholds usable at lengths other than the calibrated one.
 - ``"strength"``: keep block j when its strength exceeds ``(1 - tau) / tau``; nothing is normalised.
 
-In all of them a larger tau keeps more, tau = 0 keeps the diagonal blocks only and tau >= 1 keeps everything.
+In all of them a larger tau keeps more, tau = 0 keeps only what is always kept (the diagonal blocks and those of
+:class:`afbs_compile.kernels.reference.Kept`) and tau >= 1 keeps everything.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.select_triton import select_by_strength
 from afbs_compile.kernels.policy import heads_of, in_order, operands_of, policy_named
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.reference import NOTHING_MORE, THETA_OFF, Kept
+from afbs_compile.kernels.reference import DIAGONAL_ONLY, THETA_OFF, Kept
 
 
 def predict_with(
@@ -24,7 +24,7 @@ def predict_with(
     theta: Sequence[float],
     *,
     scale: float,
-    kept: Kept = NOTHING_MORE,
+    kept: Kept = DIAGONAL_ONLY,
     **blocks: Any,
 ) -> BlockLists:
     """The lists of heads that share a policy.

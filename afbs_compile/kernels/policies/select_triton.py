@@ -95,15 +95,15 @@ def select_by_strength(
         length: N.
         kept: which blocks every tau keeps, beside those on the diagonal.
     """
-    first_whole = first_whole_block(length, block_q, kept.last_rows)
+    first_whole, local_keys = first_whole_block(length, block_q, kept.last_rows), min(kept.local_keys, length)
     batch, heads, count_q, count_k = lists.indices.shape
     columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):
         constants = device_constants(tuple(map(odds_of, tau)), lists.indices.device)
         _selection(
-            (layout(lists.indices), block_q, block_k, causal, share, kept.local_keys, first_whole),
+            (layout(lists.indices), block_q, block_k, causal, share, local_keys, first_whole),
             batch * heads * count_q,
-            *(lists.indices, lists.counts, constants, heads, count_q, count_k, kept.local_keys, first_whole),
+            *(lists.indices, lists.counts, constants, heads, count_q, count_k, local_keys, first_whole),
             *(block_q, block_k, causal, share, columns),
             warps=warps,
         )

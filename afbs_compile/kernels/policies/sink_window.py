@@ -1,7 +1,7 @@
 """``sink_window``: the first block and a window of the latest ones (StreamingLLM, Xiao et al. 2024).
 
 tau maps to the window's extent: ``WINDOW * tau / (1 - tau)`` tokens behind the query block's first row (and ahead of
-its last one where attention is not causal), whatever the length. tau = 0 keeps the diagonal blocks only.
+its last one where attention is not causal), whatever the length. tau = 0 keeps only what is always kept.
 """
 
 from __future__ import annotations
