@@ -42,7 +42,7 @@ def test_they_are_kept_and_the_others_are_as_before(shape: Shape, kept: Kept) ->
     assert torch.equal(live, before | (always(shape, kept) & visible))
 
 
-@pytest.mark.parametrize("kept", [Kept(last_rows=65), Kept(local_keys=40), Kept(64, 128)], ids=str)
+@pytest.mark.parametrize("kept", [Kept(last_rows=65), Kept(local_keys=40), Kept(64, 128), Kept(0, 2**31 - 1)], ids=str)
 @pytest.mark.parametrize("name", policy.POLICIES)
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=shape_id)
 def test_every_policy_and_engine_keeps_the_same(name: str, shape: Shape, kept: Kept) -> None:
