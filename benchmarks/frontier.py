@@ -28,9 +28,9 @@ from afbs_compile import Recipe, calibrate
 from afbs_compile.kernels.op import engine_name
 from afbs_compile.kernels.reference import DIAGONAL_ONLY, block_count, kept_blocks, select_blocks, visible_blocks
 from afbs_compile.passes.capture import Attention, Operands, SampleRun, run_with
+from afbs_compile.tuner import measure
 from afbs_compile.tuner.end_to_end import SiteThresholds, find_logits, next_tokens, output_change
 from afbs_compile.tuner.inputs import BlockShape
-from afbs_compile.tuner.measure import KEPT
 from afbs_compile.tuner.site import BLOCK_SHAPES
 
 sys.path.append(str(ROOT / "examples"))
@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--passkey-lengths", type=int, nargs="*", default=[4096])
     parser.add_argument("--passkeys", type=int, default=50, help="prompts at each length")
     parser.add_argument("--blocks", metavar="QxK", help="this block shape only, by default the fastest at each site")
+    parser.add_argument(
+        "--local-keys", type=int, default=measure.KEPT.local_keys, help="keys before a query block that are always kept"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="frontier", help="name of the result file")
@@ -63,6 +66,7 @@ def main() -> None:
     if arguments.blocks:
         block_q, block_k = map(int, arguments.blocks.split("x"))
         BLOCK_SHAPES[engine_name(torch.device(device))] = (BlockShape(block_q, block_k),)
+    measure.KEPT = measure.KEPT._replace(local_keys=arguments.local_keys)
     model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
     count, unseen = arguments.windows, arguments.test_windows
     if arguments.test is None:
@@ -176,7 +180,7 @@ class Oracle:
         mass = mass / mass.sum(-1, keepdim=True)
         visible = visible_blocks(blocks, blocks, BLOCK, BLOCK, operands.causal, q.device)
         live = select_blocks(mass, torch.full((1, 1, 1), self._mass, device=q.device))
-        kept = kept_blocks(length, BLOCK, BLOCK, KEPT if operands.causal else DIAGONAL_ONLY, q.device)
+        kept = kept_blocks(length, BLOCK, BLOCK, measure.KEPT if operands.causal else DIAGONAL_ONLY, q.device)
         live = (live | kept) & visible
         self._sparsities.append(1 - float(live.sum() / visible.sum() / len(live)))
         allowed = live.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :length, :length]

@@ -16,6 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import afbs_compile
 from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
+from afbs_compile.kernels.reference import DIAGONAL_ONLY
 from afbs_compile.tuner import site as tuner_site
 from tests.toy import HEAD_DIM, HEADS, WIDTH, Attention, Toy, always_faster, drifting
 
@@ -340,6 +341,15 @@ def test_a_damaged_cache_is_reported_and_calibration_runs():
             again = compiled(Toy().eval())(x)
         assert torch.equal(again, first)
         json.loads(cached.read_text())
+
+
+@torch.no_grad()
+def test_recipes_that_keep_other_blocks_are_not_taken_from_the_cache(monkeypatch):
+    compiled(Toy().eval())(drifting(LENGTH))
+    monkeypatch.setattr("afbs_compile.backend.KEPT", DIAGONAL_ONLY)
+    torch._dynamo.reset()
+    compiled(Toy().eval())(drifting(LENGTH))
+    assert len(list(Path(os.environ["AFBS_CACHE_DIR"]).iterdir())) == 2
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.launch import Launcher, device_constants, layout, padded
 from afbs_compile.kernels.predict import BlockLists
-from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept, block_count, first_whole_block
+from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept, block_count, kept_limits
 
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -341,7 +341,7 @@ def select_by_mass(
         length: N.
         kept: which blocks every tau keeps, beside those on the diagonal.
     """
-    first_whole, local_keys = first_whole_block(length, block_q, kept.last_rows), min(kept.local_keys, length)
+    local_keys, first_whole = kept_limits(length, block_q, kept)
     batch, heads, count_q, count_k = lists.indices.shape
     columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):

@@ -113,6 +113,11 @@ def first_whole_block(length: int, block_q: int, last_rows: int) -> int:
     return max(0, length - last_rows) // block_q if last_rows > 0 else block_count(length, block_q)
 
 
+def kept_limits(length: int, block_q: int, kept: Kept) -> tuple[int, int]:
+    """``local_keys``, at most the length, and :func:`first_whole_block`: what a kernel that selects is told."""
+    return min(kept.local_keys, length), first_whole_block(length, block_q, kept.last_rows)
+
+
 def kept_blocks(length: int, block_q: int, block_k: int, kept: Kept, device: torch.device) -> Tensor:
     """``[n_q, n_k]`` bool: the blocks that every tau keeps: those on the diagonal, local ones, all of the last rows."""
     count_q, count_k = block_count(length, block_q), block_count(length, block_k)

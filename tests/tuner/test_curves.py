@@ -38,6 +38,10 @@ def test_the_exponent_of_tau_is_the_slope_in_the_logs():
     assert tau_exponent(made([0.3, 2.0], [1.0, 1.5]), TOLERANCE).tolist() == pytest.approx([1.0, 1.5], rel=1e-3)
 
 
+def test_of_a_head_that_never_reaches_the_tolerance_it_is_the_slope_about_its_largest_error():
+    assert tau_exponent(made([0.01, 0.001], [1.5, 0.7]), TOLERANCE).tolist() == pytest.approx([1.5, 0.7], rel=1e-3)
+
+
 def test_every_threshold_that_keeps_more_must_hold_too():
     error = torch.tensor([[0.01, 0.06, 0.04, 0.02], [0.9, 0.04, torch.nan, 0.02], [0.9, 0.9, 0.9, 0.9]])
     assert boldest_safe(error, TOLERANCE).tolist() == [2, 3, 4]

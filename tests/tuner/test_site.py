@@ -108,6 +108,14 @@ def test_errors_of_prefixes_are_those_of_shorter_inputs():
             assert errors[:, column].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize(("length", "tell"), [(LENGTH, False), (2 * LENGTH, True)])
+def test_prefixes_that_are_mostly_kept_say_nothing_about_growth(length, tell):
+    lengths = tune_site([operands(length=length)], TuneSettings(tolerance=0.05, shapes=SQUARE)).lengths
+    assert lengths is not None
+    assert bool(lengths.exponent.any()) == tell
+    assert lengths.validated[0] < length, "they hold the tolerance all the same"
+
+
 def test_heads_use_what_the_tolerance_allows():
     result = tune_site([operands(), operands(1)], TuneSettings(tolerance=0.05, shapes=SQUARE))
     could = result.thresholds.tau > 0  # a sharp head has nothing left but what is always kept

@@ -15,7 +15,7 @@ import triton.language as tl
 from afbs_compile.kernels.launch import Launcher, device_constants, layout
 from afbs_compile.kernels.predict import BlockLists
 from afbs_compile.kernels.predict_triton import selection_shape
-from afbs_compile.kernels.reference import Kept, first_whole_block
+from afbs_compile.kernels.reference import Kept, kept_limits
 
 
 @triton.jit(do_not_specialize=["heads", "count_q", "local_keys", "first_whole"])
@@ -95,7 +95,7 @@ def select_by_strength(
         length: N.
         kept: which blocks every tau keeps, beside those on the diagonal.
     """
-    first_whole, local_keys = first_whole_block(length, block_q, kept.last_rows), min(kept.local_keys, length)
+    local_keys, first_whole = kept_limits(length, block_q, kept)
     batch, heads, count_q, count_k = lists.indices.shape
     columns, warps = selection_shape(count_k)
     with torch.cuda.device_of(lists.indices):
