@@ -13,6 +13,7 @@ from torch import Tensor
 from afbs_compile.kernels.launch import padded
 from afbs_compile.kernels.one_pass import Visit
 from afbs_compile.kernels.reference import LOG2_E
+from afbs_compile.kernels.tiling import Kind, by_rule
 
 
 @triton.jit
@@ -148,9 +149,8 @@ def triton_pass(
     heads, length, dim = q.shape
     count = len(rows)
     dim_pad = padded(dim)
-    # 128 rows of queries fill a program's registers; fp32 operands are twice as wide and multiplied three times.
-    widest = 128 if q.element_size() == 2 and dim_pad <= 128 else 32
-    tile_q, tile_k = min(block_q, widest), min(block_k, widest, 64)
+    kind = Kind(q.device, block_q, block_k, dim_pad, q.element_size(), causal, whole=False)
+    tile_q, tile_k, warps, stages = by_rule(kind)
     split = block_q // tile_q
     difference = q.new_empty(heads, count * split, live.shape[2], dtype=torch.float32)
     magnitude = q.new_empty(heads, count * split, dtype=torch.float32)
@@ -163,6 +163,6 @@ def triton_pass(
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dense.stride()[:2],
             HEAD_DIM=dim, DIM_PAD=dim_pad, BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, TILE_K=tile_k,
             CAUSAL=causal, RAGGED=not causal and length % block_k != 0,
-            PRECISION=precision, num_warps=8 if tile_q * dim_pad >= 128 * 128 else 4, num_stages=2,
+            PRECISION=precision, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return difference.unflatten(1, (count, split)).sum(2), magnitude.unflatten(1, (count, split)).sum(2)

@@ -181,6 +181,11 @@ def _hopper_shape(kind: Kind, chip: Chip) -> LaunchShape:
     return launch_shape(min(kind.block_q, 64), min(kind.block_k, 64), kind.dim_pad, kind.itemsize, chip)
 
 
+def by_rule(kind: Kind) -> LaunchShape:
+    """The launch shape of a kind of call by the rule alone, without timing."""
+    return _shapes(kind)[0]
+
+
 _chosen: dict[Kind, LaunchShape] = {}
 
 
@@ -222,6 +227,6 @@ def _milliseconds(shape: LaunchShape, launch: Callable[[LaunchShape], None]) -> 
 
 def describe(kind: Kind) -> str:
     """The launch shape that calls of a kind use, for a reader: ``"portable 128x64 tiles, 4 warps, 2 stages"``."""
-    shape = _chosen.get(kind, _shapes(kind)[0])
+    shape = _chosen.get(kind, by_rule(kind))
     stages = "1 stage" if shape.stages == 1 else f"{shape.stages} stages"
     return f"portable {shape.tile_q}x{shape.tile_k} tiles, {shape.warps} warps, {stages}"

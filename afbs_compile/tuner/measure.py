@@ -214,10 +214,16 @@ def relative_l1(out: Tensor, dense: Tensor, windows: int = 1, block: int = 1) ->
     # A few heads at a time: fp32 copies of long sequences would take more memory than the operands.
     some = max(1, L1_ELEMENTS // out[:, 0].numel())
     pairs = list(zip(out.split(some, 1), dense.split(some, 1), strict=True))
-    difference = torch.cat([(a.float() - b.float()).abs().sum(-1) for a, b in pairs], 1)
-    magnitude = torch.cat([b.float().abs().sum(-1) for _, b in pairs], 1)
+    difference = torch.cat([_row_sums(a.float() - b) for a, b in pairs], 1)
+    magnitude = torch.cat([_row_sums(b) for _, b in pairs], 1)
     blocks = block_count(out.shape[2], block)
     edges = sorted({blocks * i // windows * block for i in range(1, windows)} - {0})
     pieces = zip(difference.tensor_split(edges, -1), magnitude.tensor_split(edges, -1), strict=True)
     tiny = torch.finfo(torch.float32).tiny
     return torch.cat([d.sum(-1) / m.sum(-1).clamp_min(tiny) for d, m in pieces])
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """``sum|x|`` of every row, ``[.., N]`` fp32, without an fp32 copy of ``x``."""
+    sums: Tensor = torch.linalg.vector_norm(x, ord=1, dim=-1, dtype=torch.float32)
+    return sums

@@ -27,6 +27,8 @@ class SiteResult:
         measured: error on every validation input and sparsity, per head; 0 for DENSE heads.
         shape: rows per block; policy: a name per head.
         speed: ``None`` where every head is DENSE.
+        confirmed_ms: milliseconds of the call that confirmed the thresholds, in the operands' precision; it may have
+            compiled. ``None`` where none did.
         precision: of the heads, where FP8 was asked for.
         dense_reason: why the whole site stays dense, or ``None`` if it is rewritten.
         evaluations: cost in dense equivalents.
@@ -51,6 +53,7 @@ class SiteResult:
     tau_exponent: Tensor | None = None
     deciding: Tensor | None = None
     held_out: Tensor | None = None
+    confirmed_ms: float | None = None
     precision: SitePrecision | None = None
     posterior: gp.Posterior | None = None
     trials: tuple[Trial, ...] = ()

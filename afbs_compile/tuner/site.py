@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -33,7 +34,7 @@ from afbs_compile.tuner.measure import (
 from afbs_compile.tuner.paper import algorithm_1
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.space import Parameterization, Thresholds
-from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
+from afbs_compile.tuner.speed import SiteSpeed, Stopwatch, clocked
 from afbs_compile.tuner.validate import Validated, validate
 
 Method = Literal["afbs", "paper"]
@@ -133,6 +134,7 @@ def with_speed(
         stopwatch,
         precision=result.precision,
         dense_ms=dense_ms,
+        sparse_ms=result.confirmed_ms if result.precision is None else None,
         **result.shape._asdict(),
     )
     not_faster = None
@@ -172,7 +174,7 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
     shape = fastest_shape(inputs, explored, stopwatch)
     choice = explored[shape]
     found = validate(inputs, choice.tau, choice.theta, choice.policy, shape, tolerance)
-    found, thresholds = _confirmed(inputs, found, choice, shape, tolerance)
+    found, thresholds, confirmed_ms = _confirmed(inputs, found, choice, shape, tolerance)
     sparse = ~thresholds.is_dense
     curves = (*(curve for each in explored.values() for curve in each.curves), *found.curves)
     refined = [curve for curve in found.curves if curve.stage == "refine"]
@@ -201,6 +203,7 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
         tau_exponent=torch.where(sparse, exponent, 0.0),
         deciding=found.deciding,
         held_out=held_out,
+        confirmed_ms=confirmed_ms,
     )
 
 
@@ -223,25 +226,32 @@ def fastest_shape(inputs: Inputs, explored: dict[BlockShape, Explored], stopwatc
 
 def _confirmed(
     inputs: Inputs, found: Validated, choice: Explored, shape: BlockShape, tolerance: float
-) -> tuple[Validated, Thresholds]:
-    """Run the kernel that will run on the explored input: where it differs from the pass, it is right."""
+) -> tuple[Validated, Thresholds, float | None]:
+    """Run the kernel that will run on the explored input: where it differs from the pass, it is right.
+
+    Returns:
+        What holds, its thresholds, and the milliseconds of the call that confirmed them.
+    """
     index, windows = inputs.first, inputs.windows
     element, dense = inputs.elements[index], inputs.dense(index)
     tau, theta, error = found.tau.clone(), choice.theta, found.error.clone()
+    milliseconds = None
     for _ in range(STEPS_BACK):
         thresholds = Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF))
         if thresholds.is_dense.all():
             break
-        out, counts = sparse_attention(element, thresholds, choice.policy, *shape)
+        call = partial(sparse_attention, element, thresholds, choice.policy, *shape)
+        (out, counts), clock = clocked(call, element.q.device)
         seen = relative_l1(out, dense, windows, shape.block_q).cpu()
         inputs.spend(counts.float().mean() / counts.shape[-1] * (2 if element.causal else 1))
         error[index : index + len(seen)] = seen  # several rows only for the windows of the only input
         failing = ~(seen.amax(0) <= tolerance) & ~thresholds.is_dense
         if not failing.any():
+            milliseconds = clock()
             break
         tau = torch.where(failing, one_back(found.curves, tau), tau)
     else:
         tau = torch.where(failing, KEEP_ALL, tau)
-    return replace(found, tau=tau, error=error), Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF)).where(
-        tau < KEEP_ALL, Thresholds.dense(inputs.heads)
-    )
+    thresholds = Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF))
+    thresholds = thresholds.where(tau < KEEP_ALL, Thresholds.dense(inputs.heads))
+    return replace(found, tau=tau, error=error), thresholds, milliseconds

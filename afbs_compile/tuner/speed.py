@@ -6,7 +6,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,19 @@ from afbs_compile.tuner.space import SitePrecision, Thresholds
 if TYPE_CHECKING:
     from afbs_compile.tuner.inputs import BlockShape
 
+Result = TypeVar("Result")
+
 WORTHWHILE = 0.97
 """Sparse must take at most this share of the dense time, so that noise in the timing cannot cost 3 %."""
 
-ROUNDS = 3
 ROUND_SECONDS = {"cpu": 0.02, "cuda": 0.001}
 """Calls shorter than this are repeated within a round until they fill it."""
+
+ROUNDS = {"cpu": 3, "cuda": 1}
+"""Rounds of short calls. Other work disturbs a CPU; an accelerator has none, and is better spent elsewhere."""
+
+ROUNDS_OF_LONG_CALLS = {"cpu": 1, "cuda": 0}
+"""Long calls average the noise themselves."""
 
 SHORTEST = 256
 """Tokens from which lengths are tried."""
@@ -80,8 +87,14 @@ class Stopwatch:
         """Milliseconds of block-sparse attention on the sample if every block were live, at the rate of live ones."""
         key = (_kind(sample), block_q, block_k)
         if key not in self._attention_ms:
-            _, counts = sparse_attention(sample, thresholds, policy, block_q, block_k)
-            (ms,) = best_ms([sparse_call(sample, thresholds, policy, block_q, block_k)])
+            counts = sample.q.new_empty(0)
+
+            def call() -> Tensor:
+                nonlocal counts
+                out, counts = sparse_attention(sample, thresholds, policy, block_q, block_k)
+                return out
+
+            (ms,) = best_ms([call])
             ms -= self.predictor_ms(sample, thresholds.tau, thresholds.theta, policy, block_q, block_k)
             live = float(counts.float().mean()) / block_count(sample.q.shape[2], block_k)
             # Predictor and attention are timed apart, and both are noisy: the difference may come out as nothing.
@@ -165,6 +178,7 @@ class SiteSpeed:
         block_k: int,
         precision: SitePrecision | None = None,
         dense_ms: float | None = None,
+        sparse_ms: float | None = None,
     ) -> SiteSpeed:
         """Time at the sample's length, then find the shortest of its halvings at which sparse pays, by bisection.
 
@@ -173,14 +187,15 @@ class SiteSpeed:
             thresholds: of the site; policy: a name per head; sparsity: what they skip.
             stopwatch: what earlier sites have shown.
             block_q, block_k: rows per block; precision: of the heads.
-            dense_ms: milliseconds of the dense call, where they are known.
+            dense_ms, sparse_ms: milliseconds of the dense and of the sparse call, where they are known. The latter's
+                call may have been the first one, which compiles: where it was slow, it is timed again.
         """
         length = sample.q.shape[2]
         call = (thresholds, policy, block_q, block_k, precision)
         if dense_ms is None:
             dense_ms, sparse_ms = stopwatch.dense_and_sparse_ms(sample, *call)
-        else:
-            sparse_ms = clocked(sparse_call(sample, *call), sample.q.device)[1]()  # it has run before
+        elif sparse_ms is None or sparse_ms > CLEAR * dense_ms:
+            sparse_ms = clocked(sparse_call(sample, *call), sample.q.device)[1]()
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None)
         fp8 = precision is not None and "fp8" in precision.names
@@ -231,7 +246,7 @@ def _predictor_call(
     return lambda: predict_mask(sample.q, sample.k, *constants, **call)
 
 
-def clocked(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], float]]:
+def clocked(call: Callable[[], Result], device: torch.device) -> tuple[Result, Callable[[], float]]:
     """A call's result, and what gives its milliseconds: nothing waits for an accelerator before that is asked for."""
     if device.type != "cuda":
         began = time.perf_counter()
@@ -264,7 +279,6 @@ def best_ms(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
     repeats = [
         max(1, round(ROUND_SECONDS.get(device, 0.02) / mean)) for device, mean in zip(devices, rounds[0], strict=True)
     ]
-    # Long calls average the noise themselves, and an accelerator has none: fewer rounds will do.
-    further = ROUNDS if max(repeats) > 1 else 0 if set(devices) == {"cuda"} else 1
+    further = (ROUNDS if max(repeats) > 1 else ROUNDS_OF_LONG_CALLS).get(devices[0], 1)
     rounds += [[timer.timeit(n).mean for timer, n in zip(timers, repeats, strict=True)] for _ in range(further)]
     return [min(times) * 1e3 for times in zip(*rounds, strict=True)]

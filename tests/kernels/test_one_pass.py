@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import one_pass, reference
+from afbs_compile.kernels import one_pass, reference, tiling
 from afbs_compile.kernels.one_pass import PassSums, visit_order
 from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.kernels.policy import POLICIES
@@ -62,13 +62,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("engine", ["torch", "triton"])
+@pytest.mark.parametrize("engine", ["torch", "triton", "triton, cut blocks"])
 @pytest.mark.parametrize("theta", [-1.0, 0.3], ids=["theta off", "theta 0.3"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_it_equals_separate_evaluations(case, theta, engine, monkeypatch):
     heads, kv_heads, length, dim, block_q, block_k, causal = case
-    if engine == "triton":
+    if engine != "torch":
         monkeypatch.setattr(one_pass, "torch_pass", one_pass._triton_pass)
+    if engine == "triton, cut blocks":
+        monkeypatch.setattr(tiling, "_shapes", lambda _: (tiling.LaunchShape(16, 16, 4, 1),))
     q, k, v = operands(heads, kv_heads, length, dim)
     call = {"causal": causal, "scale": dim**-0.5, "block_q": block_q, "block_k": block_k}
     tau, thetas = TAUS[1::2].expand(heads, -1).contiguous(), torch.full((heads,), theta)

@@ -13,7 +13,7 @@ from afbs_compile.kernels import reference
 from afbs_compile.kernels.policy import predict_mask
 from afbs_compile.kernels.reference import DIAGONAL_ONLY
 from afbs_compile.passes.capture import Operands
-from afbs_compile.tuner import paper, speed
+from afbs_compile.tuner import paper, site, speed
 from afbs_compile.tuner.explore import CANDIDATES
 from afbs_compile.tuner.inputs import BlockShape, Inputs
 from afbs_compile.tuner.measure import KEPT, WINDOWS, Meter, low_fidelity, relative_l1, with_kept_blocks
@@ -224,6 +224,29 @@ def test_a_known_dense_time_is_taken_where_sparse_is_far_from_it(monkeypatch):
         assert (found.dense_ms, found.sparse_ms) == (10.0, sparse_ms)
         assert rounds == timed
         assert (found.min_length is None) == (sparse_ms > 9.7)
+
+
+def test_the_call_that_confirms_is_timed_again_only_where_it_was_slow(monkeypatch):
+    monkeypatch.setattr(speed, "clocked", lambda call, device: (None, lambda: 3.0))
+    monkeypatch.setattr(Stopwatch, "dense_and_sparse_ms", lambda self, *_: (10.0, 9.9))
+    for confirmed, taken in ((4.9, 4.9), (5.1, 3.0), (None, 3.0)):
+        thresholds = Thresholds(*(torch.zeros(HEADS) for _ in range(3)))
+        call = (operands(), thresholds, ["meansim"] * HEADS, 0.5, Stopwatch())
+        found = MEASURE(*call, block_q=64, block_k=64, dense_ms=10.0, sparse_ms=confirmed)
+        assert (found.dense_ms, found.sparse_ms) == (10.0, taken)
+
+
+def test_the_call_that_confirms_is_the_one_at_the_thresholds(monkeypatch):
+    calls = []
+
+    def clocked(call, device):
+        calls.append(call.args[1])
+        return call(), lambda: 7.0
+
+    monkeypatch.setattr(site, "clocked", clocked)
+    result = tune_site([operands()], TuneSettings(tolerance=0.05, shapes=SQUARE))
+    assert result.confirmed_ms == 7.0
+    assert torch.equal(calls[-1].tau, result.thresholds.tau)
 
 
 def test_one_sample_is_validated_on_disjoint_windows():
