@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings
 from torch import Tensor
+from torch.nn.functional import pad
 
 from afbs_compile.kernels.policies import base
 from afbs_compile.kernels.policy import policy_named
@@ -117,8 +118,8 @@ def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
     levels: dict[str, dict[str, Tensor]] = {}
     for name in (*SCORES, "sink_window"):
         if name == "oracle":
-            masses = [weights_of(block).unflatten(-1, (count, BLOCK)).sum(-1).mean(1) for block in range(count)]
-            scores = torch.stack(masses, 1).log()[None]
+            masses = [weights_of(block).unflatten(-1, (-1, BLOCK)).sum(-1).mean(1) for block in range(count)]
+            scores = torch.stack([pad(mass, (0, count - mass.shape[1])) for mass in masses], 1).log()[None]
         else:
             scores = policy_named(name).scores(q, k, scale=sample.scale, **blocks)
         levels[name] = {
@@ -143,14 +144,15 @@ def levels_of(scores: Tensor, rule: Any, visible: Tensor) -> Tensor:
 
 
 def _row_softmax(q: Tensor, k: Tensor, scale: float) -> Callable[[int], Tensor]:
-    """A function of a query block: the exact softmax of its rows, ``[H, BLOCK, length]``."""
+    """A function of a query block: the exact softmax of its rows over the keys up to its end, ``[H, BLOCK, end]``."""
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)[0].transpose(-1, -2)
-    later = torch.arange(q.shape[2], device=q.device)
+    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
 
     def weights(block: int) -> Tensor:
-        rows = slice(block * BLOCK, (block + 1) * BLOCK)
-        scores = q[0, :, rows] @ keys * scale
-        return scores.masked_fill(later > later[rows, None], -torch.inf).softmax(-1)
+        end = (block + 1) * BLOCK
+        scores = q[0, :, end - BLOCK : end] @ keys[..., :end] * scale
+        scores[..., -BLOCK:].masked_fill_(later, -torch.inf)
+        return scores.softmax(-1)
 
     return weights
 
@@ -168,15 +170,16 @@ def partial_sums(
     }
     for block in range(count):
         seen = block + 1
-        weights = weights_of(block).unflatten(-1, (count, BLOCK))[:, :, :seen].transpose(1, 2)
+        weights = weights_of(block).unflatten(-1, (seen, BLOCK)).transpose(1, 2)
         parts, totals = weights @ values[:, :seen], weights.sum(-1)  # [H, seen, BLOCK, D] and [H, seen, BLOCK]
         dense = parts.sum(1, keepdim=True)
         size += dense.abs().sum((1, 2, 3))
         for name, order in orders.items():
-            place = order[:, block, :seen, None].expand_as(totals)
             # o_n = sum of the first n blocks' outputs / sum of their weights
-            total = totals.gather(1, place).cumsum(1)
-            outputs = parts.gather(1, place[..., None].expand_as(parts)).cumsum(1)
+            rank = order[:, block, :seen].argsort(-1)
+            among = (rank[:, None] <= torch.arange(seen, device=v.device)[:, None]).to(v.dtype)
+            total = among @ totals
+            outputs = (among @ parts.flatten(2)).unflatten(2, parts.shape[2:])
             error, mass = sums[name]
             error[:, block, :seen] = outputs.div_(total[..., None]).sub_(dense).abs_().sum((-1, -2))
             mass[:, block, :seen] = total.mean(-1)
