@@ -77,14 +77,36 @@ def visit_order(level: Tensor, diagonal: Tensor) -> Visit:
     return Visit(ascending.indices.int(), ascending.values)
 
 
-@functools.lru_cache(maxsize=4)
+class _Places(NamedTuple):
+    """Of the query blocks ``rows`` (int64 ``[m]``): visible, always kept and diagonal blocks, bool ``[m, n_k]`` each.
+
+    ``in_sight`` is int32 ``[m]``, the number of visible ones.
+    """
+
+    rows: Tensor
+    visible: Tensor
+    always: Tensor
+    diagonal: Tensor
+    in_sight: Tensor
+
+
+@functools.lru_cache(maxsize=8)
 def _places(
-    length: int, block_q: int, block_k: int, causal: bool, kept: Kept, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The visible, the always kept and the diagonal blocks. A calibration asks for the same ones again and again."""
+    length: int,
+    block_q: int,
+    block_k: int,
+    rows: tuple[int, ...] | None,
+    causal: bool,
+    kept: Kept,
+    device: torch.device,
+) -> _Places:
+    """Where a query block's key blocks lie. A calibration asks for the same again and again."""
     shape = (block_count(length, block_q), block_count(length, block_k), block_q, block_k)
-    always = kept_blocks(length, block_q, block_k, kept, device)
-    return visible_blocks(*shape, causal, device), always, diagonal_blocks(*shape, device)
+    places = torch.arange(shape[0], device=device) if rows is None else torch.tensor(rows, device=device)
+    visible = visible_blocks(*shape, causal, device)[places]
+    always = kept_blocks(length, block_q, block_k, kept, device)[places]
+    diagonal = diagonal_blocks(*shape, device)[places]
+    return _Places(places, visible, always, diagonal, visible.sum(-1, dtype=torch.int32))
 
 
 def one_pass(
@@ -96,7 +118,7 @@ def one_pass(
     theta: Tensor,
     *,
     policy: str = DEFAULT,
-    rows: Tensor | None = None,
+    rows: tuple[int, ...] | None = None,
     causal: bool,
     scale: float | None = None,
     block_q: int = 64,
@@ -110,7 +132,7 @@ def one_pass(
         dense: ``[H, N, D]``, the dense output in the dtype of ``q``.
         tau: fp32 ``[H, T]``, ascending; theta: fp32 ``[H]``; on any device.
         policy: what scores the blocks, one name for all heads.
-        rows: int64 ``[m]``, ascending: the query blocks to measure, all by default. Each is measured exactly.
+        rows: the m query blocks to measure, ascending; all by default. Each is measured exactly.
         causal: whether row r attends keys 0..r only.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
@@ -122,29 +144,29 @@ def one_pass(
     heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     tau = tau.to(q.device, non_blocking=True)
-    count_q, count_k = block_count(length, block_q), block_count(length, block_k)
-    rows = torch.arange(count_q) if rows is None else rows
-    rows = rows.to(q.device, non_blocking=True).contiguous()
-    all_visible, always, all_diagonal = _places(length, block_q, block_k, causal, kept, q.device)
-    visible, diagonal = all_visible[rows], all_diagonal[rows]
+    places = _places(length, block_q, block_k, rows, causal, kept, q.device)
+    bytes_per_head = block_count(length, block_q) * block_count(length, block_k) * VISIT_BYTES
     measure = _triton_pass if q.device.type == "cuda" else torch_pass
     parts = []
-    for some, kv in _head_groups(heads, k.shape[0], count_q * count_k * VISIT_BYTES):
+    for some, kv in _head_groups(heads, k.shape[0], bytes_per_head):
         limits = theta[some] if policy == DEFAULT else None
         level = levels(
             policy, q[None, some], k[None, kv], limits,
-            causal=causal, scale=scale, block_q=block_q, block_k=block_k, places=(all_visible, always),
+            causal=causal, scale=scale, block_q=block_q, block_k=block_k,
+            places=(places.visible, places.always), rows=None if rows is None else places.rows,
         )[0]  # fmt: skip
-        visit = visit_order(level if len(rows) == count_q else level[:, rows], diagonal)
+        visit = visit_order(level, places.diagonal)
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.
-        live = torch.searchsorted(visit.level, tau[some, None].expand(-1, len(rows), -1).contiguous(), out_int32=True)
+        live = torch.searchsorted(
+            visit.level, tau[some, None].expand(-1, len(places.rows), -1).contiguous(), out_int32=True
+        )
         difference, magnitude = measure(
-            q[some], k[kv], v[kv], visit, live, dense[some], rows,
+            q[some], k[kv], v[kv], visit, live, dense[some], places.rows,
             causal=causal, scale=scale, block_q=block_q, block_k=block_k,
         )  # fmt: skip
         parts.append((difference, magnitude, live))
-    difference, magnitude, live = (torch.cat(part) for part in zip(*parts, strict=True))
-    return PassSums(difference, magnitude, live, visible.sum(-1, dtype=torch.int32))
+    difference, magnitude, live = (torch.cat(x) for x in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+    return PassSums(difference, magnitude, live, places.in_sight)
 
 
 VISIT_BYTES = 64

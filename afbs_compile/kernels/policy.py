@@ -73,6 +73,7 @@ def levels(
     block_k: int = 64,
     kept: reference.Kept = reference.DIAGONAL_ONLY,
     places: tuple[Tensor, Tensor] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """The tau from which each block is live: at any tau above its level.
 
@@ -84,11 +85,12 @@ def levels(
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block, powers of two from 16; ``block_q`` is a multiple of ``block_k``.
         kept: which blocks every tau keeps, beside those on the diagonal.
-        places: the visible blocks and those that are always kept, bool ``[n_q, n_k]`` each, of a caller that has them;
+        places: the visible blocks and those that are always kept, bool ``[m, n_k]`` each, of a caller that has them;
             ``kept`` is not looked at then.
+        rows: int64 ``[m]``, the query blocks wanted, with ``places`` of them; all by default.
 
     Returns:
-        fp32 ``[B, H, n_q, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (diagonal ones, those of ``kept``,
+        fp32 ``[B, H, m, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (diagonal ones, those of ``kept``,
         those that theta keeps, rows with NaN), infinity for invisible ones, in [0, 1) for the others.
 
     Raises:
@@ -110,9 +112,13 @@ def levels(
     check_policies([policy] * q.shape[1], limits)
     score = scored_by_triton if q.device.type == "cuda" else _scored_by_torch
     scores, similarities = score(chosen, q, k, has_theta=max(limits) >= 0.0, **blocks)
+    if rows is not None:
+        scores = scores[:, :, rows]
     if similarities is not None:
         similarity_q, similarity_k = similarities
-        limit = reference.per_head(limits, q)
+        similarity_q = similarity_q if rows is None else similarity_q[:, :, rows]
+        # Constants that differ go to the device, and a GPU is waited for.
+        limit = limits[0] if len(set(limits)) == 1 else reference.per_head(limits, q)
         coherent_k = similarity_k.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None, :] >= limit
         candidates, always = visible & coherent_k, always | ~coherent_k | ~(similarity_q[..., None] >= limit)
     level = base.levels(scores, chosen.rule, candidates)

@@ -78,30 +78,32 @@ def boldest_safe(error: Tensor, tolerance: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a curve crosses the tolerance: ``tau [H]``, 1 where even the last point fails, and ``sparsity [H]``."""
+    """Where curves cross the tolerance: ``tau``, 1 where even the last point fails, and ``sparsity``, ``[.., H]``."""
 
     tau: Tensor
     sparsity: Tensor
 
 
-def crossing(curves: Curves, tolerance: float) -> Crossing:
-    """Interpolate between the last point that fails and the first that holds: log error over log(1 - tau)."""
-    index = boldest_safe(curves.error, tolerance)
-    last = curves.error.shape[-1] - 1
-    good, bad = index.clamp_max(last)[:, None], (index - 1).clamp(0, last)[:, None]
+def crossing(tau: Tensor, error: Tensor, sparsity: Tensor, tolerance: float) -> Crossing:
+    """Interpolate between the last point that fails and the first that holds: log error over log(1 - tau).
 
-    def between(values: Tensor, share: Tensor) -> Tensor:
-        low, high = (values.gather(-1, place)[:, 0] for place in (good, bad))
-        return low + share * (high - low)
+    Args:
+        tau, error, sparsity: ``[.., H, P]``, as in :class:`Curves`.
+    """
+    index = boldest_safe(error, tolerance)
+    last = error.shape[-1] - 1
+    around = torch.stack([index.clamp_max(last), (index - 1).clamp(0, last)], -1)
+    y = torch.log(error.clamp_min(1e-12) / tolerance).nan_to_num(nan=20.0, posinf=20.0)
+    good, bad = y.gather(-1, around).unbind(-1)
+    share = torch.where(index > 0, (-good / (bad - good)).nan_to_num(0.0).clamp(0, 1), 0.0)
 
-    y = torch.log(curves.error.clamp_min(1e-12) / tolerance).nan_to_num(nan=20.0, posinf=20.0)
-    low, high = (y.gather(-1, place)[:, 0] for place in (good, bad))
-    share = torch.where(index > 0, (-low / (high - low)).nan_to_num(0.0).clamp(0, 1), 0.0)
-    x = between(torch.log((1 - curves.tau).clamp_min(1e-9)), share)
+    def between(values: Tensor) -> Tensor:
+        good, bad = values.gather(-1, around).unbind(-1)
+        return good + share * (bad - good)
+
+    x = between(torch.log((1 - tau).clamp_min(1e-9)))
     none = index > last
-    return Crossing(
-        torch.where(none, KEEP_ALL, 1 - torch.exp(x)), torch.where(none, 0.0, between(curves.sparsity, share))
-    )
+    return Crossing(torch.where(none, KEEP_ALL, 1 - torch.exp(x)), torch.where(none, 0.0, between(sparsity)))
 
 
 def tau_exponent(curves: Curves, tolerance: float) -> Tensor:

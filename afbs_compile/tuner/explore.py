@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,24 +82,27 @@ def explore(
     ]
     for shape in shapes:
         passes = [_pass(inputs, policy, theta, shape) for policy, theta in choices]  # all started before one is read
-        curves = [_curves(inputs, *choice, shape, sums) for choice, sums in zip(choices, passes, strict=True)]
-        crossings = [crossing(curve, tolerance) for curve in curves]
+        errors, sparsities = _measured(passes)
+        points = crossing(_taus(heads).expand_as(errors), errors, sparsities, tolerance)
+        measured = torch.ones(heads, dtype=torch.bool)
+        curves = [
+            Curves("explore", inputs.length, shape, theta, policy, _taus(heads), error, sparsity, measured)
+            for (policy, theta), error, sparsity in zip(choices, errors, sparsities, strict=True)
+        ]
         costs = [0.0] * len(curves)
         if len(curves) > 1:
-            costs = _predictor_costs(inputs, curves, crossings, stopwatch)
-        found[shape] = _best(curves, crossings, costs)
+            costs = _predictor_costs(inputs, curves, points, stopwatch)
+        found[shape] = _best(curves, points, costs)
         choices = [(found[shape].policy, found[shape].theta)]
     return found
 
 
-def _predictor_costs(
-    inputs: Inputs, curves: Sequence[Curves], crossings: Sequence[Crossing], stopwatch: Stopwatch
-) -> list[float]:
+def _predictor_costs(inputs: Inputs, curves: Sequence[Curves], points: Crossing, stopwatch: Stopwatch) -> list[float]:
     """What each choice's predictor costs, as the share of the attention with every block live that takes as long."""
     element, shape = inputs.elements[inputs.first], curves[0].shape
-    sparsest = max(range(len(curves)), key=lambda i: float(crossings[i].sparsity.mean()))
-    curve, point = curves[sparsest], crossings[sparsest]
-    thresholds = Thresholds(point.tau, curve.theta, torch.full_like(point.tau, LAMBDA_OFF))
+    sparsest = int(points.sparsity.mean(1).argmax())
+    curve, tau = curves[sparsest], points.tau[sparsest]
+    thresholds = Thresholds(tau, curve.theta, torch.full_like(tau, LAMBDA_OFF))
     if thresholds.is_dense.all():
         return [0.0] * len(curves)
     everything = stopwatch.attention_ms(element, thresholds, curve.policy, *shape)
@@ -110,28 +114,28 @@ def _predictor_costs(
     ]
 
 
-def _best(curves: Sequence[Curves], crossings: Sequence[Crossing], costs: Sequence[float]) -> Explored:
-    sparsity = torch.stack([point.sparsity for point in crossings])
+def _best(curves: Sequence[Curves], points: Crossing, costs: Sequence[float]) -> Explored:
     # What is saved: the blocks that are not computed, less the time that finding them takes.
-    saved = sparsity - torch.tensor(costs)[:, None]
+    saved = points.sparsity - torch.tensor(costs)[:, None]
     mean = saved.mean(1)
     common = int((mean >= mean.max() - EQUAL).nonzero()[0])  # the first of about equals: the cheapest
     own = saved.argmax(0)
     gain = saved.gather(0, own[None])[0] - saved[common]
     choice = torch.where(gain > OWN_CHOICE, own, common)
 
-    def chosen(columns: list[Tensor]) -> Tensor:
-        return torch.stack(columns).gather(0, choice[None])[0]
+    def chosen(columns: Tensor) -> Tensor:
+        return columns.gather(0, choice[None])[0]
 
     return Explored(
         tuple(curves[index].policy[head] for head, index in enumerate(choice.tolist())),
-        chosen([curve.theta for curve in curves]),
-        chosen([point.tau for point in crossings]),
-        chosen([point.sparsity for point in crossings]),
+        chosen(torch.stack([curve.theta for curve in curves])),
+        chosen(points.tau),
+        chosen(points.sparsity),
         tuple(curves),
     )
 
 
+@functools.cache
 def _taus(heads: int) -> Tensor:
     x = torch.linspace(0, math.log(SMALLEST), POINTS)
     return (1 - torch.exp(x)).expand(heads, -1).contiguous()
@@ -142,23 +146,16 @@ def _pass(inputs: Inputs, policy: tuple[Policy, ...], theta: Tensor, shape: Bloc
     return inputs.sums(inputs.first, _taus(inputs.heads), theta, policy, shape, rows=rows)
 
 
-def _curves(inputs: Inputs, policy: tuple[Policy, ...], theta: Tensor, shape: BlockShape, sums: PassSums) -> Curves:
-    error = sums.difference.sum(1) / sums.magnitude.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    sparsity = 1 - sums.live.sum(1).float() / sums.visible.sum()
-    return Curves(
-        stage="explore",
-        length=inputs.length,
-        shape=shape,
-        theta=theta,
-        policy=policy,
-        tau=_taus(inputs.heads),
-        error=error.float().cpu(),
-        sparsity=sparsity.cpu(),
-        measured=torch.ones(inputs.heads, dtype=torch.bool),
-    )
+def _measured(passes: Sequence[PassSums]) -> tuple[Tensor, Tensor]:
+    """Error and sparsity ``[C, H, P]`` of passes over the same rows, on the CPU."""
+    difference = torch.stack([sums.difference.sum(1) for sums in passes])
+    live = torch.stack([sums.live.sum(1) for sums in passes])
+    magnitude = passes[0].magnitude.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (difference / magnitude).float().cpu(), (1 - live.float() / passes[0].visible.sum()).cpu()
 
 
-def sampled_blocks(length: int, block_q: int) -> Tensor:
+@functools.cache
+def sampled_blocks(length: int, block_q: int) -> tuple[int, ...]:
     """Query blocks to explore on, ascending: one unit from each of equal strata, the same ones for every shape."""
     units = block_count(length, UNIT)
     wanted = min(units, EXPLORED_ROWS // UNIT)
@@ -167,4 +164,4 @@ def sampled_blocks(length: int, block_q: int) -> Tensor:
     place = (strata + (strata * 0.6180339887).frac()) * units / wanted
     first = place.long() * (UNIT // block_q)
     blocks = (first[:, None] + torch.arange(UNIT // block_q)).flatten()
-    return blocks[blocks < block_count(length, block_q)]
+    return tuple(blocks[blocks < block_count(length, block_q)].tolist())

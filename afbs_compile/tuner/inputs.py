@@ -131,7 +131,7 @@ class Inputs:
         shape: BlockShape,
         *,
         heads: Tensor | None = None,
-        rows: Tensor | None = None,
+        rows: tuple[int, ...] | None = None,
     ) -> PassSums:
         """One pass over an input.
 
@@ -154,9 +154,12 @@ class Inputs:
         wanted = torch.arange(self.heads) if heads is None else heads
         parts, places = [], []
         for name, mine in heads_of(policy).items():
+            if len(mine) == self.heads:
+                parts.append(one_pass(q, k, v, out, tau, theta, policy=name, **call))
+                break
             some = wanted[mine].to(q.device, non_blocking=True)
             kv = some // (q.shape[0] // k.shape[0])
-            operands = (q, k, v, out) if len(some) == self.heads else (q[some], k[kv], v[kv], out[some])
+            operands = q[some], k[kv], v[kv], out[some]
             parts.append(one_pass(*operands, tau[mine], theta[mine], policy=name, **call))
             places += mine
         found = parts[0]
@@ -167,8 +170,8 @@ class Inputs:
         # Blocks that the largest tau keeps were visited, of all that dense attention visits over all rows and heads.
         length = element.q.shape[2]
         everything = self.heads * block_count(length, shape.block_q) * block_count(length, shape.block_k)
-        visited = found.live[..., -1].sum() / (everything / 2 if element.causal else everything)
-        self.spend(visited * self.cost(index))
+        each = self.cost(index) / (everything / 2 if element.causal else everything)
+        self.spend(found.live[..., -1].sum() * each)
         return found
 
     def curve(
@@ -196,7 +199,8 @@ class Inputs:
             if count >= FEWEST_BLOCKS
         }
         sparsity = 1 - sums.live.sum(1).float() / sums.visible.sum()
-        return InputCurve(torch.stack(pieces), _error(sums, 0, blocks), prefixes, sparsity)
+        overall = pieces[0] if len(pieces) == 1 else _error(sums, 0, blocks)
+        return InputCurve(torch.stack(pieces), overall, prefixes, sparsity)
 
 
 def _error(sums: PassSums, first: int, last: int, exact_from: int | None = None) -> Tensor:

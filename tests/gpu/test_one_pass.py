@@ -48,8 +48,8 @@ def test_sampled_rows_measure_what_all_rows_measure():
     q, k, v = operands(4, 4, 4096, 64, torch.bfloat16)
     dense = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
     tau, theta = TAUS.expand(4, -1).contiguous(), torch.full((4,), 0.4)
-    rows = torch.arange(64, device="cuda")[3::7]
+    rows = tuple(range(3, 64, 7))
     whole = one_pass.one_pass(q, k, v, dense, tau, theta, causal=True)
     part = one_pass.one_pass(q, k, v, dense, tau, theta, rows=rows, causal=True)
-    assert torch.equal(part.live, whole.live[:, rows])
-    torch.testing.assert_close(part.difference, whole.difference[:, rows])
+    assert torch.equal(part.live, whole.live[:, list(rows)])
+    torch.testing.assert_close(part.difference, whole.difference[:, list(rows)])
