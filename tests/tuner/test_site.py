@@ -249,6 +249,15 @@ def test_the_call_that_confirms_is_the_one_at_the_thresholds(monkeypatch):
     assert torch.equal(calls[-1].tau, result.thresholds.tau)
 
 
+def test_what_the_kernel_errs_is_what_is_recorded(monkeypatch):
+    monkeypatch.setattr(site, "relative_l1", lambda *_: torch.full((1, HEADS), 0.0123))
+    result = tune_site([operands(), operands(1)], TuneSettings(tolerance=0.05, shapes=SQUARE))
+    sparse = ~result.thresholds.is_dense
+    assert sparse.any()
+    assert result.measured.error[0, sparse].tolist() == pytest.approx([0.0123] * int(sparse.sum()))
+    assert 0.03 < result.measured.error[1].max() <= 0.05
+
+
 def test_one_sample_is_validated_on_disjoint_windows():
     result = tune_site([operands()], TuneSettings(tolerance=0.05, shapes=SQUARE))
     assert result.measured.error.shape == (WINDOWS, HEADS)

@@ -1,0 +1,59 @@
+"""Exploring a site: what it costs and what it times."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from afbs_compile.tuner.explore import CANDIDATES, EXPLORED_ROWS, explore
+from afbs_compile.tuner.inputs import BlockShape, Inputs
+from afbs_compile.tuner.speed import Stopwatch
+from tests.toy import HEADS
+from tests.tuner.test_site import operands
+
+SQUARE = BlockShape(64, 64)
+
+
+class Recorded(Stopwatch):
+    """Every call takes a millisecond; remembers which sparse calls were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[tuple[str, ...], torch.Tensor]] = []
+
+    def attention_ms(self, sample, thresholds, policy, block_q, block_k):
+        self.asked.append((tuple(policy), thresholds.theta))
+        return 1.0
+
+    def predictor_ms(self, sample, tau, theta, policy, block_q, block_k):
+        return 0.0
+
+
+def test_a_part_of_the_rows_of_one_input_is_measured():
+    inputs = Inputs([operands(length=4 * EXPLORED_ROWS), operands(length=1024)])
+    explore(inputs, 0.05, [SQUARE], Recorded())
+    passes = inputs.evaluations - 1  # the dense call
+    share = EXPLORED_ROWS / inputs.length
+    assert 0.3 * share < passes / len(CANDIDATES) < 1.3 * share
+
+
+def test_the_sparsest_choice_is_the_one_that_is_timed():
+    stopwatch = Recorded()
+    found = explore(Inputs([operands(length=2048)]), 0.05, [SQUARE], stopwatch)[SQUARE]
+    ((policy, theta),) = stopwatch.asked
+    held = [curve.sparsity.where(curve.error <= 0.05, torch.zeros(())).amax(1).mean() for curve in found.curves]
+    best = found.curves[max(range(len(held)), key=held.__getitem__)]
+    assert (policy, theta.tolist()) == (best.policy, best.theta.tolist())
+
+
+def test_a_pass_over_a_shorter_input_costs_as_much_less():
+    inputs = Inputs([operands(length=2048), operands(length=1024)])
+    tau, theta = torch.ones(HEADS, 1), torch.full((HEADS,), -1.0)
+    spent = []
+    for index in (0, 1):
+        inputs.dense(index)
+        before = inputs.evaluations
+        inputs.sums(index, tau, theta, ("meansim",) * HEADS, SQUARE)
+        spent.append(inputs.evaluations - before)
+    # Every block is live: half of all, and half of those on the diagonal.
+    assert spent == pytest.approx([1 + 1 / 32, (1 + 1 / 16) / 4], rel=1e-5)
