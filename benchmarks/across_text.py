@@ -11,7 +11,8 @@ calibration always keeps comes first.
 
 Scores: the policies' own, and an oracle that knows the true mass of every block. Rules: "mass" and "share", see
 afbs_compile/kernels/policies/base.py, and "floor": "share" without the root of the number of blocks. "static" is block
-means, mass, calibrated on the first text alone.
+means, mass, calibrated on the first text alone; which of its heads exceed the tolerance, and in which rows their errors
+lie, is said at the end.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ POINTS = 192
 SCORES = ("meansim", "cumulant", "antidiagonal", "vertical_slash", "oracle")
 RULES = ("mass", "share", "floor")
 STATIC = "meansim, mass"
+BY_BLOCK = f"{STATIC}, by block"
 LIMIT = 0.85
 """Part of the tolerance that the calibration windows may use: what is left over is for text unlike them."""
 
@@ -70,10 +72,13 @@ def main() -> None:
                 kinds.append(kind)
                 windows.append(ids[None, start : start + length].to(device))
         curves = measure(model.model, windows)
-        first, *others = [Path(name).stem for name in arguments.calibrate]
-        rows = table(curves, kinds, [first, *others], arguments.tolerance)
-        result[str(length)] = {"rows": rows, "why": why(curves, kinds, first, arguments.tolerance)}
-        show(length, rows, result[str(length)]["why"])
+        (by_block,) = curves.pop(BY_BLOCK)
+        calibrated = [Path(name).stem for name in arguments.calibrate]
+        rows = table(curves, kinds, calibrated, arguments.tolerance)
+        reasons = why(curves, kinds, calibrated[0], arguments.tolerance)
+        places = where(by_block, model.config.num_hidden_layers, kinds, calibrated[0], arguments.tolerance)
+        result[str(length)] = {"rows": rows, "why": reasons, "where": places}
+        show(length, rows, reasons, places)
         save(arguments.name, arguments.out, result)
 
 
@@ -89,8 +94,9 @@ def text_of(name: str) -> str:
     return Path(name).read_text("utf-8")
 
 
-Curves = dict[str, tuple[Tensor, Tensor, Tensor]]
-"""By "score, rule": error, sparsity and true mass left out, each ``[windows, heads of all sites, POINTS]``."""
+Curves = dict[str, tuple[Tensor, ...]]
+"""By "score, rule": error, sparsity and true mass left out, each ``[windows, heads of all sites, POINTS]``; at
+:data:`BY_BLOCK` what each query block adds to the error, ``[windows, heads of all sites, blocks, POINTS]``."""
 
 
 def measure(model: Any, windows: list[Tensor]) -> Curves:
@@ -104,11 +110,11 @@ def measure(model: Any, windows: list[Tensor]) -> Curves:
                 windows_of_site.setdefault(name, []).append(values)
         for name, parts in windows_of_site.items():
             sites.setdefault(name, []).append(torch.stack(parts, 1))
-    return {name: tuple(torch.cat(parts, 2).cpu()) for name, parts in sites.items()}  # type: ignore[misc]
+    return {name: tuple(torch.cat(parts, 2).cpu()) for name, parts in sites.items()}
 
 
 def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
-    """For every score and rule of one site and window: its name and ``[3, H, POINTS]``."""
+    """For every score and rule of one site and window: its name and ``[3, H, POINTS]``; likewise :data:`BY_BLOCK`."""
     q, k, v = (x.float() for x in (sample.q, sample.k, sample.v))
     count = q.shape[2] // BLOCK
     visible = visible_blocks(count, count, BLOCK, BLOCK, True, q.device)
@@ -133,7 +139,10 @@ def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
     sums, size = partial_sums(weights_of, v, orders)
     for name, of_rules in levels.items():
         for rule, level in of_rules.items():
-            yield f"{name}, {rule}", at_all_taus(level, *sums[name], size)
+            by_block, *curves = at_all_taus(level, *sums[name], size)
+            yield f"{name}, {rule}", torch.stack(curves)
+            if f"{name}, {rule}" == STATIC:
+                yield BY_BLOCK, by_block[None]
 
 
 def levels_of(scores: Tensor, rule: Any, visible: Tensor) -> Tensor:
@@ -186,15 +195,16 @@ def partial_sums(
     return sums, size
 
 
-def at_all_taus(level: Tensor, error: Tensor, mass: Tensor, size: Tensor) -> Tensor:
-    """Error, sparsity and true mass left out at :data:`POINTS` taus, from the densest, ``[3, H, POINTS]``."""
+def at_all_taus(level: Tensor, error: Tensor, mass: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of :data:`POINTS` taus, from the densest: what each query block adds to the error, ``[H, blocks, POINTS]``, and
+    error, sparsity and true mass left out, ``[H, POINTS]``."""
     heads, count, _ = level.shape
     odds = torch.logspace(-3, 2, POINTS, device=level.device)
     taus = (1 / (1 + odds)).expand(heads, count, -1).contiguous()
     live = torch.searchsorted(level.sort(-1).values, taus)
-    errors = error.gather(-1, live - 1).sum(1) / size[:, None]
+    errors = error.gather(-1, live - 1) / size[:, None, None]
     left = 1 - mass.gather(-1, live - 1).mean(1)
-    return torch.stack([errors, 1 - live.sum(1) / (count * (count + 1) / 2), left])
+    return errors, errors.sum(1), 1 - live.sum(1) / (count * (count + 1) / 2), left
 
 
 def operating_points(errors: Tensor, limit: float) -> Tensor:
@@ -277,7 +287,37 @@ def why(curves: Curves, kinds: list[str], first: str, tolerance: float) -> dict[
     return result
 
 
-def show(length: int, rows: list[dict[str, Any]], reasons: dict[str, Any]) -> None:
+def where(by_block: Tensor, layers: int, kinds: list[str], first: str, tolerance: float) -> dict[str, Any]:
+    """Which heads exceed the tolerance with the static choice, and in which rows the errors of those lie.
+
+    Of the first text, which is within the tolerance, the errors of all heads, for comparison.
+    """
+    index = operating_points(by_block[of(kinds, [first])].sum(2), tolerance)
+    place = index.clamp_min(0)[:, None, None].expand(*by_block.shape[:3], 1)
+    errors = by_block.gather(-1, place)[..., 0].masked_fill(index[:, None] < 0, 0.0)
+    result = {}
+    for kind in dict.fromkeys(kinds):
+        mine = errors[of(kinds, [kind])]
+        exceeds = mine.sum(-1) > tolerance
+        of_head = exceeds.float().mean(0)
+        pairs = mine[exceeds] if exceeds.any() else mine.flatten(0, 1)
+        shares = pairs / pairs.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        result[kind] = {
+            "pairs that exceed": float(exceeds.float().mean()),
+            "by layer": of_head.unflatten(0, (layers, -1)).mean(1).tolist(),
+            "heads that never do": float((of_head == 0).float().mean()),
+            "by the quarter of heads that do most": float(
+                of_head.sort(descending=True).values[: len(of_head) // 4].sum() / of_head.sum().clamp_min(1e-9)
+            ),
+            "error by quarter of the window": [float(x.sum(-1).mean()) for x in shares.tensor_split(4, -1)],
+            "error in the tenth of blocks with most": float(
+                shares.sort(descending=True).values[:, : -(-shares.shape[1] // 10)].sum(-1).mean()
+            ),
+        }
+    return result
+
+
+def show(length: int, rows: list[dict[str, Any]], reasons: dict[str, Any], places: dict[str, Any]) -> None:
     print(f"\n{length} tokens: share within the tolerance / worst error / sparsity")
     for row in rows:
         cells = [
@@ -288,6 +328,10 @@ def show(length: int, rows: list[dict[str, Any]], reasons: dict[str, Any]) -> No
         print(f"{row['choice']:30s} x{row['limit']:.2f}  " + "   ".join(cells))
     for name, parts in reasons.items():
         print(f"{name:36s} " + "  ".join(f"log {part} {m:+.2f} +- {s:.2f}" for part, (m, s) in parts.items()))
+    for kind, values in places.items():
+        print(f"static, {kind}:")
+        for name, value in values.items():
+            print(f"    {name:40s}" + " ".join(f"{x:.2f}" for x in (value if isinstance(value, list) else [value])))
 
 
 if __name__ == "__main__":
