@@ -81,7 +81,8 @@ def environment() -> dict[str, Any]:
 def settings(arguments: argparse.Namespace) -> dict[str, str]:
     """The command's options for a result file; of files and folders their names alone."""
     given = {key: value for key, value in vars(arguments).items() if key not in ("out", "name")}
-    return {key: Path(str(value)).name for key, value in given.items()}
+    lists = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
+    return {key: " ".join(Path(str(value)).name for value in values) for key, values in lists.items()}
 
 
 def save(name: str, folder: Path, result: dict[str, Any]) -> None:
