@@ -18,6 +18,7 @@ lie, is said at the end.
 from __future__ import annotations
 
 import argparse
+import math
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -268,9 +269,10 @@ def largest_limit(error: Tensor, kinds: list[str], calibrated: list[str], tolera
 def why(curves: Curves, kinds: list[str], first: str, tolerance: float) -> dict[str, Any]:
     """How the log of the error on other text differs from that of the first text's worst window, and through what.
 
-    ``error = mass left out x error per mass left out``: means and deviations of both logs over heads and windows.
+    ``error = mass left out x error per mass``: mean and deviation of the logs over heads and windows, and their mean
+    over those that exceed the tolerance. Apart: heads at the least tau, which keep a window of keys and nothing else.
     """
-    result = {}
+    result: dict[str, Any] = {}
     for name in (STATIC, "meansim, share", "cumulant, share", "oracle, mass", "oracle, share"):
         error, _, left = curves[name]
         mine = of(kinds, [first])
@@ -278,13 +280,26 @@ def why(curves: Curves, kinds: list[str], first: str, tolerance: float) -> dict[
         errors, masses = read(error, index).clamp_min(1e-6).log(), read(left, index).clamp_min(1e-5).log()
         worst, window = errors[mine].max(0)
         mass = masses[mine].gather(0, window[None])[0]
-        for kind in dict.fromkeys(kinds):
-            if kind == first:
-                continue
-            change, of_mass = (errors - worst)[of(kinds, [kind])], (masses - mass)[of(kinds, [kind])]
-            parts = {"error": change, "mass": of_mass, "error per mass": change - of_mass}
-            result[f"{name}: {kind}"] = {part: [float(x.mean()), float(x.std())] for part, x in parts.items()}
+        for group, heads in _by_tau(index).items():
+            for kind in dict.fromkeys(kinds):
+                if kind == first or not heads.any():
+                    continue
+                some = of(kinds, [kind])
+                change, of_mass = ((x - y)[some][:, heads] for x, y in ((errors, worst), (masses, mass)))
+                exceeds = errors[some][:, heads] > math.log(tolerance)
+                parts = {"error": change, "mass": of_mass, "error per mass": change - of_mass}
+                result[f"{name}, {group}: {kind}"] = {
+                    "heads": int(heads.sum()),
+                    "exceed": float(exceeds.float().mean()),
+                    **{part: [float(x.mean()), float(x.std())] for part, x in parts.items()},
+                    **{f"{part}, exceeding": float(x[exceeds].mean()) for part, x in parts.items() if exceeds.any()},
+                }
     return result
+
+
+def _by_tau(index: Tensor) -> dict[str, Tensor]:
+    """Which heads are at a tau that decides what they keep, and which at the least one; dense heads are neither."""
+    return {"a tau that binds": (index >= 0) & (index < POINTS - 1), "the least tau": index == POINTS - 1}
 
 
 def where(by_block: Tensor, layers: int, kinds: list[str], first: str, tolerance: float) -> dict[str, Any]:
@@ -326,8 +341,15 @@ def show(length: int, rows: list[dict[str, Any]], reasons: dict[str, Any], place
             if isinstance(cell, dict)
         ]
         print(f"{row['choice']:30s} x{row['limit']:.2f}  " + "   ".join(cells))
-    for name, parts in reasons.items():
-        print(f"{name:36s} " + "  ".join(f"log {part} {m:+.2f} +- {s:.2f}" for part, (m, s) in parts.items()))
+    print(
+        "log error, mass and error per mass against the first text's worst window: mean, deviation, mean of those over"
+    )
+    for name, values in reasons.items():
+        cells = []
+        for part in ("error", "mass", "error per mass"):
+            mean, deviation = values[part]
+            cells.append(f"{mean:+.2f} {deviation:.2f} {values.get(f'{part}, exceeding', math.nan):+.2f}")
+        print(f"{name:50s} {values['heads']:3d} heads, {values['exceed']:.2f} exceed   " + "   ".join(cells))
     for kind, values in places.items():
         print(f"static, {kind}:")
         for name, value in values.items():
