@@ -140,9 +140,10 @@ def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
     sums, size = partial_sums(weights_of, v, orders)
     for name, of_rules in levels.items():
         for rule, level in of_rules.items():
+            choice = f"{name}, {rule}"
             by_block, *curves = at_all_taus(level, *sums[name], size)
-            yield f"{name}, {rule}", torch.stack(curves)
-            if f"{name}, {rule}" == STATIC:
+            yield choice, torch.stack(curves)
+            if choice == STATIC:
                 yield BY_BLOCK, by_block[None]
 
 
@@ -214,8 +215,8 @@ def operating_points(errors: Tensor, limit: float) -> Tensor:
 
 
 def read(curve: Tensor, index: Tensor) -> Tensor:
-    """``[windows, heads]`` of a curve at the heads' operating points."""
-    values = curve.gather(-1, index.clamp_min(0).expand(len(curve), -1)[..., None])[..., 0]
+    """A curve ``[.., heads, POINTS]`` at the heads' operating points, ``[.., heads]``; 0 for dense ones."""
+    values = curve.gather(-1, index.clamp_min(0).expand(curve.shape[:-1])[..., None])[..., 0]
     return torch.where(index < 0, 0.0, values)
 
 
@@ -308,8 +309,7 @@ def where(by_block: Tensor, layers: int, kinds: list[str], first: str, tolerance
     Of the first text, which is within the tolerance, the errors of all heads, for comparison.
     """
     index = operating_points(by_block[of(kinds, [first])].sum(2), tolerance)
-    place = index.clamp_min(0)[:, None, None].expand(*by_block.shape[:3], 1)
-    errors = by_block.gather(-1, place)[..., 0].masked_fill(index[:, None] < 0, 0.0)
+    errors = read(by_block.transpose(1, 2), index).transpose(1, 2)
     result = {}
     for kind in dict.fromkeys(kinds):
         mine = errors[of(kinds, [kind])]

@@ -160,17 +160,26 @@ def test_levels_are_the_taus_from_which_blocks_are_live(name: str, tau: float) -
         assert 0.3 < float(expected.sum() / live_at(name, formula(name, q, k, shape), 1.0, shape).sum()) <= 1.0
 
 
-@pytest.mark.parametrize("theta", [[0.35, 0.4, 0.45, OFF], [0.4] * 4], ids=["each its own", "one for all"])
+EACH_THETA = pytest.mark.parametrize("theta", [[0.35, 0.4, 0.45, OFF], [0.4] * 4], ids=["each its own", "one for all"])
+
+
+@EACH_THETA
 def test_levels_of_meansim_with_theta_are_the_reference_mask(theta: list[float]) -> None:
     shape = Shape(length=700, heads=4, kv_heads=2, batch=2)
     q, k, _ = inputs(shape)
     tau = [0.3, 0.4, 0.2, 0.6]
-    level = policy.levels("meansim", q, k, theta, **shape.call)
-    mask = level < reference.per_head(tau, q)
+    mask = policy.levels("meansim", q, k, theta, **shape.call) < reference.per_head(tau, q)
     assert torch.equal(mask, reference.predict_mask(q, k, tau, theta, **shape.call))
     assert mask.float().mean() < 0.5
     kept = (mask & ~reference.predict_mask(q, k, tau, [OFF] * 4, **shape.call)).any(-1).any(-1).any(0)
     assert kept.tolist() == [limit > OFF for limit in theta], "theta must matter"
+
+
+@EACH_THETA
+def test_levels_of_some_query_blocks_are_those_of_all(theta: list[float]) -> None:
+    shape = Shape(length=700, heads=4, kv_heads=2, batch=2)
+    q, k, _ = inputs(shape)
+    level = policy.levels("meansim", q, k, theta, **shape.call)
     rows, blocks = torch.tensor([3, 4, 9]), reference.block_count(700, 64)
     visible = reference.visible_blocks(blocks, blocks, 64, 64, True, q.device)[rows]
     diagonal = reference.diagonal_blocks(blocks, blocks, 64, 64, q.device)[rows]
