@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from afbs_compile.tuner.explore import CANDIDATES, EXPLORED_ROWS, explore
+from afbs_compile.kernels.reference import THETA_OFF
+from afbs_compile.tuner.curves import Crossing, Curves
+from afbs_compile.tuner.explore import CANDIDATES, EXPLORED_ROWS, _best, explore
 from afbs_compile.tuner.inputs import BlockShape, Inputs
 from afbs_compile.tuner.speed import Stopwatch
 from tests.toy import HEADS
@@ -44,6 +46,21 @@ def test_the_sparsest_choice_is_the_one_that_is_timed():
     held = [curve.sparsity.where(curve.error <= 0.05, torch.zeros(())).amax(1).mean() for curve in found.curves]
     best = found.curves[max(range(len(held)), key=held.__getitem__)]
     assert (policy, theta.tolist()) == (best.policy, best.theta.tolist())
+
+
+@pytest.mark.parametrize(("cost", "leave"), [(0.0, 2), (0.06, 1), (0.2, 0)])
+def test_a_head_leaves_the_choice_of_its_site_for_what_saves_it_clearly_more(cost, leave):
+    sparsity = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.6, 0.55, 0.52, 0.2]])
+    tau = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.6, 0.7, 0.8, 0.9]])
+    nothing = torch.zeros(HEADS, 1)
+    common = {"stage": "explore", "length": 1024, "shape": SQUARE, "tau": nothing, "error": nothing}
+    rest = {"sparsity": nothing, "measured": torch.ones(HEADS).bool(), "theta": torch.full((HEADS,), THETA_OFF)}
+    curves = [Curves(**common, **rest, policy=(name,) * HEADS) for name in ("meansim", "meanshare")]
+    found = _best(curves, Crossing(tau, sparsity), [0.0, cost])
+    own = torch.arange(HEADS) < leave
+    assert found.policy == tuple("meanshare" if mine else "meansim" for mine in own)
+    assert torch.equal(found.sparsity, torch.where(own, sparsity[1], sparsity[0]))
+    assert torch.equal(found.tau, torch.where(own, tau[1], tau[0]))
 
 
 def test_a_pass_over_a_shorter_input_costs_as_much_less():
