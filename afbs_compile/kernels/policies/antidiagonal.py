@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from afbs_compile.kernels.policies.base import Rule
-from afbs_compile.kernels.policies.grouped import GROUP, Features, GroupedPolicy
+from afbs_compile.kernels.policies.base import OnnxBody
+from afbs_compile.kernels.policies.features import GROUP, Features
+from afbs_compile.kernels.policies.grouped import GroupedPolicy
 
 
 class Antidiagonal(GroupedPolicy):
     """Scores by strided antidiagonals."""
 
     name = "antidiagonal"
-    rule: Rule = "mass"
+    rule = "mass"
 
     def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
         """The tokens themselves: the t-th key of a group meets the t-th last query."""

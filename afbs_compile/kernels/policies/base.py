@@ -1,110 +1,82 @@
-"""What a policy is: a score for every (query block, key block), and the rule by which tau selects.
+"""What a policy is: a score for every (query block, key block), the rule by which tau selects, and its form in ONNX.
 
-Rules, for a query block that sees ``n`` key blocks with probabilities ``p``:
-
-- ``"mass"``: keep the smallest set of blocks that holds ``tau`` of the probability (SpargeAttn, XAttention).
-- ``"share"``: keep block j when ``p_j * sqrt(n) > (1 - tau) / tau``. A row whose mass is spread over many blocks then
-  drops more of it, a row that concentrates it drops less, which is what keeps the sum of the errors of all rows small
-  for the blocks that are computed; the root of n keeps thresholds usable at lengths other than the calibrated one.
-- ``"strength"``: keep block j when its strength exceeds ``(1 - tau) / tau``; nothing is normalised.
-
-In all of them a larger tau keeps more, tau = 0 keeps only what is always kept (the diagonal blocks and those of
-:class:`afbs_compile.kernels.reference.Kept`) and tau >= 1 keeps everything.
+A policy is one file: a subclass of :class:`Policy` with its scores in plain PyTorch, which are the specification, a
+faster form for GPUs, and the body of its ONNX function.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-Rule = Literal["mass", "share", "strength"]
-
-ALWAYS = -1.0
-"""Level of a block that every tau keeps."""
-
-BELOW_ONE = 1.0 - 2.0**-24
-"""The largest level of a visible block: tau = 1 keeps it."""
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.policies.rules import Rule
 
 
-class Policy(Protocol):
-    """One policy.
+class OnnxBody(NamedTuple):
+    """How a policy selects in standard ONNX operators.
+
+    Attributes:
+        name: of the function that selects: ``(q, k, heads, tau, visible) => (keep)`` with the attributes ``theta``,
+            ``scale``, ``mask``'s ``is_causal``, ``block_q`` and ``block_k``, all of which it must declare.
+        functions: texts of that function and of those that it calls and that are not
+            :data:`afbs_compile.export.onnx_rules.RULES`.
+    """
+
+    name: str
+    functions: tuple[str, ...]
+
+
+class Policy(ABC):
+    """One policy; it has no state.
 
     Attributes:
         name: what recipes and graphs call it.
         rule: how tau selects.
+        has_theta: whether theta keeps the blocks that are not similar to themselves.
+        explored: the thetas that calibration explores the policy with (below 0: off); empty where it does not.
+        onnx: its form in ONNX; without one an exported call stays dense.
     """
 
-    name: str
-    rule: Rule
+    name: ClassVar[str]
+    rule: ClassVar[Rule]
+    has_theta: ClassVar[bool] = False
+    explored: ClassVar[tuple[float, ...]] = ()
+    onnx: ClassVar[OnnxBody | None] = None
 
-    def scores(self, q: Tensor, k: Tensor, *, causal: bool, scale: float, block_q: int, block_k: int) -> Tensor:
+    @abstractmethod
+    def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """Score every block, in plain PyTorch: the specification.
 
-        Causality: the row of a query block depends on no token after it.
+        Causality: the row of a query block depends on no token that none of its rows sees.
 
         Args:
-            q: ``[B, H, N, D]``; k: ``[B, H_kv, N, D]``.
-            causal: whether row r attends keys 0..r only.
-            scale: softmax scale.
-            block_q, block_k: rows per block.
+            operands: of the call; ``v`` does not matter.
+            shape: rows per block.
 
         Returns:
             fp32 ``[B, H, n_q, n_k]``: the logarithm of the probability, up to a constant per row (of the strength, as
             it is, where that is the rule). Entries of blocks that are not visible are unspecified. A row with NaN
             keeps every block.
         """
-        ...
 
     def write_scores(
-        self, q: Tensor, k: Tensor, out: Tensor, *, causal: bool, scale: float, block_q: int, block_k: int
-    ) -> None:
+        self, operands: Operands, shape: BlockShape, out: Tensor, *, with_similarity: bool = False
+    ) -> Tensor | None:
         """Compute :meth:`scores` on the GPU, deterministically, without a tensor of N x N and without waiting for it.
 
         Args:
-            q, k, causal, scale, block_q, block_k: as in :meth:`scores`.
+            operands, shape: as in :meth:`scores`.
             out: int32 ``[B, H, n_q, n_k]``, contiguous; gets the bits of the fp32 scores.
+            with_similarity: whether self-similarities are wanted.
+
+        Returns:
+            Of a policy that has a theta, fp32, the self-similarities of all blocks of q, then of those of k (1 unless
+            they are wanted); NaN where a block has an entry that is not finite. Of the others ``None``.
         """
-        ...
-
-
-def levels(scores: Tensor, rule: Rule, candidates: Tensor) -> Tensor:
-    """The tau from which each block is live: it is when its level lies below tau.
-
-    Args:
-        scores: fp32 ``[B, H, n_q, n_k]``, what :meth:`Policy.scores` returns.
-        rule: of the policy.
-        candidates: bool, broadcastable to the scores: the blocks that take part.
-
-    Returns:
-        fp32 like the scores, in [0, 1); :data:`ALWAYS` in rows with NaN. Of blocks that take no part: unspecified.
-    """
-    if rule == "strength":
-        return _levels_of_strength(scores.masked_fill(~candidates, -math.inf).exp())
-    probability = softmax(scores, candidates)
-    if rule == "share":
-        # strength_j = p_j * sqrt(n), n the blocks that take part
-        return _levels_of_strength(probability * candidates.sum(-1, keepdim=True).sqrt())
-    ordered, block = probability.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    # Equal blocks stay or go together: all of them have the level of the first.
-    first = torch.nn.functional.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)
-    level = torch.where(first, before, 0.0).cummax(-1).values.clamp(0.0, BELOW_ONE)
-    level = torch.empty_like(level).scatter_(-1, block, level)
-    return torch.where(probability.isnan().any(-1, keepdim=True), ALWAYS, level)
-
-
-def _levels_of_strength(strength: Tensor) -> Tensor:
-    # s > (1 - tau) / tau   <=>   tau > 1 / (1 + s)
-    level = (1.0 / (1.0 + strength)).clamp_max(BELOW_ONE)
-    return torch.where(strength.isnan().any(-1, keepdim=True), ALWAYS, level)
-
-
-def softmax(scores: Tensor, candidates: Tensor) -> Tensor:
-    """Softmax over the candidates; a row without any is all 0, NaN stays NaN."""
-    scores = scores.masked_fill(~candidates, -math.inf)
-    peak = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(peak == -math.inf, 0.0, peak))
-    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        out.view(torch.float32).copy_(self.scores(operands, shape))
+        return None

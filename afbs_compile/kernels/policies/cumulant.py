@@ -12,16 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.policies.base import Rule
-from afbs_compile.kernels.policies.grouped import GROUP, Features, GroupedPolicy
-from afbs_compile.kernels.reference import block_count
+from afbs_compile.kernels.blocks import block_count
+from afbs_compile.kernels.policies.base import OnnxBody
+from afbs_compile.kernels.policies.features import GROUP, Features
+from afbs_compile.kernels.policies.grouped import GroupedPolicy
 
 
 class Cumulant(GroupedPolicy):
     """Scores by means and variances of groups of tokens."""
 
     name = "cumulant"
-    rule: Rule = "share"
+    rule = "share"
+    explored = (-1.0,)
 
     def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
         """Per group two rows: its mean, and what multiplies or is the variance."""
@@ -36,11 +38,10 @@ class Cumulant(GroupedPolicy):
 
     def features_on_gpu(self, q: Tensor, k: Tensor, scale: float) -> Features:
         """The same by a Triton kernel."""
-        from afbs_compile.kernels.policies import grouped_triton  # Triton is not installed everywhere.
+        from afbs_compile.kernels.policies.triton import grouped  # Triton is not installed everywhere.
 
-        return _two_rows(
-            grouped_triton.moment_rows(q, scale, of_queries=True), grouped_triton.moment_rows(k, 1.0, of_queries=False)
-        )
+        of_q, of_k = grouped.moment_rows(q, scale, of_queries=True), grouped.moment_rows(k, 1.0, of_queries=False)
+        return _two_rows(of_q, of_k)
 
 
 def _two_rows(q: Tensor, k: Tensor) -> Features:

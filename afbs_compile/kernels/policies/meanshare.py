@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from afbs_compile.kernels.policies.base import Rule
-from afbs_compile.kernels.policies.meansim import MeanSim
+from afbs_compile.kernels.policies.meansim import BlockMeans
 
 
-class MeanShare(MeanSim):
+class MeanShare(BlockMeans):
     """Scores by block means, kept by their share of the row."""
 
     name = "meanshare"
-    rule: Rule = "share"
+    rule = "share"
+    explored = (-1.0,)

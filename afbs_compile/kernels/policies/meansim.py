@@ -1,36 +1,42 @@
 """``meansim``: softmax of the products of block means, with the rule ``"mass"`` (SpargeAttn, Zhang et al. 2025).
 
-Its self-similarity threshold theta is not a score: :func:`afbs_compile.kernels.reference.predict_mask` applies it.
+It alone has a theta, a threshold on the self-similarity of blocks
+(:func:`afbs_compile.kernels.spec.selection.block_levels`).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from afbs_compile.kernels import reference
-from afbs_compile.kernels.policies.base import Rule
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.policies.base import OnnxBody, Policy
+from afbs_compile.kernels.policies.statistics import block_means
 
 
-class MeanSim:
-    """Scores by block means."""
+class BlockMeans(Policy):
+    """Scores by block means; subclasses say how tau selects."""
 
-    name = "meansim"
-    rule: Rule = "mass"
-
-    def scores(self, q: Tensor, k: Tensor, *, causal: bool, scale: float, block_q: int, block_k: int) -> Tensor:
+    def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.scores`."""
-        mean_q, _ = reference.block_statistics(q, block_q)
-        mean_k, _ = reference.block_statistics(k, block_k)
-        groups = q.shape[1] // k.shape[1]
+        mean_q, mean_k = block_means(operands.q, shape.q), block_means(operands.k, shape.k)
         # score_ij = scale * <mean of q's rows in i, mean of k's rows in j>
-        return mean_q @ mean_k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
+        return mean_q @ mean_k.repeat_interleave(operands.groups, 1).transpose(-1, -2) * operands.scale
 
     def write_scores(
-        self, q: Tensor, k: Tensor, out: Tensor, *, causal: bool, scale: float, block_q: int, block_k: int
-    ) -> None:
+        self, operands: Operands, shape: BlockShape, out: Tensor, *, with_similarity: bool = False
+    ) -> Tensor | None:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.write_scores`."""
-        from afbs_compile.kernels import predict_triton  # Triton is not installed everywhere.
+        from afbs_compile.kernels.policies.triton import means  # Triton is not installed everywhere.
 
-        predict_triton.pooled_scores(
-            q, k, out, has_theta=False, causal=causal, scale=scale, block_q=block_q, block_k=block_k
-        )
+        similarity = means.pooled_scores(operands, shape, out, with_similarity=with_similarity)
+        return similarity if self.has_theta else None
+
+
+class MeanSim(BlockMeans):
+    """Scores by block means, kept by mass, with a theta."""
+
+    name = "meansim"
+    rule = "mass"
+    has_theta = True
+    explored = (-1.0, 0.45)

@@ -16,32 +16,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.policies.base import Rule
-from afbs_compile.kernels.policies.grouped import GROUP, Features, GroupedPolicy, block_mass
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.policies.base import OnnxBody
+from afbs_compile.kernels.policies.features import GROUP, Features
+from afbs_compile.kernels.policies.grouped import GroupedPolicy, block_mass
 
 
 class VerticalSlash(GroupedPolicy):
     """Scores by the columns and distances that probed rows attend."""
 
     name = "vertical_slash"
-    rule: Rule = "mass"
+    rule = "mass"
 
     def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
         """The first query of every group against every key."""
         return Features(q[:, :, ::GROUP], k, scale, parts=1, reverse=False, span=1, last=0)
 
-    def scores(self, q: Tensor, k: Tensor, *, causal: bool, scale: float, block_q: int, block_k: int) -> Tensor:
+    def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.scores`."""
-        mass = block_mass(self.features(q, k, scale), q.shape[2], causal=causal, block_q=block_q, block_k=block_k)
-        return with_previous(mass, block_q // block_k).log()
+        mass = block_mass(self.features(operands.q, operands.k, operands.scale), operands, shape)
+        return with_previous(mass, shape.q // shape.k).log()
 
     def write_scores(
-        self, q: Tensor, k: Tensor, out: Tensor, *, causal: bool, scale: float, block_q: int, block_k: int
-    ) -> None:
+        self, operands: Operands, shape: BlockShape, out: Tensor, *, with_similarity: bool = False
+    ) -> Tensor | None:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.write_scores`."""
-        super().write_scores(q, k, out, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+        super().write_scores(operands, shape, out)
         scores = out.view(torch.float32)
-        scores.copy_(with_previous(scores.exp(), block_q // block_k)).log_()
+        scores.copy_(with_previous(scores.exp(), shape.q // shape.k)).log_()
+        return None
 
 
 def with_previous(mass: Tensor, step: int) -> Tensor:

@@ -1,0 +1,94 @@
+"""The Hopper engine: when it may be used; the kernel is in :mod:`afbs_compile.kernels.attend.hopper.kernel`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from afbs_compile.kernels.attend.machine import capability, kind
+from afbs_compile.kernels.attend.portable.engine import TritonFamily
+from afbs_compile.kernels.blocks import BlockLists, BlockShape
+from afbs_compile.kernels.call import LAMBDA_OFF, SparseCall
+from afbs_compile.kernels.masks import band
+from afbs_compile.kernels.operands import Operands
+
+HEAD_DIMS = (64, 128)
+
+ALIGNMENT = 16
+"""Bytes: the copy engine's tensors start, and step from row to row, at multiples of this."""
+
+
+@functools.cache  # the driver takes its time to answer
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a Hopper GPU; 0 on every other device."""
+    if capability(device) != 9:
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def unsuited(operands: Operands, call: SparseCall, accepted: Sequence[BlockShape]) -> str | None:
+    """What of a call but its layout no Hopper kernel takes, or ``None``.
+
+    Args:
+        operands, call: the call.
+        accepted: block shapes that the kernel takes.
+    """
+    q, shape = operands.q, call.shape
+    if processors(q.device) == 0:
+        return f"{kind(q.device)} is no NVIDIA GPU of compute capability 9.x"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype is {q.dtype}; accepted: float16, bfloat16"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"head_dim is {q.shape[3]}; accepted: {HEAD_DIMS}"
+    if shape not in accepted:
+        return f"blocks are {shape}; accepted: {', '.join(map(str, accepted))}"
+    if call.uses_lambda:
+        return f"lam is {list(call.lam)}; accepted: at most {LAMBDA_OFF} for every head, which skips nothing"
+    return band.refusal(operands)
+
+
+def misplaced(x: Tensor) -> bool:
+    """Whether the copy engine cannot walk ``x``."""
+    unit = ALIGNMENT // x.element_size()
+    steps = (stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
+    return x.stride(3) != 1 or _address(x) % ALIGNMENT != 0 or any(s <= 0 or s % unit != 0 for s in steps)
+
+
+def _address(x: Tensor) -> int:
+    """Where ``x`` starts; a fake one in its own memory, which starts at a multiple of :data:`ALIGNMENT`."""
+    return int(x.storage_offset()) * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
+
+
+class Hopper(TritonFamily):
+    """Warp specialisation in Gluon: fp16 and bf16 on Hopper GPUs; what it refuses the portable kernel takes."""
+
+    name = "hopper"
+    title = "the Hopper kernel"
+    shapes = (BlockShape(128, 128), BlockShape(128, 64))
+
+    def refusal(self, operands: Operands, call: SparseCall) -> str | None:
+        """See :meth:`Engine.refusal`."""
+        reason = unsuited(operands, call, self.shapes)
+        if reason is not None:
+            return reason
+        for name, x in (("q", operands.q), ("k", operands.k), ("v", operands.v)):
+            if misplaced(x):
+                return (
+                    f"{name} starts at address {_address(x):#x} with strides {x.stride()}; accepted: the last stride 1, "
+                    f"the others positive, all of them and the address multiples of {ALIGNMENT} bytes"
+                )
+        return None
+
+    def attend(self, operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor) -> None:
+        """See :meth:`Engine.attend`."""
+        from afbs_compile.kernels.attend.hopper import launch  # Triton is not installed everywhere.
+
+        launch.attend(operands, call, lists, out)
+
+    def layout(self, operands: Operands, call: SparseCall) -> str:
+        """See :meth:`Engine.layout`."""
+        return f"{self.name} {call.shape}"

@@ -1,0 +1,133 @@
+"""What a mask is: which keys the rows of an attention call see, which blocks that makes visible, and what a kernel is told.
+
+    row r sees key c   <=>   0 <= c < k_len  and  sees(r + offset, c)
+
+``offset`` places the rows on the axis of the keys. The number of queries and that of keys are two numbers everywhere.
+A mask is a value: masks of a kind with equal parameters are equal, and :func:`str` names kind and parameters as the
+operator, the recipe and a reader know them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels.blocks import Grid
+
+
+class Band(NamedTuple):
+    """A mask that a kernel computes from two positions: row r sees the keys ``c <= r + upper``; ``None``: all keys."""
+
+    upper: int | None
+
+
+class Visibility(NamedTuple):
+    """What a mask makes of blocks.
+
+    Attributes:
+        visible: bool ``[n_q, n_k]``, some row of the query block sees some key of the key block.
+        whole: bool ``[n_q, n_k]``, every row sees every key, and no key is missing at the end.
+    """
+
+    visible: Tensor
+    whole: Tensor
+
+
+@dataclass(frozen=True)
+class Mask(ABC):
+    """Which keys a row sees. A kind is a frozen dataclass whose fields are its parameters, whole numbers.
+
+    Attributes:
+        name: of the kind. words: the kind as a reader is told.
+        local: whether rows look back: the keys right before a row matter, and the last rows have seen everything, so
+            calibration keeps blocks for both; and the first rows of an input are a shorter input.
+        hides_nothing: whether every row sees every key.
+    """
+
+    name: ClassVar[str]
+    words: ClassVar[str]
+    local: ClassVar[bool]
+    hides_nothing: ClassVar[bool] = False
+
+    @abstractmethod
+    def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
+        """The specification, element by element.
+
+        Args:
+            positions: of rows, ``r + offset``; keys: indices that exist. Integers that broadcast to each other.
+
+        Returns:
+            bool, of their common shape.
+        """
+
+    def offset(self, q_len: int, k_len: int) -> int:
+        """Position of row 0 among the keys."""
+        return 0
+
+    def band(self, q_len: int, k_len: int) -> Band | None:
+        """The mask as kernels compute it; ``None`` where it is no band."""
+        return None
+
+    def matrix(self, q_len: int, k_len: int, device: torch.device) -> Tensor:
+        """bool ``[q_len, k_len]``, true where the row sees the key."""
+        rows = torch.arange(q_len, device=device)[:, None] + self.offset(q_len, k_len)
+        return self.sees(rows, torch.arange(k_len, device=device)).expand(q_len, k_len)
+
+    def visibility(self, grid: Grid, device: torch.device) -> Visibility:
+        """What the mask makes of every block, by looking at all of its rows and keys."""
+        keys = torch.arange(grid.k_len, device=device)
+        missing = grid.count_k * grid.shape.k - grid.k_len
+        visible, whole = [], []
+        for first in range(0, grid.q_len, grid.shape.q):
+            rows = torch.arange(first, min(first + grid.shape.q, grid.q_len), device=device)
+            seen = self.sees(rows[:, None] + self.offset(grid.q_len, grid.k_len), keys).expand(len(rows), -1)
+            seen = torch.nn.functional.pad(seen, (0, missing)).unflatten(1, (grid.count_k, grid.shape.k))
+            visible.append(seen.any(2).any(0))
+            whole.append(seen.all(2).all(0))
+        return Visibility(torch.stack(visible), torch.stack(whole))
+
+    def work(self, q_len: int, k_len: int) -> int:
+        """How many (row, key) pairs are seen."""
+        return int(self.matrix(q_len, k_len, torch.device("cpu")).sum())
+
+    def sdpa_arguments(self, q_len: int, k_len: int, device: torch.device) -> dict[str, Any]:
+        """The mask as ``F.scaled_dot_product_attention`` takes it."""
+        return {"attn_mask": self.matrix(q_len, k_len, device)}
+
+    def __str__(self) -> str:
+        parameters = ",".join(str(getattr(self, field.name)) for field in fields(self))
+        return f"{self.name}({parameters})" if parameters else self.name
+
+
+@dataclass(frozen=True)
+class BandMask(Mask):
+    """A mask that is a band: its blocks follow from the positions of their first and last rows and keys."""
+
+    @abstractmethod
+    def band(self, q_len: int, k_len: int) -> Band:
+        """The band."""
+
+    def visibility(self, grid: Grid, device: torch.device) -> Visibility:
+        """See :meth:`Mask.visibility`."""
+        first_row = torch.arange(grid.count_q, device=device)[:, None] * grid.shape.q
+        last_row = (first_row + grid.shape.q).clamp_max(grid.q_len) - 1
+        first_key = torch.arange(grid.count_k, device=device) * grid.shape.k
+        end_key = first_key + grid.shape.k
+        visible = torch.ones(grid.count_q, grid.count_k, dtype=torch.bool, device=device)
+        whole = visible & (end_key <= grid.k_len)
+        upper = self.band(grid.q_len, grid.k_len).upper
+        if upper is not None:
+            visible = first_key <= last_row + upper
+            whole = whole & (end_key - 1 <= first_row + upper)
+        return Visibility(visible, whole)
+
+    def work(self, q_len: int, k_len: int) -> int:
+        """See :meth:`Mask.work`."""
+        upper = self.band(q_len, k_len).upper
+        if upper is None:
+            return q_len * k_len
+        return int((torch.arange(q_len) + upper + 1).clamp(0, k_len).sum())

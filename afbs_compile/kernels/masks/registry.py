@@ -1,0 +1,27 @@
+"""The kinds of mask, by name, and masks from their text: ``"causal"``, or ``"kind(1,2)"`` for a kind with parameters."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
+
+MASKS: dict[str, type[Mask]] = {kind.name: kind for kind in (Full, Causal)}
+"""To add a kind, write it in a file of its own and name it here; code outside the package adds an entry."""
+
+
+@functools.lru_cache(maxsize=64)
+def mask_of(text: str) -> Mask:
+    """The mask that :func:`str` writes as ``text``.
+
+    Raises:
+        ValueError: there is no such mask.
+    """
+    kind, _, parameters = text.partition("(")
+    try:
+        return MASKS[kind](*map(int, re.findall(r"-?\d+", parameters)))
+    except (KeyError, TypeError):
+        raise ValueError(f"mask is {text!r}; accepted: {', '.join(MASKS)}") from None

@@ -1,0 +1,162 @@
+# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
+# A kernel's arguments have Triton's own types:
+# mypy: disable-error-code="no-untyped-def"
+"""The pass of :mod:`afbs_compile.kernels.measure.one_pass` on the GPU: a program per query tile walks its visiting order.
+
+The first blocks of an order, of which the host says how many, need a mask; the others need one where a partial block may
+be among them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afbs_compile.kernels.attend.machine import fp32_products
+from afbs_compile.kernels.attend.portable.tiling import Kind, by_rule
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.launcher import padded
+from afbs_compile.kernels.masks.band import told
+from afbs_compile.kernels.masks.band_triton import sees
+from afbs_compile.kernels.measure.visit import Visit
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.spec.attention import LOG2_E
+
+
+@triton.jit
+def _fold(
+    acc, total, peak, query, key, value, rows, start, stride_key_row, stride_value_row, scale, k_len, upper,
+    HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, TILE_K: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold keys ``start .. start + TILE_K`` into the running softmax; ``scale`` turns scores into log2 units."""
+    places = tl.arange(0, TILE_K)
+    cols = tl.arange(0, DIM_PAD)
+    offset = start.to(tl.int64)
+    keys = key + offset * stride_key_row + places[:, None] * stride_key_row + cols[None, :]
+    values = value + offset * stride_value_row + places[:, None] * stride_value_row + cols[None, :]
+    inside = (start + places < k_len)[:, None] & (cols < HEAD_DIM)[None, :]
+    if MASKED or HEAD_DIM != DIM_PAD:  # noqa: SIM108 (a ternary would evaluate both in the interpreter)
+        key_tile = tl.load(keys, mask=inside, other=0.0)
+    else:
+        key_tile = tl.load(keys)
+    scores = tl.dot(query, tl.trans(key_tile), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(sees(rows, start + places, k_len, upper, BOUNDED), scores, float("-inf"))
+    # l <- l * 2^(c (m_old - m_new)) + rowsum(2^(c (s - m_new))),   o <- o * 2^(c (m_old - m_new)) + 2^(c (s - m_new)) V
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    base = new_peak
+    if MASKED:  # a row may see no key of the tile, and have seen none before
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.math.exp2((scores - base[:, None]) * scale)
+    decay = tl.math.exp2((peak - base) * scale)
+    total = total * decay + tl.sum(weights, 1)
+    if MASKED or HEAD_DIM != DIM_PAD:  # noqa: SIM108
+        value_tile = tl.load(values, mask=inside, other=0.0)
+    else:
+        value_tile = tl.load(values)
+    acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc * decay[:, None], input_precision=PRECISION)
+    return acc, total, new_peak
+
+
+# One compilation for all sizes: it takes about a second, and a calibration meets many sizes.
+@triton.jit(do_not_specialize=["q_len", "k_len", "upper", "groups", "count", "count_k", "thresholds"])
+def _pass_kernel(
+    query, key, value, dense, difference, magnitude, order, masked, live, blocks,
+    scale, q_len, k_len, upper, groups, count, count_k, thresholds,
+    stride_query_head, stride_query_row, stride_key_head, stride_key_row, stride_value_head, stride_value_row,
+    stride_dense_head, stride_dense_row,
+    HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr, BOUNDED: tl.constexpr, REST_MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``TILE_Q`` rows of a measured query block of one head: its output after each threshold, against ``dense``."""
+    SPLIT_Q: tl.constexpr = BLOCK_Q // TILE_Q
+    SPLIT_K: tl.constexpr = BLOCK_K // TILE_K
+    # Longest rows first: the short ones fill the end.
+    tile = count * SPLIT_Q - 1 - tl.program_id(0) % (count * SPLIT_Q)
+    head = (tl.program_id(0) // (count * SPLIT_Q)).to(tl.int64)
+    place = tile // SPLIT_Q
+    block = tl.load(blocks + place).to(tl.int32)
+    rows = block * BLOCK_Q + tile % SPLIT_Q * TILE_Q + tl.arange(0, TILE_Q)
+    cols = tl.arange(0, DIM_PAD)
+    inside = (rows < q_len)[:, None] & (cols < HEAD_DIM)[None, :]
+    query += head * stride_query_head
+    key += head // groups * stride_key_head
+    value += head // groups * stride_value_head
+    query_tile = tl.load(query + rows.to(tl.int64)[:, None] * stride_query_row + cols[None, :], mask=inside, other=0.0)
+    dense += head * stride_dense_head + rows.to(tl.int64)[:, None] * stride_dense_row + cols[None, :]
+    size = tl.abs(tl.load(dense, mask=inside, other=0.0).to(tl.float32))
+    tl.store(magnitude + head * count * SPLIT_Q + tile, tl.sum(tl.sum(size, 1), 0))
+
+    row = head * count + place
+    order += row * count_k
+    live += row * thresholds
+    difference += (head * count * SPLIT_Q + tile) * thresholds
+    acc = tl.zeros([TILE_Q, DIM_PAD], tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    peak = tl.full([TILE_Q], float("-inf"), tl.float32)
+    first = 0
+    if BOUNDED:
+        first = tl.load(masked + place) * SPLIT_K
+        for entry in range(0, first):
+            start = tl.load(order + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
+            acc, total, peak = _fold(
+                acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale, k_len,
+                upper, HEAD_DIM, DIM_PAD, TILE_K, BOUNDED, True, PRECISION,
+            )  # fmt: skip
+    changed = True
+    error = 0.0
+    for threshold in range(thresholds):
+        end = tl.load(live + threshold) * SPLIT_K
+        changed = changed | (end > first)
+        for entry in range(first, end):
+            start = tl.load(order + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
+            acc, total, peak = _fold(
+                acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale, k_len,
+                upper, HEAD_DIM, DIM_PAD, TILE_K, BOUNDED, REST_MASKED, PRECISION,
+            )  # fmt: skip
+        first = tl.maximum(first, end)
+        if changed:  # else this threshold keeps what the one before it kept
+            exact = tl.load(dense, mask=inside, other=0.0)
+            output = (acc / total[:, None]).to(exact.dtype).to(tl.float32)
+            distance = tl.where(inside, tl.abs(output - exact.to(tl.float32)), 0.0)
+            error = tl.sum(tl.sum(distance, 1), 0)
+        tl.store(difference + threshold, error)
+        changed = False
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """``x`` itself if the kernel can walk it, else a contiguous copy: the last dimension must have stride 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def triton_pass(
+    operands: Operands, dense: Tensor, shape: BlockShape, visit: Visit, live: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`afbs_compile.kernels.measure.pass_plain.plain_pass` on Triton, whatever the device; sums are fp32."""
+    operands, band = operands.with_positive_scale(), told(operands)
+    q, k, v, exact = (_addressable(x[0]) for x in (operands.q, operands.k, operands.v, dense))
+    (heads, q_len, dim), k_len = q.shape, k.shape[1]
+    count, dim_pad = len(rows), padded(dim)
+    # Whole blocks, but 64 keys of narrow heads: on an H200 128 of them take a tenth longer, those of wider heads less.
+    keys = min(shape.k, 64) if dim_pad <= 64 else shape.k
+    kind = Kind(q.device, BlockShape(shape.q, keys), dim_pad, q.element_size(), band.bounded, whole=True)
+    tile_q, tile_k, warps, stages = by_rule(kind)
+    split = shape.q // tile_q
+    difference = q.new_empty(heads, count * split, live.shape[2], dtype=torch.float32)
+    magnitude = q.new_empty(heads, count * split, dtype=torch.float32)
+    # Of a band that is bounded the partial blocks are near the query block, and so the first ones.
+    rest_masked = not band.bounded and k_len % shape.k != 0
+
+    with torch.cuda.device_of(q):  # Triton launches on the current device.
+        _pass_kernel[(heads * count * split,)](
+            q, k, v, exact, difference, magnitude, visit.order, visit.first, live, rows,
+            operands.scale * LOG2_E, q_len, k_len, band.upper, operands.groups, count, visit.order.shape[2],
+            live.shape[2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *exact.stride()[:2],
+            HEAD_DIM=dim, DIM_PAD=dim_pad, BLOCK_Q=shape.q, BLOCK_K=shape.k, TILE_Q=tile_q, TILE_K=tile_k,
+            BOUNDED=band.bounded, REST_MASKED=rest_masked, PRECISION=fp32_products(q.device), num_warps=warps,
+            num_stages=stages,
+        )  # fmt: skip
+    return difference.unflatten(1, (count, split)).sum(2), magnitude.unflatten(1, (count, split)).sum(2)

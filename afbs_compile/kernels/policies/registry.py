@@ -1,0 +1,38 @@
+"""The policies by name, the cheapest predictor first: the order in which calibration explores them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from afbs_compile.kernels.policies.antidiagonal import Antidiagonal
+from afbs_compile.kernels.policies.base import Policy
+from afbs_compile.kernels.policies.cumulant import Cumulant
+from afbs_compile.kernels.policies.meanshare import MeanShare
+from afbs_compile.kernels.policies.meansim import MeanSim
+from afbs_compile.kernels.policies.sink_window import SinkWindow
+from afbs_compile.kernels.policies.vertical_slash import VerticalSlash
+
+POLICIES: dict[str, Policy] = {
+    policy.name: policy
+    for policy in (MeanSim(), MeanShare(), Cumulant(), Antidiagonal(), VerticalSlash(), SinkWindow())
+}
+"""To add one, write it in a file of its own and name it here; code outside the package adds an entry."""
+
+UNNAMED = MeanSim.name
+"""The policy of an operator call that names none."""
+
+
+def policy_named(name: str) -> Policy:
+    """The policy of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"policy is {name!r}; accepted: {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
+def heads_by(names: Sequence[str]) -> dict[str, list[int]]:
+    """The heads that have each name (of a policy, of a precision), by name, in order of first use."""
+    return {name: [h for h, mine in enumerate(names) if mine == name] for name in dict.fromkeys(names)}

@@ -1,0 +1,110 @@
+"""The specification of which blocks are live, in plain PyTorch: every policy, every mask.
+
+Sources: SpargeAttn's two-stage filter as the paper's section III-A describes it, with the corrections that
+docs/limits.md ("What a threshold means") lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels.blocks import BlockShape, Grid, block_count
+from afbs_compile.kernels.call import Kept, SparseCall
+from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.policies.registry import heads_by, policy_named
+from afbs_compile.kernels.policies.rules import ALWAYS, Rule, levels
+from afbs_compile.kernels.policies.statistics import self_similarity
+
+PREDICTOR_VERSION = 1
+"""Raised whenever the same thresholds would select other blocks; a recipe of another version is refused."""
+
+
+def per_head(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Per-head constants as fp32 ``[H, 1, 1]``."""
+    return torch.as_tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+def near_blocks(mask: Mask, grid: Grid, device: torch.device, local_keys: int = 0) -> Tensor:
+    """``[n_q, n_k]`` bool: key blocks that hold positions of the query block, or the ``local_keys`` before them."""
+    first_q = torch.arange(grid.count_q, device=device)[:, None] * grid.shape.q + mask.offset(grid.q_len, grid.k_len)
+    first_k = torch.arange(grid.count_k, device=device) * grid.shape.k
+    return (first_k < first_q + grid.shape.q) & (first_q < first_k + grid.shape.k + local_keys)
+
+
+def first_whole_block(q_len: int, block_q: int, last_rows: int) -> int:
+    """The first query block that holds one of the last ``last_rows`` rows; it and those after it keep every block.
+
+    The number of query blocks where ``last_rows`` is 0.
+    """
+    return max(0, q_len - last_rows) // block_q if last_rows > 0 else block_count(q_len, block_q)
+
+
+def kept_blocks(mask: Mask, grid: Grid, kept: Kept, device: torch.device) -> Tensor:
+    """``[n_q, n_k]`` bool: the blocks that every tau keeps: those near the query block, all of the last rows."""
+    blocks = near_blocks(mask, grid, device, kept.local_keys)
+    blocks[first_whole_block(grid.q_len, grid.shape.q, kept.last_rows) :] = True
+    return blocks
+
+
+Similarities = tuple[Tensor, Tensor]
+"""Self-similarities fp32 ``[B, H, n_q]`` and ``[B, H_kv, n_k]`` of the blocks of q and of k."""
+
+
+def similarities(operands: Operands, shape: BlockShape) -> Similarities:
+    """Self-similarities of all blocks."""
+    return self_similarity(operands.q, shape.q), self_similarity(operands.k, shape.k)
+
+
+def block_levels(
+    scores: Tensor,
+    rule: Rule,
+    places: tuple[Tensor, Tensor],
+    similar: Similarities | None = None,
+    theta: Tensor | float = 0.0,
+) -> Tensor:
+    """The tau from which each block is live: at any tau above its level.
+
+    A key block less self-similar than ``theta`` is poorly described by its mean: it is kept and takes no part in
+    the softmax. A query block less self-similar than ``theta`` keeps every block.
+
+    Args:
+        scores: fp32 ``[B, H, m, n_k]`` of some query blocks; rule: of their policy.
+        places: of these query blocks, those that are visible and those that are always kept, bool ``[m, n_k]`` each.
+        similar: self-similarities, of a policy that has a theta; theta: fp32 ``[H, 1, 1]`` or one number.
+
+    Returns:
+        fp32 ``[B, H, m, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (rows with NaN among them), infinity for
+        invisible ones, in [0, 1) for the others.
+    """
+    visible, always = places
+    candidates = visible
+    if similar is not None:
+        of_q, of_k = similar
+        coherent_k = of_k.repeat_interleave(of_q.shape[1] // of_k.shape[1], 1)[..., None, :] >= theta
+        candidates, always = visible & coherent_k, always | ~coherent_k | ~(of_q[..., None] >= theta)
+    level = levels(scores, rule, candidates)
+    return torch.where(always, ALWAYS, level).masked_fill(~visible, math.inf)
+
+
+def live_blocks(operands: Operands, call: SparseCall) -> Tensor:
+    """Which key blocks each query block attends: bool ``[B, H, n_q, n_k]``.
+
+    Causality: statistics are per block and no block that a query block does not see enters its softmax, so a change at
+    token t alters no row of blocks in query blocks that end before t.
+    """
+    grid, device = operands.grid(call.shape), operands.device
+    visible = operands.mask.visibility(grid, device).visible
+    places = visible, kept_blocks(operands.mask, grid, call.kept, device)
+    live = torch.empty(*operands.q.shape[:2], grid.count_q, grid.count_k, dtype=torch.bool, device=device)
+    for name, heads in heads_by(call.policy).items():
+        policy, part = policy_named(name), operands.taken(heads)
+        similar = similarities(part, call.shape) if policy.has_theta else None
+        theta, tau = (per_head([values[head] for head in heads], device) for values in (call.theta, call.tau))
+        level = block_levels(policy.scores(part, call.shape), policy.rule, places, similar, theta)
+        live[:, heads] = level < tau.clamp_max(1.0)
+    return live
