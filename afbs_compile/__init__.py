@@ -7,6 +7,6 @@ from compilation, and :func:`explain` tells what happened to every attention cal
 from afbs_compile.calibration import calibrate
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.explain import explain
+from afbs_compile.version import __version__
 
-__all__ = ["Recipe", "calibrate", "explain"]
-__version__ = "0.1.0"
+__all__ = ["Recipe", "__version__", "calibrate", "explain"]

@@ -16,7 +16,8 @@ from afbs_compile.errors import AfbsWarning, RecipeError
 from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
 from afbs_compile.guards import guard_parameters
-from afbs_compile.kernels.reference import PREDICTOR_VERSION
+from afbs_compile.kernels.attend import machine
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.options import Options
 from afbs_compile.passes.lower import lower
 from afbs_compile.passes.rewrite import dump, rewrite
@@ -26,7 +27,7 @@ from afbs_compile.report import registry
 from afbs_compile.samples import bind, materialised, tensors_of
 from afbs_compile.tuner.graph import Source, calibrate_graph
 from afbs_compile.tuner.lengths import Outside
-from afbs_compile.tuner.measure import KEPT
+from afbs_compile.version import __version__
 
 
 def afbs(
@@ -40,7 +41,7 @@ def afbs(
 
     Args:
         gm: the graph Dynamo captured; example_inputs: the values of the first call.
-        options: see :class:`afbs_compile.options.Options`.
+        options: see :mod:`afbs_compile.options`.
         mode: passed to inductor, e.g. ``"reduce-overhead"``.
 
     Raises (torch.compile wraps these in ``BackendCompilerFailed``, with the message):
@@ -55,7 +56,7 @@ def afbs(
     else:
         recipe, plan = None, Plan.of(found, None)
     plan = plan.without_masks(found)
-    rewritten = rewrite(gm, plan.constants, plan.unmasked)
+    rewritten = rewrite(gm, plan.calls, plan.unmasked)
     if settings.dump is not None:
         dump(rewritten, settings.dump, f"graph_{registry.compile_id()}")
     if registry.record(found, plan, rewritten, recipe) and not rewritten.changed:
@@ -103,29 +104,24 @@ def _conditions(
     found: FoundGraph, example_inputs: Sequence[Any], settings: Options, samples: list[Any] | None
 ) -> dict[str, Any]:
     """Everything that must be equal for a cached recipe to be used."""
-    tuning = settings.tuning
     device = found.sites[0].device
-    on_gpu = device.type == "cuda"
     calibrated_on = None if samples is None else tensor_digest(tensors_of(samples))
     if samples is None and not found.tensors:  # nothing but its inputs tells such a graph from another one
         calibrated_on = tensor_digest(value for value in example_inputs if isinstance(value, torch.Tensor))
     return {
+        "version": __version__,  # another one may know better candidates
         "schema": SCHEMA_VERSION,
         "predictor": PREDICTOR_VERSION,
-        "kept": KEPT,
         "graph": found.graph,
         "weights": found.weights,
         "source": found.source,
         "sites": sorted(site.name for site in found.sites),
         "dtypes": sorted({str(site.dtype) for site in found.sites}),
-        "device": torch.cuda.get_device_name(device) if on_gpu else [device.type, torch.get_num_threads()],
+        "device": machine.identity(device),
         "torch": torch.__version__,
-        "tolerance": tuning.tolerance if tuning.budget is None else [tuning.budget.quantity, tuning.budget.limit],
-        "method": tuning.method,
-        "parameterization": tuning.parameterization,
-        "precision": tuning.precision,
-        "shapes": tuning.shapes_on(device),
+        "shapes": settings.tuning.shapes_on(device),
         "samples": calibrated_on,
         # Lengths are calibrated one by one only where the user asks for it.
-        "lengths": [str(site.length) for site in found.sites] if settings.outside == "recalibrate" else None,
+        "lengths": [str(site.q_len) for site in found.sites] if settings.outside == "recalibrate" else None,
+        **{f"option {name}": value for name, value in settings.key.items()},
     }

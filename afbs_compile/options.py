@@ -1,139 +1,331 @@
-"""What a user may set, checked in one place for the backend and for :func:`afbs_compile.calibrate`."""
+"""The options, each declared once: what the backend, :func:`afbs_compile.calibrate`, the command line and the cache know.
+
+To add one, add a declaration to :data:`OPTIONS`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from afbs_compile.errors import OptionError
-from afbs_compile.kernels.precision import PRECISIONS
-from afbs_compile.recipe import Precision, Recipe
-from afbs_compile.tuner.budget import QUANTITIES, Budget, Quantity
-from afbs_compile.tuner.lengths import OUTSIDE, Outside
-from afbs_compile.tuner.site import METHODS, Method, TuneSettings
-from afbs_compile.tuner.space import PARAMETERIZATIONS, Parameterization
+from afbs_compile.kernels.call import PRECISIONS
+from afbs_compile.recipe import Recipe
+from afbs_compile.tuner.budget import QUANTITIES, Budget
+from afbs_compile.tuner.lengths import OUTSIDE
+from afbs_compile.tuner.settings import METHODS, TuneSettings
+from afbs_compile.tuner.space import PARAMETERIZATIONS
+
+Rule = tuple[Callable[[Any, Mapping[str, Any]], bool], str]
+"""Whether a value is accepted, given it and all values; and what is accepted, for the error."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of ``torch.compile(model, backend="afbs", options={...})``.
+class Option:
+    """One option.
 
     Attributes:
-        tolerance: largest relative L1 error of a head's output, on every validation input, in (0, 1); or a budget on
-            the model's output that all heads share: ``{"kl": nats}`` or ``{"perplexity": relative rise}``.
-        method: ``"afbs"`` or ``"paper"`` (Algorithm 1 as printed).
-        parameterization: reading of the paper's Eq. 2, used by ``method="paper"``: ``"corrected"`` or ``"paper"``.
-        precision: ``"own"``, that of the operands, or ``"fp8"``: attention computes in FP8 where that is faster, the
-            device and the call allow it, and the error stays within the tolerance, rounding included, head by head. The
-            other heads keep their own precision, and ``explain`` says why.
-        min_length: attention over fewer tokens is refused as too short.
-        samples: model inputs to calibrate on; by default the inputs of the first call. Each is a mapping of argument
-            names to tensors or, for a model that is called with one tensor, that tensor.
-        recipe: a :class:`Recipe` or its file; nothing is calibrated then.
-        outside: what runs at a length at which the thresholds were not validated (``validated_lengths`` in the recipe).
-            ``"extrapolate"``: block-sparse attention; where the error was seen to grow that way, tau is raised by as
-            much as the measured law says it takes to keep the error. ``"dense"``: dense attention. ``"recalibrate"``:
-            that length is calibrated on its own, on the inputs of its first call or on the samples cut to it. A graph
-            compiled for all lengths keeps its thresholds for the first, and runs dense outside for the others.
-        dump: folder for the text of every graph before and after the rewrite.
+        name: in ``options={...}`` and as an argument; default: where it is not given.
+        meaning: for a reader, one sentence.
+        rules: what must hold, in the order in which they are asked.
+        calibrates: whether it is an option of calibration; runs: of what runs. An option of calibration alone is not
+            accepted beside a recipe, and recipes of another value of it are not reused.
+        flag: on the command line; metavar: of its value.
+        text: reads the value from the command line; ``None`` where the command reads it itself.
+        recorded: whether a recipe says what was given.
     """
 
-    tolerance: float | Mapping[str, float] = 0.055
-    method: Method = "afbs"
-    parameterization: Parameterization = "corrected"
-    precision: Precision = "own"
-    min_length: int = 1024
-    samples: Iterable[Any] | None = None
-    recipe: str | os.PathLike[str] | Recipe | None = None
-    outside: Outside = "extrapolate"
-    dump: str | os.PathLike[str] | None = None
+    name: str
+    default: Any
+    meaning: str
+    rules: tuple[Rule, ...]
+    calibrates: bool
+    runs: bool
+    flag: str
+    metavar: str = "X"
+    text: Callable[[str], Any] | None = str
+    recorded: bool = True
 
-    @classmethod
-    def parse(cls, given: Mapping[str, Any] | None) -> Options:
-        """Check names, types and ranges.
+    def check(self, value: Any, values: Mapping[str, Any]) -> None:
+        """Refuse a value.
 
         Raises:
             OptionError: names the option, what came and what is accepted.
         """
-        given = dict(given or {})
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
-            raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}")
-        if given.get("recipe") is not None and (unused := sorted(set(given) & _CALIBRATION_OPTIONS)):
-            raise OptionError(f"{', '.join(unused)}: not accepted together with recipe, which was calibrated already")
-        options = cls(**given)
-        options._check()
-        return options
-
-    @property
-    def tuning(self) -> TuneSettings:
-        """The part that the tuner needs."""
-        searched: dict[str, Any] = {
-            "method": self.method,
-            "parameterization": self.parameterization,
-            "precision": self.precision,
-        }
-        if isinstance(self.tolerance, Mapping):
-            ((quantity, limit),) = self.tolerance.items()
-            return TuneSettings(budget=Budget(cast(Quantity, quantity), float(limit)), **searched)
-        return TuneSettings(tolerance=float(self.tolerance), **searched)
-
-    def _check(self) -> None:
-        accepted = f"a number between 0 and 1, or one of {_one_of(QUANTITIES)} mapped to one"
-        _accept("tolerance", self.tolerance, _is_tolerance(self.tolerance), accepted)
-        _accept("method", self.method, self.method in METHODS, _one_of(METHODS))
-        budget_on_paper = isinstance(self.tolerance, Mapping) and self.method == "paper"
-        _accept("method", self.method, not budget_on_paper, "'afbs' with a budget on the output")
-        _accept(
-            "parameterization",
-            self.parameterization,
-            self.parameterization in PARAMETERIZATIONS,
-            _one_of(PARAMETERIZATIONS),
-        )
-        _accept("precision", self.precision, self.precision in PRECISIONS, _one_of(PRECISIONS))
-        per_head = self.method == "afbs" and not isinstance(self.tolerance, Mapping)
-        only = "'own' unless method is 'afbs' and tolerance a number: FP8 is decided by the error of each head"
-        _accept("precision", self.precision, self.precision == "own" or per_head, only)
-        whole = isinstance(self.min_length, int) and not isinstance(self.min_length, bool)
-        _accept("min_length", self.min_length, whole and self.min_length >= 1, "a whole number of tokens, at least 1")
-        one_input = isinstance(self.samples, str | Mapping | Tensor)
-        iterable = isinstance(self.samples, Iterable) and not one_input
-        _accept("samples", self.samples, self.samples is None or iterable, "an iterable of model inputs, e.g. a list")
-        _accept("outside", self.outside, self.outside in OUTSIDE, _one_of(OUTSIDE))
-        named = self.recipe is not None and self.outside == "recalibrate"
-        _accept("outside", self.outside, not named, "'extrapolate' or 'dense' where a recipe is named")
-        path = isinstance(self.recipe, str | os.PathLike | Recipe)
-        _accept("recipe", self.recipe, self.recipe is None or path, "a Recipe or the path of one")
-        folder = self.dump is None or isinstance(self.dump, str | os.PathLike)
-        _accept("dump", self.dump, folder, "the path of a folder")
-        file_in_the_way = self.dump is not None and Path(self.dump).is_file()
-        _accept("dump", self.dump, not file_in_the_way, "the path of a folder, and this is a file")
+        for accepts, accepted in self.rules:
+            if not accepts(value, values):
+                came = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+                raise OptionError(f"{self.name}: got {came}; accepted: {accepted}")
 
 
-_CALIBRATION_OPTIONS = {"tolerance", "method", "parameterization", "precision", "samples"}
+def one_of(values: Iterable[str]) -> Rule:
+    """A rule that accepts some words."""
+    accepted = tuple(values)
+    return (lambda value, _: isinstance(value, str) and value in accepted), " or ".join(map(repr, accepted))
 
 
-def _is_tolerance(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return len(value) == 1 and set(value) <= set(QUANTITIES) and all(map(_is_share, value.values()))
-    return _is_share(value)
+def tolerance_of(text: str) -> float | dict[str, float]:
+    """``0.055``, ``kl=0.01`` or ``perplexity=0.01``.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    quantity, equals, number = text.rpartition("=")
+    return {quantity: float(number)} if equals else float(number)
 
 
 def _is_share(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
 
 
-def _accept(name: str, value: object, accepted: bool, what: str) -> None:
-    if not accepted:
-        came = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
-        raise OptionError(f"{name}: got {came}; accepted: {what}")
+def _is_tolerance(value: object, _: Mapping[str, Any]) -> bool:
+    if isinstance(value, Mapping):
+        return len(value) == 1 and set(value) <= set(QUANTITIES) and all(map(_is_share, value.values()))
+    return _is_share(value)
 
 
-def _one_of(values: Iterable[str]) -> str:
-    return " or ".join(map(repr, values))
+def _is_whole(value: object, _: Mapping[str, Any]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _are_samples(value: object, _: Mapping[str, Any]) -> bool:
+    one_input = isinstance(value, str | Mapping | Tensor)
+    return value is None or (isinstance(value, Iterable) and not one_input)
+
+
+def _has_budget(values: Mapping[str, Any]) -> bool:
+    return isinstance(values["tolerance"], Mapping)
+
+
+_QUANTITIES = " or ".join(map(repr, QUANTITIES))
+
+_DECLARED = (
+    Option(
+        "tolerance",
+        0.055,
+        "Largest relative L1 error of a head's output, on every validation input; or a budget on the model's output that "
+        "all heads share, spent where it costs least: {'kl': nats} or {'perplexity': relative rise}.",
+        ((_is_tolerance, f"a number between 0 and 1, or one of {_QUANTITIES} mapped to one"),),
+        calibrates=True,
+        runs=False,
+        flag="--tolerance",
+        metavar="T",
+        text=tolerance_of,
+    ),
+    Option(
+        "method",
+        "afbs",
+        "'afbs': largest sparsity within the tolerance, validated until it passes, else DENSE; 'paper': Algorithm 1 as "
+        "printed.",
+        (
+            one_of(METHODS),
+            (lambda value, all_: not (_has_budget(all_) and value == "paper"), "'afbs' with a budget on the output"),
+        ),
+        calibrates=True,
+        runs=False,
+        flag="--method",
+        metavar="M",
+    ),
+    Option(
+        "parameterization",
+        "corrected",
+        "Reading of the paper's Eq. 2, used by method 'paper'.",
+        (one_of(PARAMETERIZATIONS),),
+        calibrates=True,
+        runs=False,
+        flag="--parameterization",
+        metavar="P",
+    ),
+    Option(
+        "precision",
+        "own",
+        "'own': that of the operands; 'fp8': heads compute in FP8 where that is faster, the device and the call allow "
+        "it, and the error stays within the tolerance, rounding included; explain says why the others do not.",
+        (
+            one_of(PRECISIONS),
+            (
+                lambda value, all_: value == "own" or (all_["method"] == "afbs" and not _has_budget(all_)),
+                "'own' unless method is 'afbs' and tolerance a number: FP8 is decided by the error of each head",
+            ),
+        ),
+        calibrates=True,
+        runs=False,
+        flag="--precision",
+        metavar="P",
+    ),
+    Option(
+        "min_length",
+        1024,
+        "Attention over fewer tokens is refused as too short.",
+        ((_is_whole, "a whole number of tokens, at least 1"),),
+        calibrates=True,
+        runs=True,
+        flag="--min-length",
+        metavar="N",
+        text=lambda text: int(text.replace(",", "").replace("_", "")),
+    ),
+    Option(
+        "samples",
+        None,
+        "Model inputs to calibrate on, by default the inputs of the first call; each is a mapping of argument names to "
+        "tensors or, for a model that is called with one tensor, that tensor.",
+        ((_are_samples, "an iterable of model inputs, e.g. a list"),),
+        calibrates=True,
+        runs=False,
+        flag="--data",
+        metavar="SRC",
+        text=None,
+        recorded=False,
+    ),
+    Option(
+        "recipe",
+        None,
+        "A Recipe or its file; nothing is calibrated then.",
+        (
+            (
+                lambda value, _: value is None or isinstance(value, str | os.PathLike | Recipe),
+                "a Recipe or the path of one",
+            ),
+        ),
+        calibrates=False,
+        runs=True,
+        flag="--recipe",
+        metavar="R",
+        text=None,
+    ),
+    Option(
+        "outside",
+        "extrapolate",
+        "What runs at a length at which the thresholds were not validated: 'extrapolate': sparse attention, tau raised "
+        "where the error was seen to grow that way; 'dense'; 'recalibrate': that length is calibrated on its own.",
+        (
+            one_of(OUTSIDE),
+            (
+                lambda value, all_: all_["recipe"] is None or value != "recalibrate",
+                "'extrapolate' or 'dense' where a recipe is named",
+            ),
+        ),
+        calibrates=False,
+        runs=True,
+        flag="--outside",
+        metavar="WHAT",
+    ),
+    Option(
+        "dump",
+        None,
+        "Folder for the text of every graph before and after the rewrite.",
+        (
+            (lambda value, _: value is None or isinstance(value, str | os.PathLike), "the path of a folder"),
+            (
+                lambda value, _: value is None or not Path(value).is_file(),
+                "the path of a folder, and this is a file",
+            ),
+        ),
+        calibrates=False,
+        runs=True,
+        flag="--dump",
+        metavar="DIR",
+    ),
+)
+
+OPTIONS: dict[str, Option] = {option.name: option for option in _DECLARED}
+"""Every option by name; code outside the package adds an entry."""
+
+
+class Options:
+    """Checked values of all options; an option is an attribute, e.g. ``options.tolerance``."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_values"][name]
+        except KeyError:
+            raise AttributeError(f"there is no option {name}") from None
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None = None, known: Iterable[Option] | None = None) -> Options:
+        """Check names, types and ranges.
+
+        Args:
+            given: values by name.
+            known: the options that are accepted here, by default all.
+
+        Raises:
+            OptionError: names the option, what came and what is accepted.
+        """
+        given, names = dict(given or {}), [option.name for option in (OPTIONS.values() if known is None else known)]
+        if unknown := sorted(set(given) - set(names)):
+            raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(names)}")
+        of_calibration = {option.name for option in OPTIONS.values() if not option.runs}
+        if given.get("recipe") is not None and (unused := sorted(set(given) & of_calibration)):
+            raise OptionError(f"{', '.join(unused)}: not accepted together with recipe, which was calibrated already")
+        values = {option.name: given.get(option.name, option.default) for option in OPTIONS.values()}
+        for option in OPTIONS.values():
+            option.check(values[option.name], values)
+        return cls(values)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a recipe says was asked of calibration, as JSON has it."""
+        mine = [option.name for option in OPTIONS.values() if option.calibrates and option.recorded]
+        return {name: _plain(self._values[name]) for name in mine}
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What must be equal for a cached recipe to be used; samples are told by their values, elsewhere."""
+        return {name: value for name, value in self.recorded.items() if not OPTIONS[name].runs}
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget on the output, where there is one."""
+        if not _has_budget(self._values):
+            return None
+        ((quantity, limit),) = self.tolerance.items()
+        return Budget(quantity, float(limit))
+
+    @property
+    def tuning(self) -> TuneSettings:
+        """The part that the tuner needs."""
+        tolerance = {} if _has_budget(self._values) else {"tolerance": float(self.tolerance)}
+        return TuneSettings(
+            **tolerance,
+            method=self.method,
+            parameterization=self.parameterization,
+            budget=self.budget,
+            precision=self.precision,
+            asked=self.recorded,
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value
+
+
+def of_calibration() -> list[Option]:
+    """The options that :func:`afbs_compile.calibrate` takes, as keyword arguments but for the samples."""
+    return [option for option in OPTIONS.values() if option.calibrates]
+
+
+def accepts_options(function: Function) -> Function:
+    """Give :func:`afbs_compile.calibrate` the signature and the description that follow from the declarations."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    options = [option for option in of_calibration() if option.recorded]
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    keywords = [inspect.Parameter(option.name, kind, default=option.default) for option in options]
+    function.__signature__ = inspect.Signature([*parameters, *keywords])  # type: ignore[attr-defined]
+    described = "\n".join(f"    {option.name} (default {option.default!r}): {option.meaning}" for option in options)
+    function.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n{described}\n"
+    return function

@@ -12,14 +12,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from afbs_compile.errors import RecipeError
 from afbs_compile.found import FoundGraph
-from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.precision import refusal
-from afbs_compile.kernels.reference import PREDICTOR_VERSION
-from afbs_compile.passes.rewrite import SiteConstants
+from afbs_compile.kernels.attend import machine
+from afbs_compile.kernels.attend.engines import family_on, precision_refusal
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.sizes import holds, shown
-from afbs_compile.passes.unmask import has_causal_mask
-from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SiteRecipe
+from afbs_compile.passes.unmask import has_needless_mask
+from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
 from afbs_compile.tuner.lengths import Outside, extrapolated_tau
 
 
@@ -28,13 +28,13 @@ class Plan:
     """What is done with every attention call of a graph.
 
     Attributes:
-        constants: the calls to rewrite.
+        calls: the calls to rewrite, with their constants.
         rows: every call, with its outcome in THIS graph, in the recipe's terms.
         covered: whether the recipe speaks for this graph's length: a call that did not pay at a shorter one may here.
         unmasked: calls that stay dense and lose their mask; only :meth:`without_masks` names any.
     """
 
-    constants: Mapping[AttentionSite, SiteConstants]
+    calls: Mapping[AttentionSite, SparseCall]
     rows: tuple[SiteRecipe, ...]
     covered: bool = True
     unmasked: tuple[AttentionSite, ...] = ()
@@ -63,27 +63,29 @@ class Plan:
             _in_precision(site, _applied(site, by_name.get(site.name), outside, recipe.tolerance))
             for site in found.sites
         ]
-        constants = {
-            site: _constants(site, row, outside)
+        calls = {
+            site: _call(site, row, outside)
             for site, row in zip(found.sites, rows, strict=True)
             if row.outcome == "sparse"
         }
         longest = graph.samples.lengths[1]
-        open_question = [row for row in rows if row.outcome == "dense" and row.min_length is None and row.sparse_ms]
-        longer = any(_size(site.length) > longest for site in found.sites)
-        return cls(constants, (*rows, *refused), covered=not (open_question and longer))
+        open_question = [row for row in rows if row.outcome == "dense" and row.sparse_ms and not _pays(row)]
+        longer = any(_size(site.q_len) > longest for site in found.sites)
+        return cls(calls, (*rows, *refused), covered=not (open_question and longer))
 
     def without_masks(self, found: FoundGraph) -> Plan:
-        """The plan in which calls that stay dense lose a mask that was proven causal.
+        """The plan in which calls that stay dense lose a mask that PyTorch's own flag replaces.
 
         Args:
             found: the graph that the plan is for.
         """
         dense = {row.name for row in self.rows if row.outcome == "dense"}
-        unmasked = tuple(site for site in found.sites if site.name in dense and has_causal_mask(site))
-        names = {site.name for site in unmasked}
+        unmasked = tuple(site for site in found.sites if site.name in dense and has_needless_mask(site))
+        masks = {site.name: site.mask for site in unmasked}
         rows = [
-            replace(row, reason=f"{row.reason}; stays dense; mask dropped: causal") if row.name in names else row
+            replace(row, reason=f"{row.reason}; stays dense; mask dropped: {masks[row.name]}")
+            if row.name in masks
+            else row
             for row in self.rows
         ]
         return replace(self, rows=tuple(rows), unmasked=unmasked)
@@ -100,10 +102,10 @@ def _matching_graph(found: FoundGraph, recipe: Recipe) -> GraphRecipe:
     if recipe.predictor_version != PREDICTOR_VERSION:
         raise RecipeError(f"was made for predictor version {recipe.predictor_version}, this is {PREDICTOR_VERSION}.")
     device = found.sites[0].device
-    if (recipe.device, recipe.engine) != (device.type, engine_name(device)):
+    here = machine.kind(device), family_on(device)
+    if (recipe.device, recipe.engine) != here:
         raise RecipeError(
-            f"was calibrated on {recipe.device} ({recipe.engine}), this model runs on {device.type} "
-            f"({engine_name(device)})."
+            f"was calibrated on {recipe.device} ({recipe.engine}), this model runs on {here[0]} ({here[1]})."
         )
     same_calls = [graph for graph in recipe.graphs if graph.graph == found.graph]
     if not same_calls:
@@ -123,82 +125,74 @@ def _size(length: int | torch.SymInt) -> int:
     return int(length) if isinstance(length, int) else int(length.node.hint)
 
 
+def _pays(row: SiteRecipe) -> bool:
+    """Whether a shortest worthwhile length is known."""
+    return row.calibrated.min_length > 0
+
+
 def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside, tolerance: float | None) -> SiteRecipe:
     """The recorded decision, as it applies to a site at this graph's length."""
     if recorded is None or recorded.outcome == "refused":
         return SiteRecipe(site.name, "dense", "not calibrated: it was refused when the recipe was made")
-    here = (site.causal, site.heads, site.kv_heads, site.head_dim, str(site.dtype).removeprefix("torch."))
-    there = (recorded.causal, len(recorded.heads), recorded.kv_heads, recorded.head_dim, recorded.dtype)
+    here = (str(site.mask), site.heads, site.kv_heads, site.head_dim, str(site.dtype).removeprefix("torch."))
+    there = (recorded.mask, len(recorded.heads), recorded.kv_heads, recorded.head_dim, recorded.dtype)
     if here != there:
-        raise RecipeError(
-            f"does not fit {site.name}: (causal, heads, kv heads, head_dim, dtype) is {here}, not {there}."
-        )
+        raise RecipeError(f"does not fit {site.name}: (mask, heads, kv heads, head_dim, dtype) is {here}, not {there}.")
     if recorded.outcome != "sparse":
         return recorded
     # Of a symbolic length this makes a guard, so that Dynamo compiles again for the other side and short sequences keep
     # the real call, at its real cost. Where no guard can be made the operator decides at run time.
-    if recorded.min_length is not None and holds(site.length < recorded.min_length):
-        reason = f"too short: {shown(site.length)} tokens, sparse was measured to pay from {recorded.min_length}"
+    shortest = recorded.calibrated.min_length
+    if shortest and holds(site.q_len < shortest):
+        reason = f"too short: {shown(site.q_len)} tokens, sparse was measured to pay from {shortest}"
         return replace(recorded, outcome="dense", reason=reason)
     validated = recorded.validated_lengths
-    if validated is None or not isinstance(site.length, int):
+    if validated is None or not isinstance(site.q_len, int):
         return recorded
-    if validated[0] <= site.length <= validated[1]:
+    if validated[0] <= site.q_len <= validated[1]:
         return recorded
     if outside == "extrapolate":
-        heads = [_extrapolated(head, validated, site.length, tolerance) for head in recorded.heads]
-        return replace(recorded, heads=tuple(heads))
-    reason = f"outside the validated lengths: {site.length} tokens, validated from {validated[0]} to {validated[1]}"
+        return _extrapolated(recorded, validated, site.q_len, tolerance)
+    reason = f"outside the validated lengths: {site.q_len} tokens, validated from {validated[0]} to {validated[1]}"
     return replace(recorded, outcome="dense", reason=reason)
 
 
 def _in_precision(site: AttentionSite, row: SiteRecipe) -> SiteRecipe:
     """The row with its heads in their own precision where this device has no FP8; nothing of it is less accurate."""
-    if row.outcome != "sparse" or all(head.precision == "own" for head in row.heads):
+    if row.outcome != "sparse" or "fp8" not in row.calibrated.precision:
         return row
-    assert row.block_q is not None, "only refused rows lack a block shape"
-    assert row.block_k is not None
-    lam = [head.lam for head in row.heads]
-    reason = refusal(site.device, site.dtype, site.head_dim, lam, row.block_q, row.block_k)
+    reason = precision_refusal(site.shapes().operands(), row.calibrated, "fp8")
     return row if reason is None else in_own_precision(row, reason)
 
 
 def in_own_precision(row: SiteRecipe, reason: str) -> SiteRecipe:
     """The row with every head in its own precision, and why those that were in FP8 are not."""
+    if row.call is None:
+        return row
     heads = tuple(
-        head if head.precision == "own" else replace(head, precision="own", precision_reason=reason)
-        for head in row.heads
+        head if precision == "own" else replace(head, precision_reason=reason)
+        for head, precision in zip(row.heads, row.call.precision, strict=True)
     )
-    return replace(row, heads=heads, fp8_constants=())
+    return replace(row, heads=heads, call=replace(row.call, precision=(), fp8_constants=()))
 
 
-def _extrapolated(head: HeadRecipe, validated: tuple[int, int], length: int, tolerance: float | None) -> HeadRecipe:
-    # A budget on the output gives a head no room beyond what it was measured to cost.
-    room = 1.0 if tolerance is None else max(1.0, tolerance / max(head.error, sys.float_info.min))
-    tau = extrapolated_tau(head.tau, head.tau_exponent, head.length_exponent, validated, length, room)
-    return replace(head, tau=tau)
+def _extrapolated(row: SiteRecipe, validated: tuple[int, int], length: int, tolerance: float | None) -> SiteRecipe:
+    """The row with taus for another length."""
+    taus = []
+    for tau, head in zip(row.calibrated.tau, row.heads, strict=True):
+        # A budget on the output gives a head no room beyond what it was measured to cost.
+        room = 1.0 if tolerance is None else max(1.0, tolerance / max(head.error, sys.float_info.min))
+        taus.append(extrapolated_tau(tau, (head.tau_exponent, head.length_exponent), validated, length, room))
+    return replace(row, call=replace(row.calibrated, tau=tuple(taus)))
 
 
-def _constants(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SiteConstants:
-    assert row.block_q is not None, "only refused rows lack a block shape"
-    assert row.block_k is not None
-    shortest, longest = row.min_length or 0, 0
-    if isinstance(site.length, torch.SymInt) and statically_known_true(site.length >= shortest):
+def _call(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SparseCall:
+    """The constants that are written into the graph."""
+    shortest, longest = row.calibrated.min_length, 0
+    if isinstance(site.q_len, torch.SymInt) and statically_known_true(site.q_len >= shortest):
         # A guard says so. A graph without it, or with one for another length, must not look the same: inductor's cache
         # would bring the guard along. One token less is as never reached, and tells them apart.
         shortest = max(0, shortest - 1)
-    if outside != "extrapolate" and row.validated_lengths is not None and not isinstance(site.length, int):
+    if outside != "extrapolate" and row.validated_lengths is not None and not isinstance(site.q_len, int):
         shortest, longest = max(shortest, row.validated_lengths[0]), row.validated_lengths[1]
-    return SiteConstants(
-        tau=tuple(head.tau for head in row.heads),
-        theta=tuple(head.theta for head in row.heads),
-        lam=tuple(head.lam for head in row.heads),
-        block_q=row.block_q,
-        block_k=row.block_k,
-        min_length=shortest,
-        max_length=longest,
-        policy=tuple(head.policy for head in row.heads),
-        precision=tuple(head.precision for head in row.heads),
-        kept=row.kept,
-        fp8_constants=row.fp8_constants,
-    )
+    return replace(row.calibrated, min_length=shortest, max_length=longest)

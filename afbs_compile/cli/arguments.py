@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from afbs_compile.errors import OptionError
+from afbs_compile.options import Option
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = "folder, id, package.module:factory or .pt2; see below"
@@ -83,6 +84,43 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Machine-readable output."""
     parser.add_argument("--json", action="store_true", help="print JSON on standard output instead of text")
+
+
+def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:
+    """A flag for each option that is read from text."""
+    for option in options:
+        if option.text is not None:
+            default = "" if option.default is None else f" (default: {option.default})"
+            parser.add_argument(
+                option.flag,
+                dest=option.name,
+                metavar=option.metavar,
+                type=_reader(option),
+                default=option.default,
+                help=f"{option.meaning}{default}".replace("%", "%%"),
+            )
+
+
+def given(arguments: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
+    """The values of :func:`add_options`, by the options' names."""
+    return {option.name: getattr(arguments, option.name) for option in options if option.text is not None}
+
+
+def _reader(option: Option) -> Callable[[str], Any]:
+    """Reads and checks an option alone, before anything slow begins; how options go together is checked later."""
+
+    def read(text: str) -> Any:
+        assert option.text is not None
+        try:
+            value = option.text(text)
+        except ValueError:
+            value = text
+        accepts, accepted = option.rules[0]
+        if not accepts(value, {}):
+            raise argparse.ArgumentTypeError(f"got {text!r}; accepted: {accepted}")
+        return value
+
+    return read
 
 
 def output_file(path: str, suffixes: Sequence[str], option: str = "-o") -> Path:

@@ -12,12 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils import _pytree as pytree
 
 from afbs_compile.backend import afbs
 from afbs_compile.cli import arguments as options
@@ -25,12 +24,16 @@ from afbs_compile.cli.models import LoadedModel, load_model
 from afbs_compile.cli.progress import each, step
 from afbs_compile.cli.recipes import load_recipe, usual_length
 from afbs_compile.cli.sources import Sample, load_samples
+from afbs_compile.kernels.attend import machine
+from afbs_compile.options import OPTIONS
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.applied import ANY_LENGTH, apply
 from afbs_compile.report.explain import explain
 
 NAME = "bench"
 RUNS = 7
+RUNNING = [option for option in OPTIONS.values() if option.runs and not option.calibrates]
+"""The options of what runs; lengths are the command's own, so ``min_length`` is not among them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     options.add_model(parser)
     parser.add_argument("--recipe", metavar="R", required=True, help="a file of afbs-compile calibrate")
+    options.add_options(parser, RUNNING)
     parser.add_argument(
         "--seq-len", metavar="N", type=options.whole(1), nargs="+", help="lengths to time (default: as calibrated)"
     )
@@ -76,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     rows = []
     for tokens, sample in samples:
         apply(model.module, recipe, [sample], name=f"recipe {arguments.recipe}")  # refuse before compiling
-        rows.append(_row(tokens, sample, model, recipe, arguments.runs))
+        given = {**options.given(arguments, RUNNING), "recipe": recipe, "min_length": ANY_LENGTH}
+        rows.append(_row(tokens, sample, model, given, arguments.runs))
     if arguments.json:
         content = {"device": str(model.device), "torch": torch.__version__, "threads": torch.get_num_threads()}
         print(json.dumps({**content, "runs": arguments.runs, "rows": [asdict(row) for row in rows]}, indent=1))
@@ -95,16 +100,16 @@ def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) 
     ]
 
 
-def _row(tokens: int | None, sample: Sample, model: LoadedModel, recipe: Recipe, runs: int) -> Row:
+def _row(tokens: int | None, sample: Sample, model: LoadedModel, given: dict[str, Any], runs: int) -> Row:
+    """Time one length; of the options ``min_length`` is off: the recipe alone says from which length sparse pays."""
     torch._dynamo.reset()  # each length is compiled for itself, as a fresh process would
     dense = torch.compile(model.module, dynamic=False)
-    given: Any = {"recipe": recipe, "min_length": ANY_LENGTH}  # the recipe alone says from which length sparse pays
-    sparse: Any = torch.compile(model.module, backend=afbs, options=given, dynamic=False)
+    sparse: Any = torch.compile(model.module, backend=afbs, options=cast(Any, given), dynamic=False)
     calls = [lambda: dense(**sample), lambda: sparse(**sample)]
     with torch.no_grad():
         with step(f"compiling for {tokens} tokens"):
             for call in calls:
-                _wait(call())
+                machine.wait(call())
         sites = explain(sparse).rows
         dense_ms, sparse_ms = _times(calls, runs)
     medians = statistics.median(dense_ms), statistics.median(sparse_ms)
@@ -126,17 +131,9 @@ def _times(calls: Sequence[Callable[[], Any]], runs: int) -> list[list[float]]:
     for _ in each(range(runs), "timing"):
         for call, spent in zip(calls, times, strict=True):
             began = time.perf_counter()
-            _wait(call())
+            machine.wait(call())
             spent.append((time.perf_counter() - began) * 1e3)
     return times
-
-
-def _wait(output: Any) -> None:
-    """Return once the output is there."""
-    for tensor in pytree.tree_leaves(output):
-        if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
-            torch.accelerator.synchronize(tensor.device)
-            return
 
 
 def _print(rows: Sequence[Row], runs: int) -> None:

@@ -16,7 +16,7 @@ from afbs_compile.cli.models import load_model
 from afbs_compile.cli.progress import step
 from afbs_compile.cli.recipes import example_input, load_recipe
 from afbs_compile.errors import OptionError
-from afbs_compile.options import Options
+from afbs_compile.options import OPTIONS
 from afbs_compile.report.applied import ANY_LENGTH, apply
 from afbs_compile.report.sites import MARK, GraphText, diff_lines, graph_text
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     sample = example_input(
         model, recipe, source=arguments.data, length=arguments.seq_len, tokenizer=arguments.tokenizer
     )
-    shortest = Options().min_length if recipe is None else ANY_LENGTH
+    shortest = OPTIONS["min_length"].default if recipe is None else ANY_LENGTH
     with step("capturing the graph"):
         applied = apply(model.module, recipe, [sample], name=f"recipe {arguments.recipe}", min_length=shortest)
         graphs = [graph_text(graph) for graph in applied]

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from afbs_compile import __version__
 from afbs_compile.cli import bench, calibrate, export, graph, inspect, verify
 from afbs_compile.errors import AfbsError
+from afbs_compile.version import __version__
 
 COMMANDS = (calibrate, inspect, graph, export, verify, bench)
 """In the order of ``--help``; each module has ``NAME``, ``add(parser)`` and ``run(arguments) -> exit code``."""

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from afbs_compile.cli.progress import step, terminal
 from afbs_compile.errors import OptionError
+from afbs_compile.kernels.attend.machine import loads_as_saved
 
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -170,7 +171,7 @@ def _hugging_face(spec: str, device: torch.device, dtype: str | None) -> LoadedM
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         auto = transformers.AutoModelForCausalLM if _is_causal_lm(config) else transformers.AutoModel
-        wanted = getattr(torch, dtype) if dtype else (torch.float32 if device.type == "cpu" else "auto")
+        wanted = getattr(torch, dtype) if dtype else ("auto" if loads_as_saved(device) else torch.float32)
         module, loaded = auto.from_pretrained(name, dtype=wanted, config=config, output_loading_info=True)
     except (OSError, ValueError, KeyError, import_extra("safetensors", "MODEL").SafetensorError) as error:
         raise OptionError(f"MODEL: {spec} cannot be loaded ({_first_sentence(error)})") from error

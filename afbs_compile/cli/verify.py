@@ -132,7 +132,7 @@ def _promise(
         return None
     with step("running the model"):
         graphs = apply(model.module, recipe, samples, name=name)
-    return list(each(head_errors(graphs), "measuring heads", total=sum(len(g.plan.constants) for g in graphs)))
+    return list(each(head_errors(graphs), "measuring heads", total=sum(len(g.plan.calls) for g in graphs)))
 
 
 def _compare(

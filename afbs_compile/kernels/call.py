@@ -85,7 +85,9 @@ class SparseCall:
         self._check_fp8()
 
     @classmethod
-    def uniform(cls, heads: int, tau: float, *, policy: str = UNNAMED, theta: float = THETA_OFF, **other: Any) -> SparseCall:
+    def uniform(
+        cls, heads: int, tau: float, *, policy: str = UNNAMED, theta: float = THETA_OFF, **other: Any
+    ) -> SparseCall:
         """A call whose heads are alike.
 
         Args:
@@ -115,17 +117,27 @@ class SparseCall:
         """Whether any head may skip products with V."""
         return max(self.lam, default=LAMBDA_OFF) > LAMBDA_OFF
 
+    def of_head(self, index: int) -> dict[str, Any]:
+        """The constants of one head, by name."""
+        return {name: getattr(self, name)[index] for name in PER_HEAD}
+
+    def thresholds_of(self, heads: Sequence[int]) -> SparseCall:
+        """The thresholds and policies of some heads, without FP8 and its constants."""
+        columns = {
+            name: tuple(getattr(self, name)[head] for head in heads) for name in ("tau", "theta", "lam", "policy")
+        }
+        return replace(self, **columns, precision=(), fp8_constants=())
+
     def with_tau(self, tau: Tensor) -> SparseCall:
         """The call at other taus, ``[H]``."""
         return replace(self, tau=tuple(tau.tolist()))
 
     def where(self, take: Sequence[bool], other: SparseCall) -> SparseCall:
         """This call's thresholds, policies and precisions for the heads in ``take``, the other's for the rest."""
-        per_head = ("tau", "theta", "lam", "policy", "precision")
-        columns = {
-            name: tuple(mine if taken else its for taken, mine, its in zip(take, getattr(self, name), getattr(other, name), strict=True))
-            for name in per_head
-        }
+        columns = {}
+        for name in PER_HEAD:
+            pairs = zip(take, getattr(self, name), getattr(other, name), strict=True)
+            columns[name] = tuple(mine if taken else its for taken, mine, its in pairs)
         return replace(self, **columns)
 
     def taken(self, heads: Sequence[int], keys: Sequence[int], kv_heads: int) -> SparseCall:
@@ -135,7 +147,7 @@ class SparseCall:
             heads: which ones; keys: the key heads that stay, in order; kv_heads: key heads of this call.
         """
         width = len(self.fp8_constants) // kv_heads
-        columns = {name: tuple(getattr(self, name)[head] for head in heads) for name in ("tau", "theta", "lam", "policy", "precision")}
+        columns = {name: tuple(getattr(self, name)[head] for head in heads) for name in PER_HEAD}
         constants = tuple(x for key in keys for x in self.fp8_constants[key * width : (key + 1) * width])
         return replace(self, **columns, fp8_constants=constants)
 
@@ -172,10 +184,7 @@ class SparseCall:
         present = {name: value for name, value in given.items() if value is not None}
         if "fp8_constants" in present and "precision" not in present:
             raise ValueError("fp8_constants came without precision; accepted: together with heads of precision fp8")
-        lists = {
-            name: tuple(present.get(name, ()))
-            for name in ("tau", "theta", "lam", "policy", "precision", "fp8_constants")
-        }
+        lists = {name: tuple(present.get(name, ())) for name in (*PER_HEAD, "fp8_constants")}
         numbers = tuple((name, present.get(name, default)) for name, default in NUMBERS)
         return _of_arguments(heads, *lists.values(), numbers)
 
@@ -200,11 +209,15 @@ class SparseCall:
         for name in ("tau", "theta", "lam"):
             values = getattr(self, name)
             if len(values) != heads:
-                raise ValueError(f"{name} has {len(values)} constants; accepted: one for each of the {heads} query heads")
+                raise ValueError(
+                    f"{name} has {len(values)} constants; accepted: one for each of the {heads} query heads"
+                )
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"{name} is {list(values)}; accepted: finite numbers")
         if self.lam and max(self.lam) > 0.0:
-            raise ValueError(f"lam is {list(self.lam)}; accepted: numbers at most 0 (log2 units under the running maximum)")
+            raise ValueError(
+                f"lam is {list(self.lam)}; accepted: numbers at most 0 (log2 units under the running maximum)"
+            )
         for what, names in (("policy", self.policy), ("precision", self.precision)):
             if len(names) != heads:
                 raise ValueError(f"{what} has {len(names)} names; accepted: one for each of the {heads} query heads")
@@ -235,6 +248,9 @@ class SparseCall:
         if not math.isfinite(sum(self.fp8_constants)):  # one is enough, and thousands take time to look at
             raise ValueError("fp8_constants has a number that is not finite; accepted: finite numbers")
 
+
+PER_HEAD = ("tau", "theta", "lam", "policy", "precision")
+"""Fields of :class:`SparseCall` that have an entry for each head."""
 
 NUMBERS = (("block_q", 64), ("block_k", 64), ("min_length", 0), ("max_length", 0), ("last_rows", 0), ("local_keys", 0))
 """The operator's whole numbers and what they are by default."""

@@ -117,9 +117,7 @@ def dense_attention(operands: Operands) -> Tensor:
     # PyTorch's CPU kernels return NaN for is_causal=True with a scale of 0 or less.
     call = operands.with_positive_scale()
     mask = call.mask.sdpa_arguments(call.q_len, call.k_len, call.device)
-    return F.scaled_dot_product_attention(
-        call.q, call.k, call.v, scale=call.scale, enable_gqa=call.groups > 1, **mask
-    )
+    return F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale, enable_gqa=call.groups > 1, **mask)
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:

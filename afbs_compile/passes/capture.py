@@ -2,42 +2,24 @@
 
 All samples walk the graph side by side, one site at a time, so the memory beyond the walk's own activations is one
 site's tensors, however many sites there are. The graph's inputs are cloned and the random state is forked: a
-captured graph may write into its inputs (a static KV cache does).
+captured graph may write into its inputs (a static KV cache does). Around each consumer stands the graph's own autocast
+state: samples that walk side by side would otherwise leave it for each other, and the consumer must not run under it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept
+from afbs_compile.kernels.attend.machine import autocast_kept, indices
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.passes.build import laid_out_like
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.site import AttentionSite
-
-
-@dataclass(frozen=True)
-class Operands:
-    """Q, K and V of one site on one sample, in canonical form.
-
-    Attributes:
-        q: ``[B, H, N, D]``; k, v: ``[B, H_kv, N, D]``; detached.
-        scale: softmax scale.
-        causal: whether row r attends keys 0..r only.
-        kept: where the site is made sparse, which blocks every tau keeps, beside those on the diagonal.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    causal: bool
-    kept: Kept = DIAGONAL_ONLY
 
 
 @dataclass(frozen=True)
@@ -69,8 +51,7 @@ def capture(
     names = [site.name for site in runs[0].sites] if runs else []
     if not runs or any([site.name for site in run.sites] != names for run in runs):
         raise ValueError(f"runs must all have the same attention sites, at least one run; got {len(runs)} runs")
-    devices = sorted({t.device.index or 0 for run in runs for t in run.inputs if _is_cuda(t)})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(indices(value for run in runs for value in run.inputs)):
         walks = [_walk(run, attention) for run in runs]
         for name in names:
             operands = [next(walk) for walk in walks]
@@ -87,9 +68,8 @@ def run_with(run: SampleRun, attention: Attention) -> Any:
     """
     interpreter = _Walker(run)
     sites = {site.node: site for site in run.sites}
-    devices = sorted({t.device.index or 0 for t in run.inputs if _is_cuda(t)})
     nodes = iter(run.gm.graph.nodes)
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(indices(run.inputs)):
         try:
             for node in nodes:
                 if node.op == "output":
@@ -109,7 +89,7 @@ def _walk(run: SampleRun, attention: Attention | None) -> Iterator[Operands]:
         while waiting:
             node, result = next(nodes), None
             if site := waiting.pop(node, None):
-                with _autocast_kept(site.device.type):
+                with autocast_kept(site.device):
                     yield interpreter.operands(site)
                 if attention is not None and waiting:
                     result = interpreter.attend(site, attention)
@@ -156,12 +136,12 @@ class _Walker(fx.Interpreter):
     def operands(self, site: AttentionSite) -> Operands:
         q, k, v = (site.canonical(self.env[node].detach()) for node in (site.q, site.k, site.v))
         scale = self.env[site.scale] if isinstance(site.scale, fx.Node) else site.scale
-        return Operands(q, k, v, float(scale), site.causal)
+        return Operands(q, k, v, site.mask, float(scale))
 
     @torch.no_grad()
     def attend(self, site: AttentionSite, attention: Attention) -> Tensor | None:
         """The site's result by ``attention``, in the shape and memory order that the graph expects."""
-        with _autocast_kept(site.device.type):
+        with autocast_kept(site.device):
             out = attention(site.name, self.operands(site))
         # The output has the shape of q: one head_dim for all operands.
         return None if out is None else laid_out_like(out.reshape(self.env[site.q].shape), value_of(site.node))
@@ -176,24 +156,3 @@ def concrete(value: Any) -> Any:
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return value.node.hint  # int(value) would add a guard and fix the size
     return value
-
-
-@contextmanager
-def _autocast_kept(device: str) -> Iterator[None]:
-    """Give the graph back its own autocast state after the consumer ran between two nodes.
-
-    Graphs carry nodes that enter and leave autocast; samples that walk side by side would otherwise leave it for
-    each other, and the consumer must not run under it.
-    """
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device, autocast)
-        torch.set_autocast_dtype(device, dtype)
-
-
-def _is_cuda(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_cuda

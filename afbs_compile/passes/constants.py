@@ -38,7 +38,7 @@ class NotConstantError(Exception):
     """A tensor is not provably the same in every run; the message is a clause that says why."""
 
 
-class Constants:
+class ConstantTensors:
     """The constant tensors of one graph. Nothing in the graph is changed."""
 
     def __init__(self, gm: fx.GraphModule) -> None:

@@ -7,10 +7,13 @@ from math import prod
 
 from torch import fx
 
-from afbs_compile.passes.constants import Constants, NotConstantError
+from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
+from afbs_compile.passes.constants import ConstantTensors, NotConstantError
 from afbs_compile.passes.effects import submodule_of, value_of
 from afbs_compile.passes.kv_heads import head_repeat
-from afbs_compile.passes.mask_proof import MaskPattern, MaskProver
+from afbs_compile.passes.mask_proof import MaskProver
 from afbs_compile.passes.names import SiteNames
 from afbs_compile.passes.operands import Call, is_sdpa
 from afbs_compile.passes.rules import first_refusal, hidden_refusal, mask_refusal, too_short
@@ -39,7 +42,7 @@ class _Finder:
         self._gm = gm
         self._min_length = min_length
         self._names = SiteNames()
-        self._constants = Constants(gm)
+        self._constants = ConstantTensors(gm)
         self._prover = MaskProver(self._constants)
         self._sites: list[AttentionSite] = []
         self._refusals: list[Refusal] = []
@@ -58,26 +61,27 @@ class _Finder:
     def _take(self, node: fx.Node) -> None:
         call = Call.of(node)
         try:
-            causal = self._accept(call)
+            mask = self._accept(call)
         except _RefusedError as refused:
             self._refuse(node, str(refused))
         else:
-            self._sites.append(self._site(call, causal))
+            self._sites.append(self._site(call, mask))
 
     def _refuse(self, node: fx.Node, reason: str, at: fx.Node | None = None) -> None:
         self._refusals.append(Refusal(self._names.name(node), reason, at or node))
 
-    def _accept(self, call: Call) -> bool:
-        """Whether an accepted call is causal. The length is asked before the mask: evaluating one pins the length."""
+    def _accept(self, call: Call) -> Mask:
+        """What the rows of an accepted call see. The length is asked first: evaluating a mask pins it."""
         if sentence := first_refusal(call):
             raise _RefusedError(sentence)
         program = self._mask_program(call)
-        length = call.tensors[0].shape[-2]
-        if holds(length < self._min_length):
-            raise _RefusedError(too_short(length, self._min_length))
+        q_len, k_len = (tensor.shape[-2] for tensor in call.tensors[:2])
+        if holds(q_len < self._min_length):
+            raise _RefusedError(too_short(q_len, self._min_length))
         if call.mask is None:
-            return bool(call.is_causal)
-        return self._mask_pattern(call.mask, program, fixed(length)) is MaskPattern.CAUSAL
+            return Causal() if call.is_causal else Full()
+        rows, keys = fixed(q_len), fixed(k_len)
+        return self._proven(call.mask, program, None if rows is None or keys is None else (rows, keys))
 
     def _mask_program(self, call: Call) -> tuple[fx.Node, ...]:
         if call.mask is None:
@@ -87,13 +91,13 @@ class _Finder:
         except NotConstantError as error:
             raise _RefusedError(mask_refusal(call.mask, str(error))) from error
 
-    def _mask_pattern(self, mask: fx.Node, program: tuple[fx.Node, ...], length: int | None) -> MaskPattern:
+    def _proven(self, mask: fx.Node, program: tuple[fx.Node, ...], lengths: tuple[int, int] | None) -> Mask:
         try:
-            return self._prover.pattern(mask, program, length=length)
+            return self._prover.mask(mask, program, lengths=lengths)
         except NotConstantError as error:
             raise _RefusedError(mask_refusal(mask, str(error))) from error
 
-    def _site(self, call: Call, causal: bool) -> AttentionSite:
+    def _site(self, call: Call, mask: Mask) -> AttentionSite:
         q = call.tensors[0]
         k, v = self._unrepeated(call)
         four_d = q.dim() >= 4
@@ -103,10 +107,11 @@ class _Finder:
             q=call.q,
             k=k,
             v=v,
-            causal=causal,
+            mask=mask,
             scale=_scale(call),
             batch=prod(q.shape[: -3 if four_d else -2]),
-            length=q.shape[-2],
+            q_len=q.shape[-2],
+            k_len=call.tensors[1].shape[-2],
             heads=_known(q.shape[-3]) if four_d else 1,
             kv_heads=_known(value_of(k).shape[-3]) if four_d else 1,
             head_dim=_known(q.shape[-1]),

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from afbs_compile.kernels.op import sparse_attention
+from afbs_compile.version import __version__
 
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None) -> Callable[..., Any]:
@@ -36,8 +37,6 @@ def _cache_key_tag() -> str:
     Its keys hold the operator's name, but its compiled code every argument of the operator and the strides of its
     results: another version of this package must not find it.
     """
-    from afbs_compile import __version__  # defined after what it imports
-
     schema = sparse_attention._opoverload._schema
     return f"{torch.compiler.config.cache_key_tag} afbs_compile {__version__} {schema}"
 

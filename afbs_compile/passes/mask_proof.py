@@ -1,21 +1,24 @@
-"""Is a dense mask provably the causal one, or one that hides nothing?
+"""Is a dense mask provably one of the masks that are formulas (:mod:`afbs_compile.kernels.masks`)?
 
 A captured graph often carries causality as an ``N x N`` mask built from ``arange`` with ``is_causal=False``. It is
 recognised by its value, never by its spelling or by one sample: its subgraph is evaluated, which is a proof only
-because :class:`Constants` has shown that nothing else can enter it. Where the length is free,
+because :class:`ConstantTensors` has shown that nothing else can enter it. Where the length is free,
 :mod:`afbs_compile.passes.mask_symbolic` evaluates it with symbols.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
 
-from afbs_compile.passes.constants import Constants, NotConstantError, run
+from afbs_compile.kernels.blocks import chunks
+from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
+from afbs_compile.passes.constants import ConstantTensors, NotConstantError, run
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.mask_symbolic import attended_distances
 
@@ -23,19 +26,16 @@ CHUNK = 2**24
 """Mask elements that are compared at once."""
 
 
-class MaskPattern(enum.Enum):
-    """What a mask lets row r of N attend."""
-
-    CAUSAL = "keys 0..r"
-    FULL = "all keys"
+KNOWN: tuple[Mask, ...] = (Full(), Causal())
+"""The masks that are recognised, in the order in which they are compared."""
 
 
 class MaskProver:
     """Proves the masks of one graph; layers that share a mask share the work."""
 
-    def __init__(self, constants: Constants) -> None:
+    def __init__(self, constants: ConstantTensors) -> None:
         self._constants = constants
-        self._proved: dict[tuple[fx.Node, ...], MaskPattern | NotConstantError] = {}
+        self._proved: dict[tuple[fx.Node, ...], Mask | NotConstantError] = {}
 
     def program(self, mask: fx.Node, *, site: fx.Node) -> tuple[fx.Node, ...]:
         """Nodes that compute the mask that ``site`` reads, from constants alone. Adds no guard.
@@ -45,8 +45,8 @@ class MaskProver:
         """
         return self._constants.program(mask, before=site)
 
-    def pattern(self, mask: fx.Node, program: tuple[fx.Node, ...], *, length: int | None) -> MaskPattern:
-        """What a mask of ``length`` rows and keys hides, from what its program computes; ``None`` is every length.
+    def mask(self, mask: fx.Node, program: tuple[fx.Node, ...], *, lengths: tuple[int, int] | None) -> Mask:
+        """Which mask a tensor of so many rows and keys is, from what its program computes; ``None`` is every length.
 
         Raises:
             NotConstantError: it cannot be evaluated, or hides something else.
@@ -54,7 +54,7 @@ class MaskProver:
         key = (mask, *program)
         if key not in self._proved:
             self._proved[key] = (
-                _symbolic_pattern(mask, program) if length is None else _evaluated_pattern(mask, program, length)
+                _symbolic_mask(mask, program) if lengths is None else _evaluated_mask(mask, program, lengths)
             )
         outcome = self._proved[key]
         if isinstance(outcome, NotConstantError):
@@ -62,44 +62,43 @@ class MaskProver:
         return outcome
 
 
-def _evaluated_pattern(mask: fx.Node, program: tuple[fx.Node, ...], length: int) -> MaskPattern | NotConstantError:
+def _evaluated_mask(mask: fx.Node, program: tuple[fx.Node, ...], lengths: tuple[int, int]) -> Mask | NotConstantError:
     try:
-        value = run(program, mask)
-        pattern = classify(value, length)
+        found = classify(run(program, mask), *lengths)
     except NotConstantError as error:
         return error
-    return pattern or NotConstantError("it was evaluated and is neither causal nor true everywhere")
+    return found or NotConstantError("it was evaluated and is neither causal nor true everywhere")
 
 
-def _symbolic_pattern(mask: fx.Node, program: tuple[fx.Node, ...]) -> MaskPattern | NotConstantError:
+def _symbolic_mask(mask: fx.Node, program: tuple[fx.Node, ...]) -> Mask | NotConstantError:
     try:
         past, future = attended_distances(mask, program)
     except NotConstantError as error:
         return error
     if past and not future:
-        return MaskPattern.CAUSAL
+        return Causal()
     if past and future and value_of(mask).dtype == torch.bool:
-        return MaskPattern.FULL
+        return Full()
     return NotConstantError("it is neither causal nor true everywhere")
 
 
-def classify(mask: Tensor, length: int) -> MaskPattern | None:
-    """Compare a mask with the two patterns, element by element.
+def classify(tensor: Tensor, q_len: int, k_len: int) -> Mask | None:
+    """Compare a mask with the known ones, element by element.
 
     Args:
-        mask: bool (true attends) or floating (added to the scores; 0 attends, -inf or the dtype's lowest number hides),
-            broadcastable to ``[..., length, length]``, at least 2-D. A floating mask is only taken for the causal one:
-            nn.MultiheadAttention makes such a one of every boolean mask; any other is a bias.
-        length: rows and keys.
+        tensor: bool (true attends) or floating (added to the scores; 0 attends, -inf or the dtype's lowest number hides),
+            broadcastable to ``[..., q_len, k_len]``, at least 2-D. A floating one is never taken for one that hides
+            nothing: nn.MultiheadAttention makes such a one of every boolean mask; any other is a bias.
+        q_len: rows; k_len: keys.
 
     Returns:
-        The pattern that every slice has, or None. A mask of one row and key is FULL when true.
+        The mask that every slice is, or None. A mask of one row and key that is true hides nothing.
     """
-    slices = list(_distinct_slices(mask.expand(*mask.shape[:-2], length, length)))
-    boolean = mask.dtype == torch.bool
-    for pattern in (MaskPattern.FULL, MaskPattern.CAUSAL) if boolean else (MaskPattern.CAUSAL,):
-        if slices and all(_has_pattern(part, pattern) for part in slices):
-            return pattern
+    slices = list(_distinct_slices(tensor.expand(*tensor.shape[:-2], q_len, k_len)))
+    for mask in KNOWN:
+        accepted = tensor.dtype == torch.bool or not mask.hides_nothing
+        if slices and accepted and all(_is(part, mask) for part in slices):
+            return mask
     return None
 
 
@@ -110,15 +109,13 @@ def _distinct_slices(mask: Tensor) -> Iterator[Tensor]:
         yield mask[index]
 
 
-def _has_pattern(mask: Tensor, pattern: MaskPattern) -> bool:
-    length = mask.shape[-1]
-    rows = max(1, CHUNK // max(1, length))
-    for start in range(0, length, rows):
-        part = mask[start : start + rows]
-        expected = torch.ones(part.shape, dtype=torch.bool, device=mask.device)
-        if pattern is MaskPattern.CAUSAL:
-            expected = expected.tril(start)
-        attended, hidden = _attended_and_hidden(part)
+def _is(tensor: Tensor, mask: Mask) -> bool:
+    q_len, k_len = tensor.shape
+    keys = torch.arange(k_len, device=tensor.device)
+    for rows in chunks(q_len, max(1, CHUNK // max(1, k_len))):
+        positions = torch.arange(rows.start, rows.stop, device=tensor.device)[:, None] + mask.offset(q_len, k_len)
+        expected = mask.sees(positions, keys).expand(rows.stop - rows.start, k_len)
+        attended, hidden = _attended_and_hidden(tensor[rows])
         if not (torch.equal(attended, expected) and torch.equal(hidden, ~expected)):
             return False
     return True

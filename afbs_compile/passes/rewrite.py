@@ -10,43 +10,13 @@ from pathlib import Path
 import torch
 from torch import fx
 
-import afbs_compile.kernels.op  # noqa: F401  registers the operator
-from afbs_compile.kernels.policy import DEFAULT
-from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.op import arguments_of
 from afbs_compile.passes.build import NodeBuilder, erase_unused
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.unmask import unmask
 
-SIGNIFICANT_DIGITS = 6
-
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class SiteConstants:
-    """What the operator is given for one site, beside its tensors.
-
-    Attributes:
-        tau, theta, lam: one number per query head.
-        block_q, block_k: rows per block.
-        min_length: below it the operator computes dense attention; max_length: above it likewise, 0 for no limit.
-        policy: one name per query head; empty means ``meansim`` for all.
-        precision: one name per query head; empty means that of the operands for all.
-        fp8_constants: for the heads of precision ``fp8``; empty where there is none.
-        kept: which blocks every tau keeps, beside those on the diagonal.
-    """
-
-    tau: tuple[float, ...]
-    theta: tuple[float, ...]
-    lam: tuple[float, ...]
-    block_q: int
-    block_k: int
-    min_length: int
-    max_length: int = 0
-    policy: tuple[str, ...] = ()
-    precision: tuple[str, ...] = ()
-    fp8_constants: tuple[float, ...] = ()
-    kept: Kept = DIAGONAL_ONLY
 
 
 @dataclass(frozen=True)
@@ -63,13 +33,8 @@ class Rewrite:
     after: str
 
 
-def rounded(value: float) -> float:
-    """A constant as it is written into the graph: six significant digits, so that a reader can compare them."""
-    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
-
-
 def rewrite(
-    gm: fx.GraphModule, plans: Mapping[AttentionSite, SiteConstants], unmasked: Sequence[AttentionSite] = ()
+    gm: fx.GraphModule, calls: Mapping[AttentionSite, SparseCall], unmasked: Sequence[AttentionSite] = ()
 ) -> Rewrite:
     """Replace the planned sites of a graph, in place, and erase what only they used.
 
@@ -78,23 +43,25 @@ def rewrite(
 
     Args:
         gm: the graph in which ``find`` found the sites.
-        plans: constants of each site to replace; other calls stay as they are.
+        calls: constants of each site to replace; other calls stay as they are.
         unmasked: other sites, whose mask :func:`afbs_compile.passes.unmask.unmask` drops.
 
     Raises:
         ValueError: a site's constants do not match its heads; the graph is then unchanged.
     """
-    for site, constants in plans.items():
-        _check(site, constants)
+    for site, call in calls.items():
+        if call.heads != site.heads:
+            raise ValueError(f"{site.name}: {call.heads} values of tau for {site.heads} heads")
     before = _text(gm)
-    if not plans and not unmasked:
+    if not calls and not unmasked:
         return Rewrite(0, before, before)
-    for site, constants in plans.items():
-        _replace(gm, site, constants)
+    here: dict[fx.Node, fx.Node] = {}
+    for site, call in calls.items():
+        here[site.node] = _replace(gm, site, call.rounded(), here)
     unmask(gm, unmasked)
     gm.graph.lint()
     gm.recompile()
-    return Rewrite(len(plans), before, _text(gm))
+    return Rewrite(len(calls), before, _text(gm))
 
 
 def dump(rewrite: Rewrite, folder: str | os.PathLike[str], name: str) -> None:
@@ -117,56 +84,27 @@ def _text(gm: fx.GraphModule) -> str:
     return gm.print_readable(print_output=False)
 
 
-def _check(site: AttentionSite, constants: SiteConstants) -> None:
-    for field in ("tau", "theta", "lam"):
-        count = len(getattr(constants, field))
-        if count != site.heads:
-            raise ValueError(f"{site.name}: {count} values of {field} for {site.heads} heads")
-    for field, what in (("policy", "policies"), ("precision", "precisions")):
-        count = len(getattr(constants, field))
-        if count not in (0, site.heads):
-            raise ValueError(f"{site.name}: {count} names of {what} for {site.heads} heads")
+def _replace(gm: fx.GraphModule, site: AttentionSite, call: SparseCall, here: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Rewrite one site; what stands for its node from now on.
 
-
-def _replace(gm: fx.GraphModule, site: AttentionSite, constants: SiteConstants) -> None:
+    Args:
+        here: what stands for the nodes that were rewritten before, for one of them may be an operand.
+    """
     operands = site.node.all_input_nodes
     build = NodeBuilder(site.node)
-    q, k, v = (_four_d(build, node, site.rank) for node in (site.q, site.k, site.v))
-    lists = {name: [rounded(value) for value in getattr(constants, name)] for name in ("tau", "theta", "lam")}
+    q, k, v = (here.get(node, node) for node in (site.q, site.k, site.v))
     sparse = build.call(
         torch.ops.afbs.sparse_attention.default,
-        (q, k, v),
-        {
-            **lists,
-            "is_causal": site.causal,
-            "scale": site.scale,
-            "block_q": constants.block_q,
-            "block_k": constants.block_k,
-            "min_length": constants.min_length,
-            **({"max_length": constants.max_length} if constants.max_length else {}),
-            **_named_policies(constants),
-            **_named_precisions(constants),
-            **{name: value for name, value in constants.kept._asdict().items() if value},
-        },
+        tuple(_four_d(build, node, site.rank) for node in (q, k, v)),
+        arguments_of(call, site.mask, site.scale),
     )
     if site.rank != 4:  # the output has the shape of q: one head_dim for all operands
-        sparse = build.call(aten.reshape_as.default, (sparse, site.q))
+        sparse = build.call(aten.reshape_as.default, (sparse, q))
     result = build.in_layout_of(site.node, sparse)
     site.node.replace_all_uses_with(result)
     gm.graph.erase_node(site.node)
     erase_unused(gm.graph, operands)
-
-
-def _named_policies(constants: SiteConstants) -> dict[str, list[str]]:
-    """The policies as an argument, unless all are the one that the operator takes by default."""
-    return {"policy": list(constants.policy)} if set(constants.policy) - {DEFAULT} else {}
-
-
-def _named_precisions(constants: SiteConstants) -> dict[str, list[str] | list[float]]:
-    """The precisions and what they need, where a head does not compute in its own."""
-    if "fp8" not in constants.precision:
-        return {}
-    return {"precision": list(constants.precision), "fp8_constants": list(constants.fp8_constants)}
+    return result
 
 
 def _four_d(build: NodeBuilder, node: fx.Node, rank: int) -> fx.Node:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from afbs_compile.kernels.checks import DTYPES, HEAD_DIMS
+from afbs_compile.kernels.operands import DTYPES, HEAD_DIMS
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.operands import FUSED, Call, fused_name, is_flex_attention
 from afbs_compile.passes.sizes import Size, fixed, holds, shown
@@ -58,7 +58,8 @@ def lengths(call: Call) -> str | None:
 
 def dropout(call: Call) -> str | None:
     """Nothing is dropped."""
-    if isinstance(call.dropout, int | float) and call.dropout == 0:
+    value = value_of(call.dropout) if isinstance(call.dropout, fx.Node) else call.dropout
+    if isinstance(value, int | float | torch.SymFloat) and holds(value == 0):
         return None
     return f"dropout in effect: dropout_p={call.dropout}; call model.eval() first"
 

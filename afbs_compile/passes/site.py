@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.passes.effects import value_of
 
 
@@ -30,17 +33,16 @@ class Refusal:
 class AttentionSite:
     """A scaled-dot-product-attention call that may be rewritten.
 
-    In canonical form the call is ``softmax(scale * Q K^T + causal mask) V`` with ``Q [batch, heads, length,
-    head_dim]`` and ``K, V [batch, kv_heads, length, head_dim]``, query head ``h`` reading key head
-    ``h // (heads // kv_heads)``. :meth:`canonical` brings a tensor of the graph into that form.
+    In canonical form the call is that of :class:`afbs_compile.kernels.operands.Operands`; :meth:`canonical` brings a
+    tensor of the graph into that form.
 
     Attributes:
         name: path of the module that makes the call, e.g. ``model.layers.3.self_attn``; unique in the graph.
         node: the call itself.
         q, k, v: nodes of its operands, in the graph's own rank; k and v before any repetition of their heads.
-        causal: whether row r attends keys 0..r only.
+        mask: what a row sees.
         scale: softmax scale; a node where the graph computes it.
-        batch, length: sizes, symbolic where the graph is dynamic.
+        batch, q_len, k_len: sizes, symbolic where the graph is dynamic.
         heads, kv_heads, head_dim: sizes.
         rank: number of dimensions of q, k and v in the graph.
         dtype, device: of q, k and v.
@@ -51,10 +53,11 @@ class AttentionSite:
     q: fx.Node
     k: fx.Node
     v: fx.Node
-    causal: bool
+    mask: Mask
     scale: float | fx.Node
     batch: int | torch.SymInt
-    length: int | torch.SymInt
+    q_len: int | torch.SymInt
+    k_len: int | torch.SymInt
     heads: int
     kv_heads: int
     head_dim: int
@@ -62,27 +65,60 @@ class AttentionSite:
     dtype: torch.dtype
     device: torch.device
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K and V in canonical form without data: fake tensors with the sizes and strides of this call."""
-        q, k, v = (self.canonical(_as_called(value_of(node))) for node in (self.q, self.k, self.v))
-        return q, k, v
+    def shapes(self) -> OperandShapes:
+        """Sizes and strides of this call's operands; the graph and its fake values may go."""
+        return OperandShapes(*(_layout(value_of(node)) for node in (self.q, self.k, self.v)), self.rank, self.mask)
 
     def canonical(self, tensor: Tensor) -> Tensor:
         """View a q, k or v of the graph as ``[batch, heads, length, head_dim]``.
 
         A missing head dimension becomes one head; dimensions before the head dimension are flattened into the batch.
         """
-        if self.rank < 4:
-            return tensor.reshape(-1, 1, *tensor.shape[-2:])
-        return tensor.reshape(-1, *tensor.shape[-3:])
+        return _canonical(tensor, self.rank)
 
 
-def _as_called(value: Tensor) -> Tensor:
-    """A fake tensor like a recorded one whose sizes may be symbolic; reading their hints adds no guard."""
+class Layout(NamedTuple):
+    """How one tensor lies in memory."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def fake(self) -> Tensor:
+        """A tensor without data that lies so."""
+        end = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)) + 1
+        with FakeTensorMode():
+            flat = torch.empty(end, dtype=self.dtype, device=self.device)
+            return flat.as_strided(self.size, self.stride, self.offset)
+
+
+class OperandShapes(NamedTuple):
+    """Operands without data: what decides which kernel computes a call, for as long as somebody may ask."""
+
+    q: Layout
+    k: Layout
+    v: Layout
+    rank: int
+    mask: Mask
+
+    def operands(self) -> Operands:
+        """Fake tensors in canonical form; their scale says nothing."""
+        q, k, v = (_canonical(layout.fake(), self.rank) for layout in self[:3])
+        return Operands(q, k, v, self.mask, scale=1.0)
+
+
+def _canonical(tensor: Tensor, rank: int) -> Tensor:
+    if rank < 4:
+        return tensor.reshape(-1, 1, *tensor.shape[-2:])
+    return tensor.reshape(-1, *tensor.shape[-3:])
+
+
+def _layout(value: Tensor) -> Layout:
+    """Of a recorded tensor, whose sizes may be symbolic; reading their hints adds no guard."""
     size, stride, (offset,) = (
-        [number.node.hint if isinstance(number, torch.SymInt) else number for number in numbers]
+        tuple(number.node.hint if isinstance(number, torch.SymInt) else number for number in numbers)
         for numbers in (value.shape, value.stride(), (value.storage_offset(),))
     )
-    end = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True)) + 1
-    with FakeTensorMode():
-        return torch.empty(end, dtype=value.dtype, device=value.device).as_strided(size, stride, offset)
+    return Layout(size, stride, offset, value.dtype, value.device)

@@ -1,4 +1,4 @@
-"""Drop the mask of attention calls that stay dense, where it was proven to be the causal one.
+"""Drop the mask of attention calls that stay dense, where it was proven to be what ``is_causal=True`` says.
 
 ``scaled_dot_product_attention(is_causal=True)`` without a mask computes the same up to rounding, and runs on kernels
 that skip the future instead of reading a mask of N x N elements. The proof is the one that a sparse call needs, with
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.passes.build import NodeBuilder, erase_unused
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.operands import Call
@@ -18,10 +19,14 @@ from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.sizes import same_sizes
 
 
-def has_causal_mask(site: AttentionSite) -> bool:
-    """Whether a site is causal by a mask that may be dropped: it does not widen the output beyond q's shape either."""
-    masked = site.causal and Call.of(site.node).mask is not None
-    return masked and same_sizes(value_of(site.node).shape, value_of(site.q).shape)
+def has_needless_mask(site: AttentionSite) -> bool:
+    """Whether a site has a mask that ``is_causal=True`` replaces; it does not widen the output beyond q's shape either.
+
+    PyTorch's CPU kernels return NaN for ``is_causal=True`` with a scale of 0 or less: there the mask stays.
+    """
+    masked = site.mask == Causal() and Call.of(site.node).mask is not None
+    scaled = isinstance(site.scale, float) and site.scale > 0
+    return masked and scaled and same_sizes(value_of(site.node).shape, value_of(site.q).shape)
 
 
 def unmask(gm: fx.GraphModule, sites: Iterable[AttentionSite]) -> None:
@@ -29,13 +34,13 @@ def unmask(gm: fx.GraphModule, sites: Iterable[AttentionSite]) -> None:
 
     Args:
         gm: the graph in which ``find`` found the sites; it must be recompiled.
-        sites: those for which :func:`has_causal_mask` holds.
+        sites: those for which :func:`has_needless_mask` holds.
 
     Raises:
         ValueError: it does not hold for one.
     """
     for site in sites:
-        if not has_causal_mask(site):
+        if not has_needless_mask(site):
             raise ValueError(f"{site.name}: it has no mask that is proven causal")
         call, build = Call.of(site.node), NodeBuilder(site.node)
         options = {"is_causal": True, "scale": call.scale, "enable_gqa": call.enable_gqa}

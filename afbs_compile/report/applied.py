@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from afbs_compile.calibration import record_programs
 from afbs_compile.errors import OptionError, RecipeError
 from afbs_compile.found import FoundGraph
-from afbs_compile.passes.capture import Operands, SampleRun, capture
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.passes.capture import SampleRun, capture
+from afbs_compile.passes.record import record_graphs
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.plan import Plan
 from afbs_compile.recipe import Recipe, SiteRecipe
@@ -61,10 +62,10 @@ def apply(
         OptionError: the model called no attention.
     """
     applied = []
-    for program in record_programs(model, list(samples)):
-        found = FoundGraph.of(program.gm, program.samples[0], min_length)
+    for graph in record_graphs(model, list(samples)):
+        found = FoundGraph.of(graph.gm, graph.samples[0], min_length)
         if found.sites or found.refusals:
-            applied.append(AppliedGraph(found, matched(found, recipe, name), program.samples))
+            applied.append(AppliedGraph(found, matched(found, recipe, name), graph.samples))
     if not applied:
         raise OptionError("MODEL: it calls no torch.nn.functional.scaled_dot_product_attention on this data")
     return applied
@@ -94,8 +95,7 @@ def operands(graphs: Sequence[AppliedGraph]) -> Iterator[tuple[SiteRecipe, list[
         with closing(capture(runs)) as walk:
             for name, found in walk:
                 if rows[name].heads:
-                    row = rows[name]
-                    yield row, [replace(sample, kept=row.kept) for sample in found]
+                    yield rows[name], found
 
 
 def rewritten(model: Callable[..., Any], recipe: Recipe, *, name: str = "the recipe given") -> Callable[..., Any]:
@@ -103,7 +103,7 @@ def rewritten(model: Callable[..., Any], recipe: Recipe, *, name: str = "the rec
 
     def backend(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
         found = FoundGraph.of(gm, example_inputs, ANY_LENGTH)
-        rewrite(gm, matched(found, recipe, name).constants)
+        rewrite(gm, matched(found, recipe, name).calls)
         return gm
 
     compiled: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=False)

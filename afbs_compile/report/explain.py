@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
+from afbs_compile.kernels.attend.engines import kernel_of
+from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe
 from afbs_compile.report import registry
 
@@ -33,7 +35,7 @@ class ExplainRow:
         outcome: ``"sparse"``, ``"dense"`` or ``"refused"``; reason: why not sparse, ``None`` if it is.
         heads: query heads, 0 if refused; dense_heads: those that keep every block.
         fp8_heads: those that compute in FP8; precision_reason: why other sparse ones do not, where it was asked for.
-        sparsity: 1 - live / causally valid blocks of what runs, mean over the heads.
+        sparsity: 1 - live / visible blocks of what runs, mean over the heads.
         error: relative L1 of what runs, worst head and validation input.
         dense_ms, sparse_ms: milliseconds at the calibrated length, ``None`` where not measured.
         kernel: what computes the call where it is sparse, e.g. ``"hopper 128x128"``: of a compiled model the kernel
@@ -163,8 +165,8 @@ def _compile_ids(original: Any) -> set[str]:
 
 def _served(site: SiteRecipe, graph: registry.CompiledGraph) -> SiteRecipe:
     """A row with the kernel that would compute its call here and now, wherever it was calibrated."""
-    call = graph.calls.get(site.name)
-    name, reason = (None, None) if call is None else call.kernel()
+    served = graph.calls.get(site.name)
+    name, reason = (None, None) if served is None else kernel_of(served[0].operands(), served[1])
     return replace(site, kernel=name, kernel_reason=reason)
 
 
@@ -195,7 +197,7 @@ def _row(graph: int, site: SiteRecipe) -> ExplainRow:
         sparse_ms=site.sparse_ms,
         kernel=site.kernel,
         kernel_reason=site.kernel_reason,
-        fp8_heads=sum(head.precision == "fp8" for head in site.heads) if site.outcome == "sparse" else 0,
+        fp8_heads=site.calibrated.precision.count("fp8") if site.outcome == "sparse" else 0,
         precision_reason=_not_in_fp8(site),
     )
 
@@ -236,11 +238,12 @@ def _note(recipe: Recipe) -> str:
     tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     inputs = max(sample.validation_inputs for sample in samples)
     validated = f"validated on {inputs} inputs{_validated(recipe)}: {_promised(recipe)}"
-    blocks = " and ".join(sorted({f"{site.block_q}x{site.block_k}" for site in recipe.sites if site.heads}))
-    local_keys = max((site.local_keys for site in recipe.sites), default=0)
-    last_rows = max((site.last_rows for site in recipe.sites), default=0)
-    blocks += f", {local_keys} keys before a query block of causal calls kept" if local_keys else ""
-    blocks += f", last {last_rows} rows of causal calls whole" if last_rows else ""
+    calls = [(site.call, mask_of(site.mask)) for site in recipe.sites if site.call is not None and site.mask]
+    blocks = " and ".join(sorted({str(call.shape) for call, _ in calls}))
+    last_rows, local_keys = (max(numbers) for numbers in zip((0, 0), *(call.kept for call, _ in calls), strict=True))
+    kinds = " and ".join(sorted({mask.words for call, mask in calls if any(call.kept)}))
+    blocks += f", {local_keys} keys before a query block of {kinds} calls kept" if local_keys else ""
+    blocks += f", last {last_rows} rows of {kinds} calls whole" if last_rows else ""
     return (
         f"mean sparsity {recipe.sparsity:.1%}; {recipe.goal}; method {recipe.method}; "
         f"blocks {blocks}; engine {recipe.engine}; calibrated on {samples[0].source} "

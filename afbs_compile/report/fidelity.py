@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.operands import Operands, dense_attention
 from afbs_compile.recipe import SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
-from afbs_compile.tuner.end_to_end import SiteThresholds, output_change
-from afbs_compile.tuner.measure import dense_attention, relative_l1, sparse_attention
+from afbs_compile.tuner.end_to_end import output_change
+from afbs_compile.tuner.measure import relative_l1
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,8 @@ def head_errors(graphs: Sequence[AppliedGraph]) -> Iterable[HeadErrors]:
             yield HeadErrors(row.name, heads, errors[:, list(heads)])
 
 
-def _errors(row: SiteRecipe, sample: Any) -> Tensor:
-    chosen = SiteThresholds.of(row)
-    shape = chosen.block_q, chosen.block_k
-    out, _ = sparse_attention(sample, chosen.thresholds, chosen.policy, *shape, chosen.precision)
+def _errors(row: SiteRecipe, sample: Operands) -> Tensor:
+    out, _ = run(sample, row.calibrated)
     return relative_l1(out, dense_attention(sample)).cpu()
 
 

@@ -51,11 +51,18 @@ def page(recipe: Recipe, title: str, masks: Masks | None = None) -> str:
 
 def _data(recipe: Recipe, masks: Masks | None) -> dict[str, Any]:
     sites = [  # names are unique within a graph only
-        {"graph": number, **asdict(site)} for number, graph in enumerate(recipe.graphs) for site in graph.sites
+        {"graph": number, **_site(site)} for number, graph in enumerate(recipe.graphs) for site in graph.sites
     ]
     limit, name = error_limit(recipe)
     shown = None if masks is None else asdict(masks)
     return {"limit": limit, "limit_name": name, "sites": sites, "masks": shown}
+
+
+def _site(site: SiteRecipe) -> dict[str, Any]:
+    """A call as the page's script reads it: what was measured of each head beside its constants."""
+    heads = [{**asdict(head), **site.calibrated.of_head(index)} for index, head in enumerate(site.heads)]
+    blocks = None if site.call is None else f"{site.call.shape.q} x {site.call.shape.k}"
+    return {"name": site.name, "outcome": site.outcome, "reason": site.reason, "blocks": blocks, "heads": heads}
 
 
 def _embedded(data: dict[str, Any]) -> str:
@@ -143,7 +150,7 @@ def _cells(site: SiteRecipe) -> list[str]:
         site.name,
         site.outcome,
         policies(site),
-        f"{site.block_q} x {site.block_k}",
+        f"{site.calibrated.shape.q} x {site.calibrated.shape.k}",
         f"{len(site.heads)}" + (f", {dense} dense" if dense else ""),
         sparsity if site.outcome == "sparse" else f"({sparsity})",
         error if site.outcome == "sparse" else f"({error})",

@@ -40,7 +40,7 @@ def summary(recipe: Recipe) -> dict[str, Any]:
         "outcomes": dict(Counter(site.outcome for site in recipe.sites)),
         "heads": len(heads),
         "dense_heads": sum(head.outcome == "dense" for head in heads),
-        "policies": dict(Counter(head.policy for head in heads if head.outcome == "sparse")),
+        "policies": dict(sum((sparse_policies(site) for site in recipe.sites), Counter())),
         "mean_sparsity": recipe.sparsity,
         "worst_error": max((head.error for head in running), default=0.0),
         "attention_dense_ms": sum(site.dense_ms or 0.0 for site in timed) if timed else None,
@@ -120,7 +120,8 @@ def provenance(recipe: Recipe) -> dict[str, str]:
     seconds = sum(graph.seconds for graph in recipe.graphs)
     evaluations = sum(graph.evaluations for graph in recipe.graphs)
     return {
-        "method": recipe.method + (f", Eq. 2 {recipe.parameterization}" if recipe.method == "paper" else ""),
+        "method": recipe.method
+        + (f", Eq. 2 {recipe.options['parameterization']}" if recipe.method == "paper" else ""),
         "device": f"{recipe.device}, engine {recipe.engine}",
         "samples": f"{', '.join(dict.fromkeys(s.source for s in samples))}: {max(s.count for s in samples)} of "
         f"{longest if shortest == longest else f'{shortest} to {longest}'} tokens",
@@ -134,9 +135,15 @@ def provenance(recipe: Recipe) -> dict[str, str]:
     }
 
 
+def sparse_policies(site: SiteRecipe) -> Counter[str]:
+    """How many sparse heads of a call have each policy."""
+    names = () if site.call is None else site.call.policy
+    return Counter(name for name, head in zip(names, site.heads, strict=True) if head.outcome == "sparse")
+
+
 def policies(site: SiteRecipe) -> str:
     """Policies of a site's sparse heads, with counts where there are several."""
-    counts = Counter(head.policy for head in site.heads if head.outcome == "sparse")
+    counts = sparse_policies(site)
     return ", ".join(counts) if len(counts) < 2 else ", ".join(f"{n} {name}" for name, n in counts.most_common())
 
 
@@ -197,7 +204,7 @@ def _cells(site: SiteRecipe) -> list[RenderableType]:
         name,
         outcome,
         policies(site),
-        f"{site.block_q}x{site.block_k}",
+        str(site.calibrated.shape),
         f"{len(site.heads)}" + (f", {dense} dense" if dense else ""),
         sparsity,
         error,

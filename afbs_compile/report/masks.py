@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.policy import predict_mask
-from afbs_compile.kernels.reference import visible_blocks
-from afbs_compile.passes.capture import Operands
+from afbs_compile.kernels.attend.engines import engines_on
+from afbs_compile.kernels.blocks import live_of
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
 
@@ -27,7 +27,7 @@ class HeadMask:
     Attributes:
         graph, site, head: which one; the graph by its number in the recipe.
         rows, columns: blocks of queries and of keys.
-        causal: whether blocks above the diagonal cannot be seen.
+        sight: which of :attr:`Masks.sights` says what can be seen.
         live: one bit per block, highest bit first, each row filled up to whole bytes, base64.
         sparsity: 1 - live / visible blocks on this input.
     """
@@ -37,7 +37,7 @@ class HeadMask:
     head: int
     rows: int
     columns: int
-    causal: bool
+    sight: int
     live: str
     sparsity: float
 
@@ -49,12 +49,14 @@ class Masks:
     Attributes:
         source: what the input was; tokens: its length at the attention calls, of the longest one.
         heads: those that are shown; notes: which are not, and why.
+        sights: visible blocks of some heads, packed as their live ones.
     """
 
     source: str
     tokens: int
     heads: tuple[HeadMask, ...]
     notes: tuple[str, ...]
+    sights: tuple[str, ...]
 
 
 def block_masks(graphs: Sequence[AppliedGraph], recipe: Recipe, source: str) -> Masks:
@@ -67,10 +69,11 @@ def block_masks(graphs: Sequence[AppliedGraph], recipe: Recipe, source: str) -> 
     """
     keep_every = max(1, -(-sum(map(_weight, graphs)) // BYTES))
     heads: list[HeadMask] = []
+    sights: dict[str, int] = {}
     notes: list[str] = []
     tokens = number = 0
     for graph, row, (sample, *_) in _numbered(graphs, recipe):
-        tokens = max(tokens, int(sample.q.shape[2]))
+        tokens = max(tokens, sample.q_len)
         wanted = []
         for index, head in enumerate(row.heads):
             if head.outcome == "dense":
@@ -78,10 +81,10 @@ def block_masks(graphs: Sequence[AppliedGraph], recipe: Recipe, source: str) -> 
             if number % keep_every == 0:
                 wanted.append(index)
             number += 1
-        heads += _site_masks(graph, row, wanted, sample)
+        heads += _site_masks(graph, row, wanted, sample, sights)
     if keep_every > 1:
         notes.append(f"{len(heads)} of {number} sparse heads are shown, every {keep_every}th: all would be too large")
-    return Masks(source, tokens, tuple(heads), tuple(notes))
+    return Masks(source, tokens, tuple(heads), tuple(notes), tuple(sights))
 
 
 def _numbered(graphs: Sequence[AppliedGraph], recipe: Recipe) -> Iterator[tuple[int, SiteRecipe, Sequence[Operands]]]:
@@ -96,37 +99,27 @@ def _numbered(graphs: Sequence[AppliedGraph], recipe: Recipe) -> Iterator[tuple[
 
 def _weight(graph: AppliedGraph) -> int:
     """Bytes of the masks of a graph's sparse heads in base64."""
-    lengths = {site.name: site.length for site in graph.found.sites}
+    sites = {site.name: site for site in graph.found.sites}
     total = 0
     for row in graph.plan.rows:
-        if row.block_q is not None and row.block_k is not None and row.name in lengths:
-            length, sparse = int(lengths[row.name]), sum(head.outcome == "sparse" for head in row.heads)
-            total += sparse * (length // row.block_q + 1) * (length // row.block_k + 1) // 6
+        if row.call is not None and row.name in sites:
+            site, shape = sites[row.name], row.call.shape
+            sparse = row.call.dense_heads.count(False)
+            total += sparse * (int(site.q_len) // shape.q + 1) * (int(site.k_len) // shape.k + 1) // 6
     return total
 
 
-def _site_masks(graph: int, row: SiteRecipe, wanted: list[int], sample: Operands) -> list[HeadMask]:
+def _site_masks(
+    graph: int, row: SiteRecipe, wanted: list[int], sample: Operands, sights: dict[str, int]
+) -> list[HeadMask]:
     if not wanted:
         return []
-    assert row.block_q is not None
-    assert row.block_k is not None
-    groups = sample.q.shape[1] // sample.k.shape[1]
-    q = sample.q[:1, wanted]
-    k = sample.k[:1, [index // groups for index in wanted]]
-    live = predict_mask(
-        q,
-        k,
-        [row.heads[index].tau for index in wanted],
-        [row.heads[index].theta for index in wanted],
-        [row.heads[index].policy for index in wanted],
-        causal=sample.causal,
-        scale=sample.scale,
-        block_q=row.block_q,
-        block_k=row.block_k,
-        kept=sample.kept,
-    )[0].cpu()
-    rows, columns = int(live.shape[1]), int(live.shape[2])
-    visible = visible_blocks(rows, columns, row.block_q, row.block_k, sample.causal, torch.device("cpu")).sum()
+    one = sample.element(0)
+    call = row.calibrated.thresholds_of(wanted)
+    live = live_of(engines_on(one.device)[0].select(one.taken(wanted), call))[0].cpu()
+    visible = one.mask.visibility(one.grid(call.shape), torch.device("cpu")).visible
+    sight = sights.setdefault(_packed(visible), len(sights))
+    rows, columns = visible.shape
     return [
         HeadMask(
             graph,
@@ -134,9 +127,9 @@ def _site_masks(graph: int, row: SiteRecipe, wanted: list[int], sample: Operands
             index,
             rows,
             columns,
-            sample.causal,
+            sight,
             _packed(mask),
-            round(1 - int(mask.sum()) / int(visible), 4),
+            round(1 - int(mask.sum()) / int(visible.sum()), 4),
         )
         for index, mask in zip(wanted, live, strict=True)
     ]

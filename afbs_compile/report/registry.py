@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from afbs_compile.found import FoundGraph
-from afbs_compile.kernels.serving import SparseCall
+from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes.rewrite import Rewrite
+from afbs_compile.passes.site import OperandShapes
 from afbs_compile.plan import Plan
 from afbs_compile.recipe import Recipe, SiteRecipe
 
@@ -22,14 +23,14 @@ class CompiledGraph:
     Attributes:
         compile_id: Dynamo's id of the compilation.
         rows: every attention call and its outcome in this graph.
-        calls: those that have sparse heads, by name, rewritten or not.
+        calls: those that have sparse heads, by name, rewritten or not: what they were called on, and their constants.
         recipe: what it was rewritten with, if anything.
         before, after: text of the graph.
     """
 
     compile_id: str
     rows: tuple[SiteRecipe, ...]
-    calls: Mapping[str, SparseCall]
+    calls: Mapping[str, tuple[OperandShapes, SparseCall]]
     recipe: Recipe | None
     before: str
     after: str
@@ -79,16 +80,10 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
     return new and not answered
 
 
-def _sparse_calls(found: FoundGraph, plan: Plan) -> dict[str, SparseCall]:
-    rows = {row.name: row for row in plan.rows}
-    calls = {}
-    for site in found.sites:
-        row = rows[site.name]
-        if row.block_q and row.block_k and any(head.outcome == "sparse" for head in row.heads):
-            lam = [head.lam for head in row.heads]
-            precision = [head.precision for head in row.heads]
-            calls[site.name] = SparseCall(*site.operands(), lam, site.causal, row.block_q, row.block_k, precision)
-    return calls
+def _sparse_calls(found: FoundGraph, plan: Plan) -> dict[str, tuple[OperandShapes, SparseCall]]:
+    rows = {row.name: row.call for row in plan.rows}
+    sites = [(site, rows[site.name]) for site in found.sites]
+    return {site.name: (site.shapes(), call) for site, call in sites if call is not None and not call.is_dense}
 
 
 def graphs_of(tensors: Iterable[torch.Tensor], compile_ids: set[str]) -> list[CompiledGraph]:

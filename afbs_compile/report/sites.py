@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
+from afbs_compile.kernels.call import LAMBDA_OFF, SparseCall
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.passes.effects import submodule_of, value_of
 from afbs_compile.passes.names import SiteNames
 from afbs_compile.passes.operands import Call, is_sdpa
-from afbs_compile.passes.rewrite import SiteConstants, rewrite
+from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.passes.rules import hidden_refusal
 from afbs_compile.recipe import SiteRecipe
 from afbs_compile.report.applied import AppliedGraph
@@ -61,10 +64,10 @@ def graph_text(graph: AppliedGraph) -> GraphText:
     calls = {name: node for name, node in _calls(graph.found.gm, SiteNames()) if name in rows}
     shapes = {name: _call(node, rows[name]) for name, node in calls.items()}
     marks = {node.name: _mark(rows[name]) for name, node in calls.items()}
-    constants = {site.name: values for site, values in graph.plan.constants.items()}
-    sparse = iter([_mark(rows[name]) for name in calls if name in constants])
-    done = rewrite(graph.found.gm, graph.plan.constants)
-    sites = tuple(_diff(rows[name], shapes[name], constants.get(name)) for name in calls)
+    made = {site.name: call for site, call in graph.plan.calls.items()}
+    sparse = iter([_mark(rows[name]) for name in calls if name in made])
+    done = rewrite(graph.found.gm, graph.plan.calls)
+    sites = tuple(_diff(rows[name], shapes[name], made.get(name)) for name in calls)
     return GraphText(_marked(done.before, marks, sparse), _marked(done.after, marks, sparse), sites)
 
 
@@ -97,30 +100,30 @@ def _calls(gm: fx.GraphModule, names: SiteNames) -> Iterator[tuple[str, fx.Node]
             yield from _calls(body, names)
 
 
-def _diff(row: SiteRecipe, call: tuple[str, str], constants: SiteConstants | None) -> SiteDiff:
-    function, operands = call
+def _diff(row: SiteRecipe, text: tuple[str, str], call: SparseCall | None) -> SiteDiff:
+    function, operands = text
     before = f"{function}({operands})"
-    if constants is None:
+    if call is None:
         return SiteDiff(row.name, row.outcome, row.reason, before, None, ())
-    after = f"afbs.sparse_attention({operands}, blocks {constants.block_q}x{constants.block_k}"
-    last_rows, local_keys = constants.kept
+    after = f"afbs.sparse_attention({operands}, blocks {call.shape}"
+    last_rows, local_keys = call.kept
     after += f", {local_keys} keys before a block kept" if local_keys else ""
     after += f", last {last_rows} rows whole" if last_rows else ""
-    after += f", from {constants.min_length:,} tokens)" if constants.min_length else ")"
-    return SiteDiff(row.name, row.outcome, row.reason, before, after, tuple(_constants(row, constants)))
+    after += f", from {call.min_length:,} tokens)" if call.min_length else ")"
+    return SiteDiff(row.name, row.outcome, row.reason, before, after, tuple(_constants(call)))
 
 
-def _constants(row: SiteRecipe, constants: SiteConstants) -> list[str]:
+def _constants(call: SparseCall) -> list[str]:
     """Thresholds of the sparse heads; a dense head's own say nothing."""
-    sparse = [index for index, tau in enumerate(constants.tau) if tau < KEEP_ALL]
-    dense = len(constants.tau) - len(sparse)
+    sparse = [index for index, dense in enumerate(call.dense_heads) if not dense]
+    dense = call.heads - len(sparse)
     if not sparse:
         return [f"{dense} dense"]
-    tau = folded("tau", [constants.tau[i] for i in sparse])
-    theta = [max(constants.theta[i], -1.0) if constants.theta[i] >= 0 else -1.0 for i in sparse]
-    lam = [max(constants.lam[i], LAMBDA_OFF) for i in sparse]
-    policies = Counter(row.heads[i].policy for i in sparse)
-    in_fp8 = constants.precision.count("fp8")
+    tau = folded("tau", [call.tau[i] for i in sparse])
+    theta = [call.theta[i] if call.theta[i] >= 0 else -1.0 for i in sparse]
+    lam = [max(call.lam[i], LAMBDA_OFF) for i in sparse]
+    policies = Counter(call.policy[i] for i in sparse)
+    in_fp8 = call.precision.count("fp8")
     precision = f", {in_fp8} in FP8" if in_fp8 else ""
     return [
         tau + (f", {dense} dense" if dense else ""),
@@ -140,9 +143,10 @@ def _call(node: fx.Node, row: SiteRecipe) -> tuple[str, str]:
     parts.append(str(value_of(call.q).dtype).removeprefix("torch."))
     if call.mask is not None:
         parts.append(f"mask {_shape(value_of(call.mask))}")
-    causal = call.is_causal if row.causal is None else row.causal
-    if isinstance(causal, bool):
-        parts.append("causal" if causal else "not causal")
+    mask = None if row.mask is None else mask_of(row.mask)
+    if mask is None and isinstance(call.is_causal, bool):
+        mask = Causal() if call.is_causal else Full()
+    parts += [] if mask is None else [mask.words]
     return "scaled_dot_product_attention", ", ".join(parts)
 
 

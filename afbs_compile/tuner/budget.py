@@ -9,7 +9,7 @@ together, and the budget that the allocation may spend is corrected by what they
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,11 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afbs_compile.kernels.reference import DIAGONAL_ONLY, KEEP_ALL, Kept
-from afbs_compile.recipe import Policy
+from afbs_compile.kernels.call import KEEP_ALL, THETA_OFF, SparseCall
 from afbs_compile.tuner.allocate import allocate
-from afbs_compile.tuner.end_to_end import EndToEnd, OutputChange, SiteThresholds
-from afbs_compile.tuner.space import Thresholds
+from afbs_compile.tuner.end_to_end import EndToEnd, OutputChange
 
 Quantity = Literal["kl", "perplexity"]
 QUANTITIES: tuple[str, ...] = get_args(Quantity)
@@ -35,10 +33,10 @@ CORRECTIONS = 5
 SPENT = 0.9
 """A measured cost in [SPENT, 1] x budget ends the corrections."""
 
-STEP_BACK = 0.7
+REVISION = 0.7
 """Share of the allocation's budget that is left after a failed check."""
 
-MAX_STEPS_BACK = 6
+MOST_REVISIONS = 6
 
 
 @dataclass(frozen=True)
@@ -67,33 +65,27 @@ class SitePoints:
 
     Attributes:
         name: of the site.
-        tau, theta: thresholds, ``[H, points]``; error: relative L1 of the head's output; live: share of the valid
-            blocks that is computed. Points that must not be used have a NaN error.
-        block_q, block_k: block shape of all points; policy: a name per head.
-        kept: which blocks every tau keeps, beside those on the diagonal.
+        call: policy, theta, block shape and what is kept, of all points; its taus mean nothing.
+        tau: ``[H, points]``; error: relative L1 of the head's output; live: share of the visible blocks that is
+            computed. Points that must not be used have a NaN error.
     """
 
     name: str
+    call: SparseCall
     tau: Tensor
-    theta: Tensor
     error: Tensor
     live: Tensor
-    block_q: int
-    block_k: int
-    policy: tuple[Policy, ...]
-    kept: Kept = DIAGONAL_ONLY
 
     @property
     def heads(self) -> int:
         """Query heads."""
         return self.tau.shape[0]
 
-    def at(self, points: Tensor) -> SiteThresholds:
-        """Thresholds at one point of each head, ``[H]``."""
-        tau, theta = (values.gather(1, points[:, None])[:, 0] for values in (self.tau, self.theta))
-        lam = Thresholds.dense(self.heads).lam
-        thresholds = Thresholds(tau, theta, lam)
-        return SiteThresholds(thresholds, self.block_q, self.block_k, self.policy, kept=self.kept)
+    def at(self, points: Tensor) -> SparseCall:
+        """The call at one point of each head, ``[H]``."""
+        call = self.call.with_tau(self.tau.gather(1, points[:, None])[:, 0])
+        theta = (THETA_OFF if dense else mine for dense, mine in zip(call.dense_heads, call.theta, strict=True))
+        return replace(call, theta=tuple(theta))
 
     def reference_points(self) -> Tensor:
         """``[H]``: the sparsest point of each head with at most :data:`REFERENCE_ERROR`; 0 where there is none."""
@@ -145,15 +137,15 @@ def spend(
         return budget.cost(on({site.name: site.at(points[site.name]) for site in sites}))
 
     limit, best, best_cost = _corrected(budget, chosen, lambda points: measured(points, choosing))
-    for step in range(MAX_STEPS_BACK):
+    for step in range(MOST_REVISIONS):
         checked = None if checking is None else measured(best, checking)
         if checked is None or checked <= budget.limit:
             return Spending(best, best_cost, checked, step)
-        limit *= STEP_BACK
+        limit *= REVISION
         best = chosen(limit)
         best_cost = measured(best, choosing)
     nothing = {site.name: torch.zeros(site.heads, dtype=torch.long) for site in sites}
-    return Spending(nothing, 0.0, 0.0, MAX_STEPS_BACK)
+    return Spending(nothing, 0.0, 0.0, MOST_REVISIONS)
 
 
 def _corrected(

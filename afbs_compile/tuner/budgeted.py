@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from afbs_compile.errors import OptionError
-from afbs_compile.kernels.reference import KEEP_ALL, THETA_OFF, Kept
-from afbs_compile.passes.capture import Operands, SampleRun, capture
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.recipe import BudgetRecord
 from afbs_compile.tuner.budget import REFERENCE_ERROR, Budget, SitePoints, spend
 from afbs_compile.tuner.curves import SMALLEST, Curves
-from afbs_compile.tuner.end_to_end import EndToEnd, SiteThresholds
+from afbs_compile.tuner.end_to_end import EndToEnd
 from afbs_compile.tuner.explore import explore
-from afbs_compile.tuner.inputs import BlockShape, Inputs
-from afbs_compile.tuner.measure import Meter, nothing_to_skip, with_kept_blocks
+from afbs_compile.tuner.inputs import SiteInputs
+from afbs_compile.tuner.measure import Meter, attend_sparsely, nothing_to_skip
 from afbs_compile.tuner.progress import budget_progress
 from afbs_compile.tuner.result import SiteResult
-from afbs_compile.tuner.site import TuneSettings, fastest_shape, with_speed
+from afbs_compile.tuner.settings import TuneSettings
+from afbs_compile.tuner.site import fastest_shape, with_speed
+from afbs_compile.tuner.space import dense_heads
 from afbs_compile.tuner.speed import Stopwatch
 from afbs_compile.tuner.validate import DECIMALS
 
@@ -74,10 +77,10 @@ def tune_with_budget(
         sites = [measured[name].points for name in names]
         spending = spend(sites, choosing, checking, budget, advance)
         chosen = {site.name: site.at(spending.points[site.name]) for site in sites}
-        with closing(capture(runs, lambda name, operands: chosen[name].attend(operands))) as walk:
+        with closing(capture(runs, lambda name, operands: attend_sparsely(operands, chosen[name]))) as walk:
             for name, operands in walk:
                 results[name] = _settled(operands, chosen[name], measured[name], stopwatch)
-                lengths |= {int(sample.q.shape[2]) for sample in operands}
+                lengths |= {sample.q_len for sample in operands}
                 advance()
     record = BudgetRecord(
         quantity=budget.quantity,
@@ -112,62 +115,45 @@ def measure(name: str, samples: Sequence[Operands], settings: TuneSettings, stop
         settings: block shapes to compare.
         stopwatch: what timing earlier sites has shown.
     """
-    inputs = Inputs(with_kept_blocks(samples))
-    explored = explore(inputs, REFERENCE_ERROR, settings.shapes_on(samples[0].q.device), stopwatch)
-    shape = fastest_shape(inputs, explored, stopwatch)
-    choice = explored[shape]
+    inputs = SiteInputs(samples)
+    explored = explore(inputs, REFERENCE_ERROR, settings.shapes_on(samples[0].device), stopwatch)
+    choice = explored[fastest_shape(inputs, explored, stopwatch)]
     x = torch.linspace(0, math.log(SMALLEST), POINTS)
     tau = torch.round((1 - torch.exp(x)).expand(inputs.heads, -1), decimals=DECIMALS)
-    passes = [inputs.curve(i, tau, choice.theta, choice.policy, shape) for i in range(len(inputs.elements))]
+    passes = [inputs.curve(i, tau, choice.call) for i in range(len(inputs.elements))]
     found = [curve.cpu() for curve in passes]
     # What several inputs do to the output is averaged, and grows with the square of the error.
     error = torch.stack([curve.overall for curve in found]).square().mean(0).sqrt()
     sparsity = torch.stack([curve.sparsity for curve in found]).mean(0)
     everything = torch.ones(inputs.heads, dtype=torch.bool)
-    curve = Curves("refine", inputs.length, shape, choice.theta, choice.policy, tau, error, sparsity, everything)
+    curve = Curves("refine", inputs.length, choice.call, tau, error, sparsity, everything)
     curves = (*(c for each in explored.values() for c in each.curves), curve)
-    points = _points(name, curve, shape, inputs.elements[0].kept)
-    return MeasuredSite(points, curves, inputs.evaluations)
+    return MeasuredSite(_points(name, curve), curves, inputs.evaluations)
 
 
-def _points(name: str, curve: Curves, shape: BlockShape, kept: Kept) -> SitePoints:
+def _points(name: str, curve: Curves) -> SitePoints:
     def after(dense: float, values: torch.Tensor) -> torch.Tensor:
         return torch.cat([torch.full((len(values), 1), dense), values], 1)
 
-    theta = curve.theta[:, None].expand_as(curve.tau)
     return SitePoints(
         name,
+        curve.call,
         tau=after(KEEP_ALL, curve.tau),
-        theta=after(THETA_OFF, theta),
         error=after(0.0, torch.where(curve.error.isfinite(), curve.error, torch.nan)),
         live=after(1.0, 1 - curve.sparsity),
-        block_q=shape.block_q,
-        block_k=shape.block_k,
-        policy=curve.policy,
-        kept=kept,
     )
 
 
 def _settled(
-    samples: Sequence[Operands], chosen: SiteThresholds, measured: MeasuredSite, stopwatch: Stopwatch
+    samples: Sequence[Operands], chosen: SparseCall, measured: MeasuredSite, stopwatch: Stopwatch
 ) -> SiteResult:
     """What the chosen thresholds of a site do to its heads on every sample, and how fast they are."""
-    samples = [replace(sample, kept=chosen.kept) for sample in samples]
-    shape = BlockShape(chosen.block_q, chosen.block_k)
-    policy = measured.points.policy
-    meter = Meter(samples, **shape._asdict(), policy=policy)
-    result = SiteResult(
-        chosen.thresholds,
-        meter(chosen.thresholds).only(~chosen.thresholds.is_dense),
-        shape,
-        policy,
-        None,
-        None,
-        measured.evaluations + meter.evaluations,
-        kept=chosen.kept,
-        curves=measured.curves,
+    meter = Meter(samples)
+    found = meter(chosen).only(~dense_heads(chosen))
+    result = SiteResult(chosen, found, None, None, measured.evaluations + meter.evaluations, curves=measured.curves)
+    longest = max(samples, key=lambda sample: sample.q_len)
+    nothing = (
+        nothing_to_skip(samples, chosen.kept, [chosen.shape])
+        or "the budget on the output leaves every head of it dense"
     )
-    longest = max(samples, key=lambda sample: sample.q.shape[2])
-    one = replace(longest, q=longest.q[:1], k=longest.k[:1], v=longest.v[:1])
-    nothing = nothing_to_skip(samples, [shape]) or "the budget on the output leaves every head of it dense"
-    return with_speed(result, one, stopwatch, nothing)
+    return with_speed(result, longest.element(0), stopwatch, nothing)

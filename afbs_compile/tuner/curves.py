@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
-from afbs_compile.recipe import Policy, SearchPath, Stage
-from afbs_compile.tuner.inputs import BlockShape
+from afbs_compile.kernels.call import KEEP_ALL, LAMBDA_OFF, SparseCall
+from afbs_compile.recipe import SearchPath, Stage
 
 SMALLEST = 5e-4
 """The smallest ``1 - tau`` tried: a head that needs more than 99.95 % of its block mass has next to nothing to skip."""
@@ -23,8 +22,7 @@ class Curves:
 
     Attributes:
         stage, length: as in :class:`SearchPath`.
-        shape: rows per block.
-        theta: fp32 ``[H]``; policy: a name per head.
+        call: what was measured but for its taus.
         tau: fp32 ``[H, P]``, ascending: the boldest threshold first.
         error: fp32 ``[H, P]``, relative L1, worst of the inputs; sparsity: fp32 ``[H, P]``, their mean.
         measured: bool ``[H]``, heads that were measured; the rest holds no meaning.
@@ -32,9 +30,7 @@ class Curves:
 
     stage: Stage
     length: int
-    shape: BlockShape
-    theta: Tensor
-    policy: tuple[Policy, ...]
+    call: SparseCall
     tau: Tensor
     error: Tensor
     sparsity: Tensor
@@ -47,12 +43,11 @@ class Curves:
         return SearchPath(
             stage=self.stage,
             length=self.length,
-            policy=self.policy[head],
-            block_q=self.shape.block_q,
-            block_k=self.shape.block_k,
+            policy=self.call.policy[head],
+            shape=self.call.shape,
             s=(),
             tau=_rounded(self.tau[head]),
-            theta=(round(float(self.theta[head]), 6),) * points,
+            theta=(round(self.call.theta[head], 6),) * points,
             lam=(LAMBDA_OFF,) * points,
             sparsity=_rounded(self.sparsity[head]),
             error=_rounded(error),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,49 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from afbs_compile.errors import OptionError
-from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept
-from afbs_compile.passes.capture import Operands, SampleRun, run_with
-from afbs_compile.recipe import SiteRecipe
-from afbs_compile.tuner.measure import sparse_attention
-from afbs_compile.tuner.space import SitePrecision, Thresholds
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.passes.capture import SampleRun, run_with
+from afbs_compile.tuner.measure import attend_sparsely
 
 CHUNK_ELEMENTS = 2**25
 """Logits turned into fp32 probabilities at a time: 128 MiB, whatever the vocabulary."""
-
-
-@dataclass(frozen=True)
-class SiteThresholds:
-    """What runs at one site.
-
-    Attributes:
-        thresholds: per head; policy, precision: likewise.
-        block_q, block_k: rows per block.
-        kept: which blocks every tau keeps, beside those on the diagonal.
-    """
-
-    thresholds: Thresholds
-    block_q: int
-    block_k: int
-    policy: tuple[str, ...] | None = None
-    precision: SitePrecision | None = None
-    kept: Kept = DIAGONAL_ONLY
-
-    @staticmethod
-    def of(site: SiteRecipe) -> SiteThresholds:
-        """What a recipe says of a call, whether or not it is rewritten; the call has heads."""
-        assert site.block_q is not None, "only refused rows lack a block shape"
-        assert site.block_k is not None
-        policy = tuple(head.policy for head in site.heads)
-        thresholds, precision = Thresholds.of(site.heads), SitePrecision.of(site)
-        return SiteThresholds(thresholds, site.block_q, site.block_k, policy, precision, site.kept)
-
-    def attend(self, operands: Operands) -> Tensor | None:
-        """Sparse attention on a site's operands; ``None`` where every head is DENSE."""
-        if self.thresholds.is_dense.all():
-            return None
-        shape = self.block_q, self.block_k
-        operands = replace(operands, kept=self.kept)
-        return sparse_attention(operands, self.thresholds, self.policy, *shape, self.precision)[0]
 
 
 @dataclass(frozen=True)
@@ -94,16 +57,17 @@ class EndToEnd:
         """Whether every sample has tokens to compute a perplexity on."""
         return all(targets is not None for targets in self._targets)
 
-    def __call__(self, chosen: Mapping[str, SiteThresholds]) -> list[OutputChange]:
+    def __call__(self, chosen: Mapping[str, SparseCall]) -> list[OutputChange]:
         """One :class:`OutputChange` per sample with these sites sparse; sites that are not named stay dense."""
         changes = []
         for run, dense, targets in zip(self._runs, self._dense, self._targets, strict=True):
             changes.append(output_change(dense, self._logits(run, chosen), targets))
         return changes
 
-    def _logits(self, run: SampleRun, chosen: Mapping[str, SiteThresholds]) -> Tensor:
+    def _logits(self, run: SampleRun, chosen: Mapping[str, SparseCall]) -> Tensor:
         self.evaluations += 1
-        return find_logits(run_with(run, lambda name, ops: chosen[name].attend(ops) if name in chosen else None))
+        outputs = run_with(run, lambda name, ops: attend_sparsely(ops, chosen[name]) if name in chosen else None)
+        return find_logits(outputs)
 
 
 def find_logits(outputs: Any) -> Tensor:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.one_pass import PassSums
-from afbs_compile.kernels.reference import LAMBDA_OFF, THETA_OFF, block_count
-from afbs_compile.recipe import Policy
+from afbs_compile.kernels.blocks import BlockShape, block_count
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
+from afbs_compile.kernels.measure.one_pass import PassSums
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.policies.registry import POLICIES
 from afbs_compile.tuner.curves import SMALLEST, Crossing, Curves, crossing
-from afbs_compile.tuner.inputs import BlockShape, Inputs
-from afbs_compile.tuner.space import Thresholds
+from afbs_compile.tuner.inputs import SiteInputs
 from afbs_compile.tuner.speed import Stopwatch
 
 POINTS = 20
@@ -28,15 +29,7 @@ EXPLORED_ROWS = 1024
 """Rows of the input that are measured, spread over its length: enough to rank the choices, not to place tau."""
 
 
-CANDIDATES: tuple[tuple[Policy, float], ...] = (
-    ("meansim", THETA_OFF),
-    ("meansim", 0.45),
-    ("meanshare", THETA_OFF),
-    ("cumulant", THETA_OFF),
-)
-"""Policies and thetas that are explored, the cheapest predictor first. The other policies won on no head of ours."""
-
-OWN_CHOICE = 0.03
+SAVES_MORE = 0.03
 """What a head must save more, in sparsity, to leave the choice of its site: each policy is a predictor call more."""
 
 
@@ -49,19 +42,27 @@ class Explored:
     """The best choice per head for one block shape.
 
     Attributes:
-        policy: a name per head; theta, tau, sparsity: ``[H]``; tau is 1 where no threshold holds the tolerance.
+        call: policy and theta of each head, its tau where it crosses the tolerance; 1 where no threshold holds it.
+        sparsity: ``[H]``, at the crossing.
         curves: everything that was measured.
     """
 
-    policy: tuple[Policy, ...]
-    theta: Tensor
-    tau: Tensor
+    call: SparseCall
     sparsity: Tensor
     curves: tuple[Curves, ...]
 
 
+def candidates(inputs: SiteInputs, shape: BlockShape) -> list[SparseCall]:
+    """The policies and thetas that calibration explores, the cheapest predictor first, all heads alike."""
+    return [
+        SparseCall.uniform(inputs.heads, KEEP_ALL, policy=policy.name, theta=theta, shape=shape, kept=inputs.kept)
+        for policy in POLICIES.values()
+        for theta in policy.explored
+    ]
+
+
 def explore(
-    inputs: Inputs, tolerance: float, shapes: Sequence[BlockShape], stopwatch: Stopwatch
+    inputs: SiteInputs, tolerance: float, shapes: Sequence[BlockShape], stopwatch: Stopwatch
 ) -> dict[BlockShape, Explored]:
     """Per block shape and head, the policy and theta that are fastest within the tolerance.
 
@@ -74,44 +75,40 @@ def explore(
         shapes: to compare.
         stopwatch: what timing earlier sites has shown.
     """
-    heads = inputs.heads
-    shapes = stopwatch.contenders(inputs.elements[inputs.first], shapes)
+    shapes = stopwatch.contenders(inputs.explored, shapes)
     found: dict[BlockShape, Explored] = {}
-    choices: list[tuple[tuple[Policy, ...], Tensor]] = [
-        ((policy,) * heads, torch.full((heads,), theta)) for policy, theta in CANDIDATES
-    ]
+    choices = candidates(inputs, shapes[0])
     for shape in shapes:
-        passes = [_pass(inputs, policy, theta, shape) for policy, theta in choices]  # all started before one is read
+        choices = [replace(call, shape=shape) for call in choices]
+        passes = [_pass(inputs, call) for call in choices]  # all started before one is read
         errors, sparsities = _measured(passes)
-        points = crossing(_taus(heads).expand_as(errors), errors, sparsities, tolerance)
-        measured = torch.ones(heads, dtype=torch.bool)
+        points = crossing(_taus(inputs.heads).expand_as(errors), errors, sparsities, tolerance)
+        measured = torch.ones(inputs.heads, dtype=torch.bool)
         curves = [
-            Curves("explore", inputs.length, shape, theta, policy, _taus(heads), error, sparsity, measured)
-            for (policy, theta), error, sparsity in zip(choices, errors, sparsities, strict=True)
+            Curves("explore", inputs.length, call, _taus(inputs.heads), error, sparsity, measured)
+            for call, error, sparsity in zip(choices, errors, sparsities, strict=True)
         ]
         costs = [0.0] * len(curves)
         if len(curves) > 1:
-            costs = _predictor_costs(inputs, curves, points, stopwatch)
+            costs = _predictor_costs(inputs.explored, choices, points, stopwatch)
         found[shape] = _best(curves, points, costs)
-        choices = [(found[shape].policy, found[shape].theta)]
+        choices = [found[shape].call]
     return found
 
 
-def _predictor_costs(inputs: Inputs, curves: Sequence[Curves], points: Crossing, stopwatch: Stopwatch) -> list[float]:
+def _predictor_costs(
+    element: Operands, choices: Sequence[SparseCall], points: Crossing, stopwatch: Stopwatch
+) -> list[float]:
     """What each choice's predictor costs, as the share of the attention with every block live that takes as long."""
-    element, shape = inputs.elements[inputs.first], curves[0].shape
     sparsest = int(points.sparsity.mean(1).argmax())
-    curve, tau = curves[sparsest], points.tau[sparsest]
-    thresholds = Thresholds(tau, curve.theta, torch.full_like(tau, LAMBDA_OFF))
-    if thresholds.is_dense.all():
-        return [0.0] * len(curves)
-    everything = stopwatch.attention_ms(element, thresholds, curve.policy, *shape)
+    tau = points.tau[sparsest]
+    call = choices[sparsest].with_tau(tau)
+    if call.is_dense:
+        return [0.0] * len(choices)
+    everything = stopwatch.attention_ms(element, call)
     if everything == 0:  # lost in the noise of two short timings
-        return [0.0] * len(curves)
-    return [
-        stopwatch.predictor_ms(element, thresholds.tau, choice.theta, choice.policy, *shape) / everything
-        for choice in curves
-    ]
+        return [0.0] * len(choices)
+    return [stopwatch.predictor_ms(element, choice.with_tau(tau)) / everything for choice in choices]
 
 
 def _best(curves: Sequence[Curves], points: Crossing, costs: Sequence[float]) -> Explored:
@@ -119,20 +116,18 @@ def _best(curves: Sequence[Curves], points: Crossing, costs: Sequence[float]) ->
     saved = points.sparsity - torch.tensor(costs)[:, None]
     mean = saved.mean(1)
     common = int((mean >= mean.max() - EQUAL).nonzero()[0])  # the first of about equals: the cheapest
-    own = saved.argmax(0)
-    gain = saved.gather(0, own[None])[0] - saved[common]
-    choice = torch.where(gain > OWN_CHOICE, own, common)
+    best = saved.argmax(0)
+    gain = saved.gather(0, best[None])[0] - saved[common]
+    choice = torch.where(gain > SAVES_MORE, best, common)
 
     def chosen(columns: Tensor) -> Tensor:
         return columns.gather(0, choice[None])[0]
 
-    return Explored(
-        tuple(curves[index].policy[head] for head, index in enumerate(choice.tolist())),
-        chosen(torch.stack([curve.theta for curve in curves])),
-        chosen(points.tau),
-        chosen(points.sparsity),
-        tuple(curves),
-    )
+    calls = [curve.call for curve in curves]
+    names = tuple(calls[index].policy[head] for head, index in enumerate(choice.tolist()))
+    thetas = tuple(calls[index].theta[head] for head, index in enumerate(choice.tolist()))
+    call = replace(calls[0], policy=names, theta=thetas).with_tau(chosen(points.tau))
+    return Explored(call, chosen(points.sparsity), tuple(curves))
 
 
 @functools.cache
@@ -141,9 +136,9 @@ def _taus(heads: int) -> Tensor:
     return (1 - torch.exp(x)).expand(heads, -1).contiguous()
 
 
-def _pass(inputs: Inputs, policy: tuple[Policy, ...], theta: Tensor, shape: BlockShape) -> PassSums:
-    rows = sampled_blocks(inputs.length, shape.block_q)
-    return inputs.sums(inputs.first, _taus(inputs.heads), theta, policy, shape, rows=rows)
+def _pass(inputs: SiteInputs, call: SparseCall) -> PassSums:
+    rows = sampled_blocks(inputs.length, call.shape.q)
+    return inputs.sums(inputs.first, _taus(inputs.heads), call, rows=rows)
 
 
 def _measured(passes: Sequence[PassSums]) -> tuple[Tensor, Tensor]:

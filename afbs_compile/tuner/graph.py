@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from typing import Any, Literal
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
-from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.reference import PREDICTOR_VERSION
-from afbs_compile.kernels.serving import SparseCall
-from afbs_compile.passes.capture import Operands, SampleRun, capture
+from afbs_compile.kernels.attend import machine
+from afbs_compile.kernels.attend.engines import family_on, kernel_of
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
+from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import (
     BudgetRecord,
@@ -32,11 +34,12 @@ from afbs_compile.recipe import (
     SiteRecipe,
 )
 from afbs_compile.tuner.budgeted import tune_with_budget
-from afbs_compile.tuner.end_to_end import SiteThresholds
+from afbs_compile.tuner.measure import attend_sparsely
 from afbs_compile.tuner.progress import calibration_progress
 from afbs_compile.tuner.promise import promise
 from afbs_compile.tuner.result import SiteResult
-from afbs_compile.tuner.site import TuneSettings, tune_site
+from afbs_compile.tuner.settings import TuneSettings
+from afbs_compile.tuner.site import tune_site
 from afbs_compile.tuner.speed import Stopwatch
 
 Source = Literal["samples", "first call"]
@@ -68,11 +71,9 @@ def calibrate_graph(
     evaluations = sum(result.evaluations for result in results.values())
     device = found.sites[0].device if found.sites else torch.device("cpu")
     return Recipe(
-        tolerance=None if settings.budget else settings.tolerance,
-        method=settings.method,
-        parameterization=settings.parameterization,
-        device=device.type,
-        engine=engine_name(device),
+        options=dict(settings.asked),
+        device=machine.kind(device),
+        engine=family_on(device),
         predictor_version=PREDICTOR_VERSION,
         versions=_versions(),
         graphs=(
@@ -119,15 +120,14 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
     def chosen(name: str, operands: Operands) -> Tensor | None:
         """Later sites are calibrated on what the sparse ones before them make."""
         result = results[name]
-        here = SiteThresholds(result.thresholds, *result.shape, result.policy, result.precision, result.kept)
-        return None if result.dense_reason else here.attend(operands)
+        return None if result.dense_reason else attend_sparsely(operands, result.call)
 
     with calibration_progress(len(runs[0].sites)) as progress, closing(capture(runs, chosen)) as walk:
         for name, operands in walk:
             result = tune_site(operands, settings, earlier=earlier, stopwatch=stopwatch)
             earlier = result.posterior
             results[name] = result
-            lengths |= {int(sample.q.shape[2]) for sample in operands}
+            lengths |= {sample.q_len for sample in operands}
             progress.finished(result)
     return results, sorted(lengths)
 
@@ -150,30 +150,26 @@ def _padded(deciding: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
-    speed, kernel = result.speed, None
-    if speed is not None:
-        names = () if result.precision is None else result.precision.names
-        lam = result.thresholds.lam.tolist()
-        kernel = SparseCall(*site.operands(), lam, site.causal, *result.shape, names).kernel()
+    speed, call = result.speed, result.call
+    kernel = None if speed is None else kernel_of(site.shapes().operands(), call)
     return SiteRecipe(
         name=site.name,
         outcome="sparse" if result.dense_reason is None else "dense",
         reason=result.dense_reason,
-        causal=site.causal,
+        mask=str(site.mask),
         head_dim=site.head_dim,
         kv_heads=site.kv_heads,
         dtype=str(site.dtype).removeprefix("torch."),
-        block_q=result.shape.block_q,
-        block_k=result.shape.block_k,
-        **result.kept._asdict(),
-        heads=tuple(_head_recipe(result, head) for head in range(len(result.thresholds.tau))),
+        call=replace(
+            call,
+            **{name: tuple(round(value, 6) for value in getattr(call, name)) for name in ("tau", "theta", "lam")},
+        ),
+        heads=tuple(_head_recipe(result, head) for head in range(call.heads)),
         dense_ms=None if speed is None else round(speed.dense_ms, 4),
         sparse_ms=None if speed is None else round(speed.sparse_ms, 4),
-        min_length=None if speed is None else speed.min_length,
         validated_lengths=None if result.lengths is None else result.lengths.validated,
         kernel=None if kernel is None else kernel.name,
         kernel_reason=None if kernel is None else kernel.reason,
-        fp8_constants=() if result.precision is None else result.precision.constants,
     )
 
 
@@ -181,23 +177,18 @@ def _head_recipe(result: SiteResult, head: int) -> HeadRecipe:
     def number(values: Tensor | None) -> float:
         return 0.0 if values is None else round(float(values[head]), 6)
 
-    thresholds, dense = result.thresholds, bool(result.thresholds.is_dense[head])
+    dense = result.call.dense_heads[head]
     errors = [round(error, 6) for error in result.measured.error[:, head].tolist()]
     paths = [curves.path(head) for curves in result.curves if bool(curves.measured[head])]
     return HeadRecipe(
         outcome="dense" if dense else "sparse",
-        policy=result.policy[head],
-        tau=number(thresholds.tau),
-        theta=number(thresholds.theta),
-        lam=number(thresholds.lam),
         sparsity=number(result.measured.sparsity),
         error=max(errors),
         validation_errors=tuple(errors),
         search=(*paths, *_trial_paths(result, head)),
         tau_exponent=number(result.tau_exponent),
         length_exponent=0.0 if dense or result.lengths is None else number(result.lengths.exponent),
-        precision="own" if result.precision is None else result.precision.names[head],
-        precision_reason=None if result.precision is None else result.precision.reasons[head],
+        precision_reason=None if result.precision_reasons is None else result.precision_reasons[head],
     )
 
 
@@ -206,16 +197,15 @@ def _trial_paths(result: SiteResult, head: int) -> list[SearchPath]:
     paths = []
     for (stage, length), group in groupby(result.trials, key=lambda trial: (trial.stage, trial.length)):
         trials = list(group)
-        points = [(t.s, t.thresholds.tau, t.thresholds.theta, t.thresholds.lam) for t in trials]
+        points = [(t.s, t.call.tau, t.call.theta, t.call.lam) for t in trials]
         s, tau, theta, lam = (tuple(round(float(x[head]), 6) for x in column) for column in zip(*points, strict=True))
         errors = [float(t.measured.worst[head]) for t in trials]
         paths.append(
             SearchPath(
                 stage=stage,
                 length=length,
-                policy=result.policy[head],
-                block_q=result.shape.block_q,
-                block_k=result.shape.block_k,
+                policy=result.call.policy[head],
+                shape=result.call.shape,
                 s=s,
                 tau=tau,
                 theta=theta,

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.one_pass import PassSums, one_pass
-from afbs_compile.kernels.policy import heads_of
-from afbs_compile.kernels.reference import block_count, first_whole_block
-from afbs_compile.passes.capture import Operands
-from afbs_compile.tuner.measure import WINDOWS, dense_attention
-from afbs_compile.tuner.speed import clocked
+from afbs_compile.kernels.attend.machine import clocked
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.measure.one_pass import PassPlan, PassSums, one_pass
+from afbs_compile.kernels.operands import Operands, dense_attention, taken
+from afbs_compile.kernels.policies.registry import heads_by
+from afbs_compile.kernels.spec.selection import first_whole_block
+from afbs_compile.tuner.measure import WINDOWS, kept_for, visible_count
 
 PREFIXES = (4, 2)
-"""A causal input of N tokens is an input of N / 4 and of N / 2 tokens as well: its first rows see nothing later. Only
-the last of these rows, which a shorter input keeps whole, are not whole in the longer one."""
+"""Where the mask is ``local`` an input of N tokens is one of N / 4 and of N / 2 tokens as well: its first rows see nothing
+later. Only the last of these rows, which a shorter input keeps whole, are not whole in the longer one."""
 
 FEWEST_BLOCKS = 4
 """Shorter prefixes have little to skip and say little."""
-
-
-class BlockShape(NamedTuple):
-    """Rows per block of queries and of keys."""
-
-    block_q: int
-    block_k: int
 
 
 @dataclass(frozen=True)
@@ -39,8 +33,8 @@ class InputCurve:
     Attributes:
         error: fp32 ``[pieces, H, P]`` relative L1 (Eq. 1), of the whole input or, where it is the only one, of its
             disjoint windows of queries; overall: ``[H, P]``, of the whole input.
-        prefixes: ``[H, P]`` by length, for the causal prefixes of the input.
-        sparsity: fp32 ``[H, P]``, ``1 - live / causally valid blocks``.
+        prefixes: ``[H, P]`` by length, for the prefixes of the input that are inputs.
+        sparsity: fp32 ``[H, P]``, ``1 - live / visible blocks``.
     """
 
     error: Tensor
@@ -63,7 +57,7 @@ class InputCurve:
         return InputCurve(chosen(self.error), chosen(self.overall), prefixes, chosen(self.sparsity))
 
 
-class Inputs:
+class SiteInputs:
     """The batch elements of all samples of one site.
 
     Args:
@@ -71,18 +65,16 @@ class Inputs:
 
     Attributes:
         elements: one input each, batch size 1.
+        kept: which blocks calibrated calls of the site always keep.
         windows: pieces that an input is split into: :data:`WINDOWS` where it is the only one.
         first: the input to explore on, the longest one.
     """
 
     def __init__(self, samples: Sequence[Operands]) -> None:
-        self.elements = [
-            replace(sample, q=sample.q[i : i + 1], k=sample.k[i : i + 1], v=sample.v[i : i + 1])
-            for sample in samples
-            for i in range(sample.q.shape[0])
-        ]
+        self.elements = [sample.element(i) for sample in samples for i in range(sample.q.shape[0])]
+        self.kept = kept_for(samples[0].mask)
         self.windows = WINDOWS if len(self.elements) == 1 else 1
-        lengths = [int(element.q.shape[2]) for element in self.elements]
+        lengths = [element.q_len for element in self.elements]
         self.length = max(lengths)
         self.first = lengths.index(self.length)
         self._work: list[Tensor | float] = []
@@ -92,7 +84,12 @@ class Inputs:
     @property
     def heads(self) -> int:
         """Query heads of the site."""
-        return int(self.elements[0].q.shape[1])
+        return self.elements[0].heads
+
+    @property
+    def explored(self) -> Operands:
+        """The input to explore on."""
+        return self.elements[self.first]
 
     @property
     def evaluations(self) -> float:
@@ -110,13 +107,19 @@ class Inputs:
 
     def cost(self, index: int) -> float:
         """A dense call on an input, as a share of one at full length."""
-        return float(self.elements[index].q.shape[2] / self.length) ** 2
+        return self.elements[index].work / self.explored.work
+
+    def spend_blocks(self, index: int, shape: BlockShape, live: Tensor) -> None:
+        """Count live blocks of an input's heads, of all that dense attention computes there."""
+        element = self.elements[index]
+        everything = self.heads * visible_count(element.mask, element.grid(shape))
+        self.spend(live.sum() * (self.cost(index) / everything))
 
     def dense(self, index: int) -> Tensor:
         """Dense output ``[1, H, N, D]`` of an input, computed once."""
         if index not in self._dense:
             element = self.elements[index]
-            self._dense[index], clock = clocked(lambda: dense_attention(element), element.q.device)
+            self._dense[index], clock = clocked(lambda: dense_attention(element), element.device)
             self.spend(self.cost(index))
             if self.cost(index) == 1:
                 self._clocks.append(clock)
@@ -126,9 +129,7 @@ class Inputs:
         self,
         index: int,
         tau: Tensor,
-        theta: Tensor,
-        policy: Sequence[str],
-        shape: BlockShape,
+        call: SparseCall,
         *,
         heads: Tensor | None = None,
         rows: tuple[int, ...] | None = None,
@@ -137,64 +138,42 @@ class Inputs:
 
         Args:
             index: of the input.
-            tau: ``[h, P]``, ascending; theta: ``[h]``; policy: a name for each of the h heads.
-            shape: rows per block.
+            tau: ``[h, P]``, ascending.
+            call: what selects in each of the h heads, but for its taus.
             heads: int64 ``[h]``, the query heads to measure, all by default.
             rows: query blocks to measure, all by default.
         """
         element, dense = self.elements[index], self.dense(index)
-        q, k, v, out = element.q[0], element.k[0], element.v[0], dense[0]
-        call: dict[str, Any] = {
-            "rows": rows,
-            "causal": element.causal,
-            "scale": element.scale,
-            "kept": element.kept,
-            **shape._asdict(),
-        }
-        wanted = torch.arange(self.heads) if heads is None else heads
+        wanted = range(self.heads) if heads is None else heads.tolist()
+        theta = torch.tensor(call.theta)
         parts, places = [], []
-        for name, mine in heads_of(policy).items():
+        for name, mine in heads_by(call.policy).items():
+            plan = PassPlan(name, call.shape, call.kept, rows)
             if len(mine) == self.heads:
-                parts.append(one_pass(q, k, v, out, tau, theta, policy=name, **call))
+                parts.append(one_pass(element, dense, tau, theta, plan))
                 break
-            some = wanted[mine].to(q.device, non_blocking=True)
-            kv = some // (q.shape[0] // k.shape[0])
-            operands = q[some], k[kv], v[kv], out[some]
-            parts.append(one_pass(*operands, tau[mine], theta[mine], policy=name, **call))
+            some = [wanted[place] for place in mine]
+            parts.append(one_pass(element.taken(some), taken(dense, some), tau[mine], theta[mine], plan))
             places += mine
         found = parts[0]
         if len(parts) > 1:
-            back = torch.tensor(places).argsort().to(q.device, non_blocking=True)
+            back = torch.tensor(places).argsort().to(element.device, non_blocking=True)
             difference, magnitude, live = (torch.cat(x)[back] for x in list(zip(*parts, strict=True))[:3])
             found = PassSums(difference, magnitude, live, found.visible)
-        # Blocks that the largest tau keeps were visited, of all that dense attention visits over all rows and heads.
-        length = element.q.shape[2]
-        everything = self.heads * block_count(length, shape.block_q) * block_count(length, shape.block_k)
-        each = self.cost(index) / (everything / 2 if element.causal else everything)
-        self.spend(found.live[..., -1].sum() * each)
+        # Blocks that the largest tau keeps were visited.
+        self.spend_blocks(index, call.shape, found.live[..., -1])
         return found
 
-    def curve(
-        self,
-        index: int,
-        tau: Tensor,
-        theta: Tensor,
-        policy: Sequence[str],
-        shape: BlockShape,
-        *,
-        heads: Tensor | None = None,
-    ) -> InputCurve:
+    def curve(self, index: int, tau: Tensor, call: SparseCall, *, heads: Tensor | None = None) -> InputCurve:
         """Error and sparsity of every threshold on all rows of an input, on its device. Arguments: see :meth:`sums`."""
-        sums = self.sums(index, tau, theta, policy, shape, heads=heads)
-        element = self.elements[index]
-        length, blocks = int(element.q.shape[2]), sums.magnitude.shape[1]
+        sums = self.sums(index, tau, call, heads=heads)
+        element, block = self.elements[index], call.shape.q
+        blocks = sums.magnitude.shape[1]
         edges = [blocks * i // self.windows for i in range(self.windows + 1)]
         pieces = [_error(sums, a, b) for a, b in itertools.pairwise(edges) if b > a]
-        counts = [length // share // shape.block_q for share in PREFIXES] if element.causal else []
+        counts = [element.q_len // share // block for share in PREFIXES] if element.mask.local else []
         prefixes = {
-            count * shape.block_q: _error(
-                sums, 0, count, first_whole_block(count * shape.block_q, shape.block_q, element.kept.last_rows)
-            )
+            count * block: _error(sums, 0, count, first_whole_block(count * block, block, call.kept.last_rows))
             for count in counts
             if count >= FEWEST_BLOCKS
         }

@@ -68,20 +68,16 @@ def fit_lengths(
 
 
 def extrapolated_tau(
-    tau: float,
-    tau_exponent: float,
-    length_exponent: float,
-    validated: tuple[int, int],
-    length: int,
-    room: float = 1.0,
+    tau: float, exponents: tuple[float, float], validated: tuple[int, int], length: int, room: float = 1.0
 ) -> float:
     """A head's tau at another length, raised where the error was seen to grow towards that length beyond its room.
 
     Args:
-        tau: validated; tau_exponent, length_exponent: a and b of ``error ~ (1 - tau) ** a * length ** b``.
+        tau: validated; exponents: a and b of ``error ~ (1 - tau) ** a * length ** b``.
         validated: shortest and longest validated length; length: the other one.
         room: how many times its validated error a head may have, at least 1.
     """
+    tau_exponent, length_exponent = exponents
     nearest = min(max(length, validated[0]), validated[1])
     if tau_exponent <= 0 or length == nearest:
         return tau

@@ -1,6 +1,6 @@
 """``method="paper"``: Algorithm 1 (AFBS-BO) as it is printed, for every head of a site at once.
 
-It is kept as the paper has it, with the weaknesses that README.md lists: expected improvement minimises the error,
+It is kept as the paper has it, with the weaknesses that docs/limits.md lists: expected improvement minimises the error,
 a head that is better than the band keeps s = 0, and the one fallback step is not checked. What is measured at the
 thresholds it ends with is recorded all the same.
 """
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels.call import SparseCall
 from afbs_compile.recipe import Stage
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.measure import Measurement, Meter
-from afbs_compile.tuner.space import Parameterization, Thresholds, latent_to_thresholds
+from afbs_compile.tuner.space import Parameterization, at_latent
 
 INITIAL = (0.2, 0.5, 0.8)
 EI_STEPS, WARM_EI_STEPS = 12, 5  # 15 and 8 evaluations with the three initial ones
@@ -39,20 +40,35 @@ class Trial:
     stage: Stage
     length: int
     s: Tensor
-    thresholds: Thresholds
+    call: SparseCall
     measured: Measurement
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched.
+
+    Attributes:
+        call: policy, block shape and what is kept, which the search leaves alone.
+        tolerance: eps_high; eps_low is 45/55 of it.
+        parameterization: which reading of Eq. 2.
+    """
+
+    call: SparseCall
+    tolerance: float
+    parameterization: Parameterization
 
 
 class _Logged:
     """A meter of a stage that keeps every trial."""
 
-    def __init__(self, meter: Meter, stage: Stage, parameterization: Parameterization, trials: list[Trial]) -> None:
-        self.meter, self.stage, self.parameterization, self.trials = meter, stage, parameterization, trials
+    def __init__(self, meter: Meter, stage: Stage, space: Space, trials: list[Trial]) -> None:
+        self.meter, self.stage, self.space, self.trials = meter, stage, space, trials
 
     def __call__(self, s: Tensor) -> Measurement:
-        thresholds = latent_to_thresholds(s, self.parameterization)
-        measured = self.meter(thresholds)
-        self.trials.append(Trial(self.stage, self.meter.length, s.clone(), thresholds, measured))
+        call = at_latent(self.space.call, s, self.space.parameterization)
+        measured = self.meter(call)
+        self.trials.append(Trial(self.stage, self.meter.length, s.clone(), call, measured))
         return measured
 
 
@@ -61,41 +77,34 @@ class PaperResult:
     """Where Algorithm 1 ended.
 
     Attributes:
-        thresholds: per head; measured: on every validation input.
+        call: with its thresholds; measured: on every validation input.
         posterior: the landscape to start the next site from.
         trials: everything that was evaluated, in order.
     """
 
-    thresholds: Thresholds
+    call: SparseCall
     measured: Measurement
     posterior: gp.Posterior
     trials: tuple[Trial, ...]
 
 
-def algorithm_1(
-    low: Meter,
-    high: Meter,
-    tolerance: float,
-    parameterization: Parameterization,
-    earlier: gp.Posterior | None,
-) -> PaperResult:
+def algorithm_1(low: Meter, high: Meter, space: Space, earlier: gp.Posterior | None) -> PaperResult:
     """Stages 1 to 3.
 
     Args:
         low, high: meters at low and high fidelity; ``high`` holds the validation inputs, its first sample is searched.
-        tolerance: eps_high; eps_low is 45/55 of it.
-        parameterization: which reading of Eq. 2.
+        space: what is searched.
         earlier: the previous site's landscape; with it, fewer steps are made (warm start).
     """
     trials: list[Trial] = []
-    posterior = stage_1(low.heads, _Logged(low, "explore", parameterization, trials), tolerance, earlier)
+    posterior = stage_1(low.heads, _Logged(low, "explore", space, trials), space.tolerance, earlier)
     steps = BINARY_STEPS if earlier is None else WARM_BINARY_STEPS
     search = high.prefix(high.length, samples=1, windows=1)
-    s = stage_2(_Logged(search, "refine", parameterization, trials), posterior, tolerance, steps)
+    s = stage_2(_Logged(search, "refine", space, trials), posterior, space.tolerance, steps)
     high.calls += search.calls
     high.evaluations += search.evaluations
-    s, measured = stage_3(_Logged(high, "validate", parameterization, trials), s, tolerance)
-    return PaperResult(latent_to_thresholds(s, parameterization), measured, posterior, tuple(trials))
+    s, measured = stage_3(_Logged(high, "validate", space, trials), s, space.tolerance)
+    return PaperResult(at_latent(space.call, s, space.parameterization), measured, posterior, tuple(trials))
 
 
 def stage_1(

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from afbs_compile.kernels.reference import DIAGONAL_ONLY, Kept
-from afbs_compile.recipe import Policy
+from afbs_compile.kernels.call import SparseCall
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.curves import Curves
-from afbs_compile.tuner.inputs import BlockShape
 from afbs_compile.tuner.lengths import Lengths
 from afbs_compile.tuner.measure import Measurement
 from afbs_compile.tuner.paper import Trial
-from afbs_compile.tuner.space import SitePrecision, Thresholds
 from afbs_compile.tuner.speed import SiteSpeed
 
 
@@ -23,16 +20,14 @@ class SiteResult:
     """What was decided for one site.
 
     Attributes:
-        thresholds: per head, DENSE where nothing feasible was found.
+        call: its constants; heads for which nothing feasible was found are DENSE.
         measured: error on every validation input and sparsity, per head; 0 for DENSE heads.
-        shape: rows per block; policy: a name per head.
         speed: ``None`` where every head is DENSE.
         confirmed_ms: milliseconds of the call that confirmed the thresholds, in the operands' precision; it may have
             compiled. ``None`` where none did.
-        precision: of the heads, where FP8 was asked for.
+        precision_reasons: per head, why it is not in FP8, where that was asked for.
         dense_reason: why the whole site stays dense, or ``None`` if it is rewritten.
         evaluations: cost in dense equivalents.
-        kept: which blocks every tau keeps, beside those on the diagonal.
         curves: all that was measured on the way; empty for ``method="paper"``, whose ``trials`` tell it.
         lengths: what was learnt about other lengths; tau_exponent: ``[H]``, as in :class:`HeadRecipe`.
         deciding: bool ``[inputs]``, inputs that kept a head from a bolder threshold; held_out: bool ``[inputs]``, those
@@ -40,20 +35,17 @@ class SiteResult:
         posterior: the search landscape of ``method="paper"``, to warm-start the next site; trials: what it tried.
     """
 
-    thresholds: Thresholds
+    call: SparseCall
     measured: Measurement
-    shape: BlockShape
-    policy: tuple[Policy, ...]
     speed: SiteSpeed | None
     dense_reason: str | None
     evaluations: float
-    kept: Kept = DIAGONAL_ONLY
     curves: tuple[Curves, ...] = ()
     lengths: Lengths | None = None
     tau_exponent: Tensor | None = None
     deciding: Tensor | None = None
     held_out: Tensor | None = None
     confirmed_ms: float | None = None
-    precision: SitePrecision | None = None
+    precision_reasons: tuple[str | None, ...] | None = None
     posterior: gp.Posterior | None = None
     trials: tuple[Trial, ...] = ()

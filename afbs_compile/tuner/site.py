@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 
-from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF
-from afbs_compile.passes.capture import Operands
-from afbs_compile.recipe import Policy, Precision
+from afbs_compile.kernels.attend.machine import clocked, runs_triton
+from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.tuner import gp
-from afbs_compile.tuner.budget import Budget
 from afbs_compile.tuner.curves import one_back, tau_exponent
 from afbs_compile.tuner.explore import Explored, explore
 from afbs_compile.tuner.fp8 import SHAPE, fp8_refusal, with_fp8
-from afbs_compile.tuner.inputs import BlockShape, Inputs
+from afbs_compile.tuner.inputs import SiteInputs
 from afbs_compile.tuner.lengths import fit_lengths
 from afbs_compile.tuner.measure import (
     WINDOWS,
@@ -28,26 +27,15 @@ from afbs_compile.tuner.measure import (
     low_fidelity,
     nothing_to_skip,
     relative_l1,
-    sparse_attention,
-    with_kept_blocks,
 )
-from afbs_compile.tuner.paper import algorithm_1
+from afbs_compile.tuner.paper import Space, algorithm_1
 from afbs_compile.tuner.result import SiteResult
-from afbs_compile.tuner.space import Parameterization, Thresholds
-from afbs_compile.tuner.speed import SiteSpeed, Stopwatch, clocked
+from afbs_compile.tuner.settings import TuneSettings
+from afbs_compile.tuner.space import all_dense, dense_heads
+from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
 from afbs_compile.tuner.validate import Validated, validate
 
-Method = Literal["afbs", "paper"]
-METHODS: tuple[str, ...] = get_args(Method)
-
-BLOCK_SHAPES = {
-    "triton": (BlockShape(128, 128), BlockShape(128, 64), BlockShape(64, 64)),
-    # FlexAttention is handed 64 x 64 tiles on the CPU, whatever the blocks: larger ones compute more, no faster.
-    "flex": (BlockShape(64, 64),),
-}
-"""Block shapes that ``method="afbs"`` compares, by engine."""
-
-PAPER_POLICY: tuple[Policy, ...] = ("meansim",)
+PAPER_POLICY = "meansim"
 """Algorithm 1 searches SpargeAttn's thresholds."""
 
 PAPER_SHAPE = BlockShape(64, 64)
@@ -56,29 +44,8 @@ PAPER_SHAPE = BlockShape(64, 64)
 MOSTLY = 0.5
 """Where every tau keeps more than this share of the blocks, a length's error does not tell how errors move."""
 
-STEPS_BACK = 4
+CONFIRMATIONS = 4
 """Thresholds that a head goes back where the kernel does not confirm the pass, before it is DENSE."""
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """How to tune: see :func:`afbs_compile.calibrate` for the fields.
-
-    Attributes:
-        budget: of the output, instead of the tolerance.
-        shapes: block shapes to compare, those of :data:`BLOCK_SHAPES` by default; ``method="paper"`` takes the first.
-    """
-
-    tolerance: float = 0.055
-    method: Method = "afbs"
-    parameterization: Parameterization = "corrected"
-    budget: Budget | None = None
-    precision: Precision = "own"
-    shapes: tuple[BlockShape, ...] | None = None
-
-    def shapes_on(self, device: torch.device) -> tuple[BlockShape, ...]:
-        """Block shapes to compare on a device."""
-        return self.shapes or BLOCK_SHAPES[engine_name(device)]
 
 
 def tune_site(
@@ -100,16 +67,16 @@ def tune_site(
     nothing = f"no threshold keeps any head's error within {settings.tolerance:g}"
     if settings.method == "paper":
         return with_speed(_paper(samples, settings, earlier), samples[0], stopwatch, nothing)
-    inputs = Inputs(with_kept_blocks(samples))
-    nothing = nothing_to_skip(inputs.elements, settings.shapes_on(samples[0].q.device)) or nothing
+    inputs = SiteInputs(samples)
+    nothing = nothing_to_skip(inputs.elements, inputs.kept, settings.shapes_on(samples[0].device)) or nothing
     fp8 = settings.precision == "fp8"
-    if fp8 and fp8_refusal(inputs.elements[inputs.first], SHAPE) is None:
+    if fp8 and fp8_refusal(inputs.explored, SHAPE) is None:
         settings = replace(settings, shapes=(SHAPE,))
     result = search_curves(inputs, settings, stopwatch)
     if fp8:
         result = with_fp8(inputs, result, settings.tolerance)
-    dense_ms = inputs.dense_ms if samples[0].q.is_cuda else None
-    return with_speed(result, inputs.elements[inputs.first], stopwatch, nothing, dense_ms)
+    dense_ms = inputs.dense_ms if runs_triton(samples[0].device) else None
+    return with_speed(result, inputs.explored, stopwatch, nothing, dense_ms)
 
 
 def with_speed(
@@ -123,39 +90,36 @@ def with_speed(
         nothing: the reason to give where every head is DENSE.
         dense_ms: milliseconds of the dense call, where they are known.
     """
-    if result.thresholds.is_dense.all():
+    if result.call.is_dense:
         return replace(result, dense_reason=nothing)
-    sparsity = float(result.measured.sparsity.mean())
     speed = SiteSpeed.measure(
         sample,
-        result.thresholds,
-        result.policy,
-        sparsity,
+        result.call,
+        float(result.measured.sparsity.mean()),
         stopwatch,
-        precision=result.precision,
         dense_ms=dense_ms,
-        sparse_ms=result.confirmed_ms if result.precision is None else None,
-        **result.shape._asdict(),
+        sparse_ms=result.confirmed_ms if result.precision_reasons is None else None,
     )
     not_faster = None
     if speed.min_length is None:
         not_faster = f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense"
-    return replace(result, speed=speed, dense_reason=not_faster)
+    call = replace(result.call, min_length=speed.min_length or 0)
+    return replace(result, call=call, speed=speed, dense_reason=not_faster)
 
 
 def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Posterior | None) -> SiteResult:
     """Algorithm 1, and what it measures at the thresholds it ends with."""
     samples = samples[:WINDOWS]  # "first 5 validation inputs" (Algorithm 1, line 40)
     shape = PAPER_SHAPE if settings.shapes is None else settings.shapes[0]
-    meter = Meter(samples, **shape._asdict())
-    low = low_fidelity(meter, windows=1)
-    result = algorithm_1(low, meter, settings.tolerance, settings.parameterization, earlier)
+    meter = Meter(samples)
+    call = SparseCall.uniform(meter.heads, KEEP_ALL, policy=PAPER_POLICY, shape=shape)
+    low = low_fidelity(meter, shape.q, windows=1)
+    space = Space(call, settings.tolerance, settings.parameterization)
+    result = algorithm_1(low, meter, space, earlier)
     finite = result.measured.error.isfinite().all(0)  # a head whose activations overflow has no error to hold
     return SiteResult(
-        result.thresholds.where(finite, Thresholds.dense(meter.heads)),
+        result.call.where(finite.tolist(), all_dense(call)),
         result.measured.only(finite),
-        shape,
-        PAPER_POLICY * meter.heads,
         None,
         None,
         meter.evaluations + low.evaluations * (low.length / meter.length) ** 2,
@@ -164,40 +128,35 @@ def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Post
     )
 
 
-def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) -> SiteResult:
+def search_curves(inputs: SiteInputs, settings: TuneSettings, stopwatch: Stopwatch) -> SiteResult:
     """Explore policy, theta and the block shape, refine tau, validate: the paper's three stages, on curves.
 
     The result has no speed yet.
     """
-    tolerance = settings.tolerance
-    explored = explore(inputs, tolerance, settings.shapes_on(inputs.elements[0].q.device), stopwatch)
+    tolerance, element = settings.tolerance, inputs.elements[0]
+    explored = explore(inputs, tolerance, settings.shapes_on(element.device), stopwatch)
     shape = fastest_shape(inputs, explored, stopwatch)
-    choice = explored[shape]
-    found = validate(inputs, choice.tau, choice.theta, choice.policy, shape, tolerance)
-    found, thresholds, confirmed_ms = _confirmed(inputs, found, choice, shape, tolerance)
-    sparse = ~thresholds.is_dense
+    found = validate(inputs, explored[shape].call, tolerance)
+    found, call, confirmed_ms = _confirmed(inputs, found, explored[shape].call, tolerance)
+    sparse = ~dense_heads(call)
     curves = (*(curve for each in explored.values() for curve in each.curves), *found.curves)
     refined = [curve for curve in found.curves if curve.stage == "refine"]
     exponent = tau_exponent(refined[0], tolerance) if refined else torch.zeros(inputs.heads)
     one_input = len(inputs.elements) == 1  # a short one has fewer windows than others
-    whole = [int(element.q.shape[2]) for element in inputs.elements] * (len(found.error) if one_input else 1)
-    element = inputs.elements[0]
+    whole = [each.q_len for each in inputs.elements] * (len(found.error) if one_input else 1)
 
     def telling(length: int) -> bool:
-        return kept_share(length, *shape, element.causal, element.kept) <= MOSTLY
+        return kept_share(element.mask, element.first_tokens(length).grid(shape), call.kept) <= MOSTLY
 
     lengths = fit_lengths(whole, found.error, found.prefixes, sparse, tolerance, telling) if refined else None
     held_out = torch.ones(len(inputs.elements), dtype=torch.bool)
     held_out[inputs.first] = False
     return SiteResult(
-        thresholds,
+        call,
         Measurement(found.error, found.sparsity).only(sparse),
-        shape,
-        choice.policy,
         None,
         None,
         inputs.evaluations,
-        kept=element.kept,
         curves=curves,
         lengths=lengths,
         tau_exponent=torch.where(sparse, exponent, 0.0),
@@ -207,51 +166,47 @@ def search_curves(inputs: Inputs, settings: TuneSettings, stopwatch: Stopwatch) 
     )
 
 
-def fastest_shape(inputs: Inputs, explored: dict[BlockShape, Explored], stopwatch: Stopwatch) -> BlockShape:
+def fastest_shape(inputs: SiteInputs, explored: dict[BlockShape, Explored], stopwatch: Stopwatch) -> BlockShape:
     """The block shape whose predictor and live work take least time at the crossing."""
-    element = inputs.elements[inputs.first]
+    element = inputs.explored
     milliseconds: dict[BlockShape, float] = {}
     for shape, choice in explored.items():
-        thresholds = Thresholds(choice.tau, choice.theta, torch.full_like(choice.tau, LAMBDA_OFF))
-        if thresholds.is_dense.all() or len(explored) == 1:
+        if choice.call.is_dense or len(explored) == 1:
             continue
-        live = float((1 - choice.sparsity).mean())
-        attention = live * stopwatch.attention_ms(element, thresholds, choice.policy, *shape)
-        predictor = stopwatch.predictor_ms(element, choice.tau, choice.theta, choice.policy, *shape)
-        milliseconds[shape] = attention + predictor
+        attention = float((1 - choice.sparsity).mean()) * stopwatch.attention_ms(element, choice.call)
+        milliseconds[shape] = attention + stopwatch.predictor_ms(element, choice.call)
     if len(milliseconds) > 1:
         stopwatch.learn_shapes(element, milliseconds)
     return min(milliseconds, key=milliseconds.__getitem__, default=next(iter(explored)))
 
 
 def _confirmed(
-    inputs: Inputs, found: Validated, choice: Explored, shape: BlockShape, tolerance: float
-) -> tuple[Validated, Thresholds, float | None]:
+    inputs: SiteInputs, found: Validated, choice: SparseCall, tolerance: float
+) -> tuple[Validated, SparseCall, float | None]:
     """Run the kernel that will run on the explored input: where it differs from the pass, it is right.
 
     Returns:
-        What holds, its thresholds, and the milliseconds of the call that confirmed them.
+        What holds, its constants, and the milliseconds of the call that confirmed them.
     """
     index, windows = inputs.first, inputs.windows
-    element, dense = inputs.elements[index], inputs.dense(index)
-    tau, theta, error = found.tau.clone(), choice.theta, found.error.clone()
+    element, dense = inputs.explored, inputs.dense(index)
+    tau, error = found.tau.clone(), found.error.clone()
     milliseconds = None
-    for _ in range(STEPS_BACK):
-        thresholds = Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF))
-        if thresholds.is_dense.all():
+    for _ in range(CONFIRMATIONS):
+        call = choice.with_tau(tau)
+        if call.is_dense:
             break
-        call = partial(sparse_attention, element, thresholds, choice.policy, *shape)
-        (out, counts), clock = clocked(call, element.q.device)
-        seen = relative_l1(out, dense, windows, shape.block_q).cpu()
-        inputs.spend(counts.float().mean() / counts.shape[-1] * (2 if element.causal else 1))
+        (out, counts), clock = clocked(partial(run, element, call), element.device)
+        seen = relative_l1(out, dense, windows, call.shape.q).cpu()
+        inputs.spend_blocks(index, call.shape, counts)
         error[index : index + len(seen)] = seen  # several rows only for the windows of the only input
-        failing = ~(seen.amax(0) <= tolerance) & ~thresholds.is_dense
+        failing = ~(seen.amax(0) <= tolerance) & ~dense_heads(call)
         if not failing.any():
             milliseconds = clock()
             break
         tau = torch.where(failing, one_back(found.curves, tau), tau)
     else:
         tau = torch.where(failing, KEEP_ALL, tau)
-    thresholds = Thresholds(tau, theta, torch.full_like(tau, LAMBDA_OFF))
-    thresholds = thresholds.where(tau < KEEP_ALL, Thresholds.dense(inputs.heads))
-    return replace(found, tau=tau, error=error), thresholds, milliseconds
+    call = choice.with_tau(tau)
+    call = call.where([not dense for dense in call.dense_heads], all_dense(call))
+    return replace(found, tau=tau, error=error), call, milliseconds

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.policy import predict_mask
-from afbs_compile.kernels.predict import predict_blocks
-from afbs_compile.kernels.reference import block_count
-from afbs_compile.passes.capture import Operands
-from afbs_compile.tuner.measure import dense_attention, sparse_attention
-from afbs_compile.tuner.space import SitePrecision, Thresholds
-
-if TYPE_CHECKING:
-    from afbs_compile.tuner.inputs import BlockShape
-
-Result = TypeVar("Result")
+from afbs_compile.kernels.attend.engines import engines_on
+from afbs_compile.kernels.attend.machine import clocked, round_seconds, rounds
+from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.operands import Operands, dense_attention
+from afbs_compile.tuner.measure import visible_count
 
 WORTHWHILE = 0.97
 """Sparse must take at most this share of the dense time, so that noise in the timing cannot cost 3 %."""
-
-ROUND_SECONDS = {"cpu": 0.02, "cuda": 0.001}
-"""Calls shorter than this are repeated within a round until they fill it."""
-
-ROUNDS = {"cpu": 3, "cuda": 1}
-"""Rounds of short calls. Other work disturbs a CPU; an accelerator has none, and is better spent elsewhere."""
-
-ROUNDS_OF_LONG_CALLS = {"cpu": 1, "cuda": 0}
-"""Long calls average the noise themselves."""
 
 SHORTEST = 256
 """Tokens from which lengths are tried."""
@@ -62,17 +46,9 @@ class Stopwatch:
         self._crossovers: dict[Hashable, list[tuple[float, int]]] = {}
         self._shapes: dict[Hashable, list[dict[BlockShape, float]]] = {}
 
-    def dense_and_sparse_ms(
-        self,
-        sample: Operands,
-        thresholds: Thresholds,
-        policy: Sequence[str],
-        block_q: int,
-        block_k: int,
-        precision: SitePrecision | None,
-    ) -> tuple[float, float]:
+    def dense_and_sparse_ms(self, sample: Operands, call: SparseCall) -> tuple[float, float]:
         """Milliseconds of dense attention on the sample and of the sparse call, in turns where it is not clear."""
-        sparse = sparse_call(sample, thresholds, policy, block_q, block_k, precision)
+        sparse = sparse_call(sample, call)
         key = _kind(sample)
         if key in self._dense_ms:
             (sparse_ms,) = best_ms([sparse])
@@ -81,35 +57,31 @@ class Stopwatch:
         self._dense_ms[key], sparse_ms = best_ms([lambda: dense_attention(sample), sparse])
         return self._dense_ms[key], sparse_ms
 
-    def attention_ms(
-        self, sample: Operands, thresholds: Thresholds, policy: Sequence[str], block_q: int, block_k: int
-    ) -> float:
+    def attention_ms(self, sample: Operands, call: SparseCall) -> float:
         """Milliseconds of block-sparse attention on the sample if every block were live, at the rate of live ones."""
-        key = (_kind(sample), block_q, block_k)
+        key = (_kind(sample), call.shape)
         if key not in self._attention_ms:
             counts = sample.q.new_empty(0)
 
-            def call() -> Tensor:
+            def timed() -> Tensor:
                 nonlocal counts
-                out, counts = sparse_attention(sample, thresholds, policy, block_q, block_k)
+                out, counts = run(sample, call)
                 return out
 
-            (ms,) = best_ms([call])
-            ms -= self.predictor_ms(sample, thresholds.tau, thresholds.theta, policy, block_q, block_k)
-            live = float(counts.float().mean()) / block_count(sample.q.shape[2], block_k)
+            (ms,) = best_ms([timed])
+            ms -= self.predictor_ms(sample, call)
+            live = float(counts.float().sum(-1).mean()) / visible_count(sample.mask, sample.grid(call.shape))
             # Predictor and attention are timed apart, and both are noisy: the difference may come out as nothing.
-            self._attention_ms[key] = max(ms, 0.0) / (2 * live if sample.causal else live)
+            self._attention_ms[key] = max(ms, 0.0) / live
         return self._attention_ms[key]
 
-    def predictor_ms(
-        self, sample: Operands, tau: Tensor, theta: Tensor, policy: Sequence[str], block_q: int, block_k: int
-    ) -> float:
+    def predictor_ms(self, sample: Operands, call: SparseCall) -> float:
         """Milliseconds of the predictor on the sample."""
-        has_theta = bool((theta >= 0).any())
-        key = (_kind(sample), tuple(sorted(set(policy))), has_theta, block_q, block_k)
+        has_theta = any(theta >= 0 for theta in call.theta)
+        key = (_kind(sample), tuple(sorted(set(call.policy))), has_theta, call.shape)
         if key not in self._predictor_ms:
-            call = _predictor_call(sample, tau, theta, policy, block_q, block_k)
-            (self._predictor_ms[key],) = best_ms([call])
+            engine = engines_on(sample.device)[0]
+            (self._predictor_ms[key],) = best_ms([lambda: engine.select(sample, call).whole])
         return self._predictor_ms[key]
 
     def contenders(self, sample: Operands, shapes: Sequence[BlockShape]) -> list[BlockShape]:
@@ -126,30 +98,30 @@ class Stopwatch:
         """Remember what a site takes with each of its block shapes."""
         self._shapes.setdefault(_kind(sample), []).append(milliseconds)
 
-    def crossover_bounds(
-        self, sample: Operands, sparsity: float, block_q: int, block_k: int, fp8: bool = False
-    ) -> tuple[int, int]:
+    def crossover_bounds(self, sample: Operands, call: SparseCall, sparsity: float) -> tuple[int, int]:
         """Lengths between which the shortest worthwhile one of a site lies, both of them included.
 
         Sites of this kind that skip less pay no earlier, those that skip more no later. A little is no difference.
         """
-        known = self._crossovers.get((_kind(sample), block_q, block_k, fp8), [])
+        known = self._crossovers.get(_crossover_key(sample, call), [])
         for other, length in known:
-            if 0 <= sparsity - other <= ALIKE:
+            if abs(other - sparsity) <= ALIKE:
                 return length, length
-        latest = min((length for other, length in known if other <= sparsity), default=int(sample.q.shape[2]))
+        latest = min((length for other, length in known if other <= sparsity), default=sample.q_len)
         earliest = max((length for other, length in known if other >= sparsity), default=0)
         return min(earliest, latest), latest
 
-    def learn_crossover(
-        self, sample: Operands, sparsity: float, block_q: int, block_k: int, length: int, fp8: bool = False
-    ) -> None:
+    def learn_crossover(self, sample: Operands, call: SparseCall, sparsity: float, length: int) -> None:
         """Remember a measured crossover."""
-        self._crossovers.setdefault((_kind(sample), block_q, block_k, fp8), []).append((sparsity, length))
+        self._crossovers.setdefault(_crossover_key(sample, call), []).append((sparsity, length))
+
+
+def _crossover_key(sample: Operands, call: SparseCall) -> Hashable:
+    return _kind(sample), call.shape, "fp8" in call.precision
 
 
 def _kind(sample: Operands) -> Hashable:
-    return (sample.q.device, sample.q.dtype, sample.q.shape, sample.k.shape, sample.causal)
+    return (sample.device, sample.q.dtype, sample.q.shape, sample.k.shape, sample.mask)
 
 
 @dataclass(frozen=True)
@@ -169,14 +141,10 @@ class SiteSpeed:
     @staticmethod
     def measure(
         sample: Operands,
-        thresholds: Thresholds,
-        policy: Sequence[str],
+        call: SparseCall,
         sparsity: float,
         stopwatch: Stopwatch,
         *,
-        block_q: int,
-        block_k: int,
-        precision: SitePrecision | None = None,
         dense_ms: float | None = None,
         sparse_ms: float | None = None,
     ) -> SiteSpeed:
@@ -184,86 +152,34 @@ class SiteSpeed:
 
         Args:
             sample: one input.
-            thresholds: of the site; policy: a name per head; sparsity: what they skip.
+            call: of the site; sparsity: what it skips.
             stopwatch: what earlier sites have shown.
-            block_q, block_k: rows per block; precision: of the heads.
             dense_ms, sparse_ms: milliseconds of the dense and of the sparse call, where they are known. The latter's
                 call may have been the first one, which compiles: where it was slow, it is timed again.
         """
-        length = sample.q.shape[2]
-        call = (thresholds, policy, block_q, block_k, precision)
+        length = sample.q_len
         if dense_ms is None:
-            dense_ms, sparse_ms = stopwatch.dense_and_sparse_ms(sample, *call)
+            dense_ms, sparse_ms = stopwatch.dense_and_sparse_ms(sample, call)
         elif sparse_ms is None or sparse_ms > CLEAR * dense_ms:
-            sparse_ms = clocked(sparse_call(sample, *call), sample.q.device)[1]()
+            sparse_ms = clocked(sparse_call(sample, call), sample.device)[1]()
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None)
-        fp8 = precision is not None and "fp8" in precision.names
-        earliest, latest = stopwatch.crossover_bounds(sample, sparsity, block_q, block_k, fp8)
+        earliest, latest = stopwatch.crossover_bounds(sample, call, sparsity)
         halvings = {length >> times for times in range(20) if length >> times >= SHORTEST} | {length}
         lengths = sorted(tried for tried in halvings if earliest <= tried <= latest)
 
         def worthwhile(tried: int) -> bool:
-            dense, sparse = stopwatch.dense_and_sparse_ms(_first_tokens(sample, tried), *call)
+            dense, sparse = stopwatch.dense_and_sparse_ms(sample.first_tokens(tried), call)
             return sparse <= WORTHWHILE * dense
 
         min_length = lengths[bisect_left(lengths[:-1], True, key=worthwhile)]
-        stopwatch.learn_crossover(sample, sparsity, block_q, block_k, min_length, fp8)
+        stopwatch.learn_crossover(sample, call, sparsity, min_length)
         return SiteSpeed(dense_ms, sparse_ms, min_length)
 
 
-def _first_tokens(sample: Operands, length: int) -> Operands:
-    return replace(sample, q=sample.q[:, :, :length], k=sample.k[:, :, :length], v=sample.v[:, :, :length])
-
-
-def sparse_call(
-    sample: Operands,
-    thresholds: Thresholds,
-    policy: Sequence[str],
-    block_q: int,
-    block_k: int,
-    precision: SitePrecision | None = None,
-) -> Callable[[], Tensor]:
+def sparse_call(sample: Operands, call: SparseCall) -> Callable[[], Tensor]:
     """Predictor and block-sparse attention on a sample, ready to be timed."""
-    return lambda: sparse_attention(sample, thresholds, policy, block_q, block_k, precision)[0]
-
-
-def _predictor_call(
-    sample: Operands, tau: Tensor, theta: Tensor, policy: Sequence[str], block_q: int, block_k: int
-) -> Callable[[], Tensor]:
-    """The predictor of the sample's engine, ready to be timed."""
-    constants = tau.tolist(), theta.tolist()
-    call: dict[str, Any] = {
-        "policy": policy,
-        "causal": sample.causal,
-        "scale": sample.scale,
-        "block_q": block_q,
-        "block_k": block_k,
-        "kept": sample.kept,
-    }
-    if engine_name(sample.q.device) == "triton":
-        return lambda: predict_blocks(sample.q, sample.k, *constants, **call).counts
-    return lambda: predict_mask(sample.q, sample.k, *constants, **call)
-
-
-def clocked(call: Callable[[], Result], device: torch.device) -> tuple[Result, Callable[[], float]]:
-    """A call's result, and what gives its milliseconds: nothing waits for an accelerator before that is asked for."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        result = call()
-        ms = (time.perf_counter() - began) * 1e3
-        return result, lambda: ms
-    with torch.cuda.device(device):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        result = call()
-        end.record()
-
-    def elapsed() -> float:
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-    return result, elapsed
+    return lambda: run(sample, call)[0]
 
 
 def best_ms(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
@@ -274,11 +190,9 @@ def best_ms(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
     from torch.utils.benchmark import Timer  # looks for compilers as it is imported, and may print what it lacks
 
     timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
-    devices = [call().device.type for call in calls]  # compiles, allocates
-    rounds = [[timer.timeit(1).mean for timer in timers]]
-    repeats = [
-        max(1, round(ROUND_SECONDS.get(device, 0.02) / mean)) for device, mean in zip(devices, rounds[0], strict=True)
-    ]
-    further = (ROUNDS if max(repeats) > 1 else ROUNDS_OF_LONG_CALLS).get(devices[0], 1)
-    rounds += [[timer.timeit(n).mean for timer, n in zip(timers, repeats, strict=True)] for _ in range(further)]
-    return [min(times) * 1e3 for times in zip(*rounds, strict=True)]
+    device = [call().device for call in calls][0]  # compiles, allocates
+    times = [[timer.timeit(1).mean for timer in timers]]
+    repeats = [max(1, round(round_seconds(device) / mean)) for mean in times[0]]
+    further = rounds(device, long=max(repeats) == 1)
+    times += [[timer.timeit(n).mean for timer, n in zip(timers, repeats, strict=True)] for _ in range(further)]
+    return [min(column) * 1e3 for column in zip(*times, strict=True)]

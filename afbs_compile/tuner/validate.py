@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.reference import KEEP_ALL
-from afbs_compile.recipe import Policy, Stage
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
+from afbs_compile.recipe import Stage
 from afbs_compile.tuner.curves import SMALLEST, Curves, boldest_safe
 from afbs_compile.tuner.explore import POINTS
-from afbs_compile.tuner.inputs import BlockShape, InputCurve, Inputs
+from afbs_compile.tuner.inputs import InputCurve, SiteInputs
 
 FACTORS = (0.52 * 1.0535 ** torch.arange(POINTS)).flip(0)
 """Thresholds tried, as shares of the explored ``1 - tau``, the boldest first: 0.52 to 1.4, a twentieth apart. As many
 as are explored with: a pass is compiled for a number of them."""
 
-STEPS_BACK = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8])
+VALIDATED_AT = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8])
 """Thresholds that the other inputs are measured at, counted from the boldest that holds on the explored one. More would
 visit more blocks; a head that fails at all of them is measured again, further on."""
 
@@ -58,18 +58,15 @@ class Validated:
     curves: tuple[Curves, ...]
 
 
-def validate(
-    inputs: Inputs, tau: Tensor, theta: Tensor, policy: tuple[Policy, ...], shape: BlockShape, tolerance: float
-) -> Validated:
+def validate(inputs: SiteInputs, call: SparseCall, tolerance: float) -> Validated:
     """Refine and validate.
 
     Args:
         inputs: of the site.
-        tau: fp32 ``[H]``, what the exploration found, 1 for heads to leave DENSE; theta: fp32 ``[H]``.
-        policy: a name per head.
-        shape: rows per block.
+        call: what the exploration found; heads with tau 1 are left DENSE.
         tolerance: relative L1 on every input or window.
     """
+    tau = torch.tensor(call.tau)
     best = _Best(inputs.heads)
     centre = 1 - tau
     heads = (tau < KEEP_ALL).nonzero()[:, 0]
@@ -78,25 +75,25 @@ def validate(
     for _ in range(ROUNDS):
         if not len(heads):
             break
-        names = [policy[head] for head in heads.tolist()]
+        mine = call.thresholds_of(heads.tolist())
         fine = _grid(centre[heads])
-        refined = inputs.curve(inputs.first, fine, theta[heads], names, shape, heads=heads).cpu()
+        refined = inputs.curve(inputs.first, fine, mine, heads=heads).cpu()
         start = boldest_safe(refined.error.nan_to_num(nan=torch.inf).amax(0), limit)
-        steps = (start[:, None] + STEPS_BACK).clamp_max(fine.shape[1] - 1)
+        steps = (start[:, None] + VALIDATED_AT).clamp_max(fine.shape[1] - 1)
         grid = fine.gather(1, steps)
         measured = [
-            refined.at(steps) if i == inputs.first else inputs.curve(i, grid, theta[heads], names, shape, heads=heads)
+            refined.at(steps) if i == inputs.first else inputs.curve(i, grid, mine, heads=heads)
             for i in range(len(inputs.elements))
         ]
         measured = [curve.cpu() for curve in measured]
         index = best.take(heads, grid, measured, limit, inputs.first)
-        site = (inputs, heads, theta, policy, shape)
-        curves.append(_curves("refine", *site, fine, refined.overall, refined.sparsity))
+        site = _Part(inputs, heads, call)
+        curves.append(site.curves("refine", fine, refined.overall, refined.sparsity))
         if len(measured) > 1:
             others = [curve for i, curve in enumerate(measured) if i != inputs.first]
-            curves.append(_curves("validate", *site, grid, *_worst(others)))
+            curves.append(site.curves("validate", grid, *_worst(others)))
         else:
-            curves.append(_curves("validate", *site, fine, *_worst([refined])))
+            curves.append(site.curves("validate", fine, *_worst([refined])))
         lower = (index == grid.shape[1]) & (grid[:, -1] < 1 - SMALLEST)
         higher = (index == 0) & (start == 0) & (fine[:, 0] > 0)
         # Where no threshold held, the next ones begin where these ended.
@@ -163,34 +160,23 @@ def _worst(measured: list[InputCurve]) -> tuple[Tensor, Tensor]:
     return torch.cat([curve.error for curve in measured]).amax(0), torch.stack([c.sparsity for c in measured]).mean(0)
 
 
-def _curves(
-    stage: Stage,
-    inputs: Inputs,
-    heads: Tensor,
-    theta: Tensor,
-    policy: tuple[Policy, ...],
-    shape: BlockShape,
-    tau: Tensor,
-    error: Tensor,
-    sparsity: Tensor,
-) -> Curves:
-    """What a stage measured, for all heads of the site."""
-    mask = torch.zeros(inputs.heads, dtype=torch.bool)
-    mask[heads] = True
+@dataclass(frozen=True)
+class _Part:
+    """Some heads of a site, which one round measures."""
 
-    def everywhere(values: Tensor) -> Tensor:
-        full = torch.zeros(inputs.heads, values.shape[1])
-        full[heads] = values
-        return full
+    inputs: SiteInputs
+    heads: Tensor
+    call: SparseCall
 
-    return Curves(
-        stage=stage,
-        length=inputs.length,
-        shape=shape,
-        theta=theta,
-        policy=policy,
-        tau=everywhere(tau),
-        error=everywhere(error),
-        sparsity=everywhere(sparsity),
-        measured=mask,
-    )
+    def curves(self, stage: Stage, tau: Tensor, error: Tensor, sparsity: Tensor) -> Curves:
+        """What a stage measured of these heads, ``[h, P]`` each, for all heads of the site."""
+        measured = torch.zeros(self.inputs.heads, dtype=torch.bool)
+        measured[self.heads] = True
+
+        def everywhere(values: Tensor) -> Tensor:
+            full = torch.zeros(self.inputs.heads, values.shape[1])
+            full[self.heads] = values
+            return full
+
+        columns = everywhere(tau), everywhere(error), everywhere(sparsity)
+        return Curves(stage, self.inputs.length, self.call, *columns, measured)

@@ -36,7 +36,9 @@ def plain_pass(
     work = torch.float64 if exact_dtype == torch.float64 else torch.float32
     count_k = visit.order.shape[2]
     padding = (0, 0, 0, count_k * shape.k - operands.k_len)
-    blocks_k, blocks_v = (F.pad(x[0].to(work), padding).view(-1, count_k, shape.k, dim) for x in (operands.k, operands.v))
+    blocks_k, blocks_v = (
+        F.pad(x[0].to(work), padding).view(-1, count_k, shape.k, dim) for x in (operands.k, operands.v)
+    )
     within = torch.arange(shape.k, device=q.device)
     offset = operands.mask.offset(q_len, operands.k_len)
     difference = torch.empty(live.shape, dtype=work, device=q.device)
@@ -68,9 +70,7 @@ def plain_pass(
     return difference, magnitude
 
 
-def _outputs(
-    query: Tensor, keys: Tensor, values: Tensor, masked: tuple[Tensor, Tensor], ends: list[int]
-) -> Tensor:
+def _outputs(query: Tensor, keys: Tensor, values: Tensor, masked: tuple[Tensor, Tensor], ends: list[int]) -> Tensor:
     """Attention of some rows over the first ``end`` keys, for each of ``ends``.
 
     Args:

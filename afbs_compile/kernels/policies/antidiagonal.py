@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from afbs_compile.kernels.policies.base import OnnxBody
 from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.policies.grouped import GroupedPolicy
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels.blocks import block_count
-from afbs_compile.kernels.policies.base import OnnxBody
 from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.policies.grouped import GroupedPolicy
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
-from afbs_compile.kernels.policies.base import OnnxBody, Policy
+from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.statistics import block_means
 
 

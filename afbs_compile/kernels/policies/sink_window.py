@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
-from afbs_compile.kernels.policies.base import OnnxBody, Policy
+from afbs_compile.kernels.policies.base import Policy
 
 WINDOW = 1024
 """Extent in tokens at tau = 0.5."""

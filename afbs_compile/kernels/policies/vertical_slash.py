@@ -18,7 +18,6 @@ from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
-from afbs_compile.kernels.policies.base import OnnxBody
 from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.policies.grouped import GroupedPolicy, block_mass
 

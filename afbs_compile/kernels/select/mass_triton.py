@@ -24,9 +24,20 @@ from afbs_compile.kernels.select.lists_triton import Limits, near_blocks, select
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
-@triton.jit(do_not_specialize=[
-        "heads", "groups", "q_len", "k_len", "upper", "position", "count_q", "programs_q", "local_keys", "first_whole",
-    ])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "groups",
+        "q_len",
+        "k_len",
+        "upper",
+        "position",
+        "count_q",
+        "programs_q",
+        "local_keys",
+        "first_whole",
+    ]
+)
 def _select_kernel(
     lists,
     whole_counts,

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afbs_compile.kernels.blocks import block_count
-from afbs_compile.kernels.call import fp8_constant_count
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.attention import LOG2_E
 

@@ -1,6 +1,6 @@
 const GALLERY = 12;
 
-/** Draw a mask: live, skipped, and (causal) never visible blocks. */
+/** Draw a mask: live, skipped, and never visible blocks. */
 function drawMask(canvas, mask) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => { // #rrggbb as one opaque pixel of a little-endian machine
@@ -8,18 +8,16 @@ function drawMask(canvas, mask) {
     return ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
   };
   const [on, off, hidden] = ["--mask-on", "--mask-off", "--mask-hidden"].map(colour);
-  const bytes = Uint8Array.from(atob(mask.live), (c) => c.charCodeAt(0));
+  const [bytes, sight] = [mask.live, data.masks.sights[mask.sight]].map((text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
+  const bit = (from, r, c) => (from[r * perRow + (c >> 3)] >> (7 - (c & 7))) & 1;
   const perRow = Math.ceil(mask.columns / 8);
   canvas.width = mask.columns;
   canvas.height = mask.rows;
   const image = new ImageData(mask.columns, mask.rows);
   const pixels = new Uint32Array(image.data.buffer);
   for (let r = 0; r < mask.rows; r++)
-    for (let c = 0; c < mask.columns; c++) {
-      const live = (bytes[r * perRow + (c >> 3)] >> (7 - (c & 7))) & 1;
-      const seen = !mask.causal || c * mask.rows < (r + 1) * mask.columns;
-      pixels[r * mask.columns + c] = live ? on : seen ? off : hidden;
-    }
+    for (let c = 0; c < mask.columns; c++)
+      pixels[r * mask.columns + c] = bit(bytes, r, c) ? on : bit(sight, r, c) ? off : hidden;
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
@@ -63,7 +61,7 @@ function showHead(site, index) {
     ["outcome", dense ? "dense: keeps every block" : "sparse"],
     ["call", site.outcome + (site.reason ? `: ${site.reason}` : "")],
     ...(dense ? [] : [
-      ["policy", `${head.policy}, blocks ${site.block_q} x ${site.block_k}`],
+      ["policy", `${head.policy}, blocks ${site.blocks}`],
       ["tau", short(head.tau)], ["theta", head.theta < 0 ? "off" : short(head.theta)],
       ["lambda", head.lam <= -1000 ? "off" : short(head.lam)],
       ["sparsity", percent(head.sparsity)], ["error", `${head.error.toFixed(4)} (${data.limit_name} ${short(data.limit)})`],

@@ -9,10 +9,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from afbs_compile.kernels.spec.fp8 import WEIGHT_EXPONENT
 from afbs_compile.kernels.attend.hopper.common import QUERY_STAGES, STEP, after, read, read_tile
 from afbs_compile.kernels.attend.hopper.consumer import mask, place_of, store
 from afbs_compile.kernels.attend.hopper.softmax import decayed, halves, part_sums, row_maxima, row_sums
+from afbs_compile.kernels.spec.fp8 import WEIGHT_EXPONENT
 
 SHIFT = gl.constexpr(float(WEIGHT_EXPONENT))
 

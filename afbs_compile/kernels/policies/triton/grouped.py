@@ -235,9 +235,7 @@ def moment_rows(x: Tensor, scale: float, *, of_queries: bool) -> Tensor:
     return out
 
 
-def write_log_mass(
-    features: Features, operands: Operands, shape: BlockShape, out: Tensor, *, exact: bool
-) -> None:
+def write_log_mass(features: Features, operands: Operands, shape: BlockShape, out: Tensor, *, exact: bool) -> None:
     """Write the logarithm of :func:`grouped.block_mass` into ``out``, int32 ``[B, H, n_q, n_k]``, as bits of fp32.
 
     Args:

@@ -3,7 +3,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Scores by block means on the GPU: two Triton kernels, fp32 throughout, no host synchronisation.
 
-    q, k ─▶ block means, self-similarity ─▶ pooled scores
+q, k ─▶ block means, self-similarity ─▶ pooled scores
 """
 
 from __future__ import annotations
