@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from afbs_compile import cache
+from afbs_compile.cache import cache_path, read_cached, write_cached
 from afbs_compile.errors import AfbsWarning, RecipeError
 from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
@@ -73,8 +73,8 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
     if settings.recipe is not None:
         return _as_named(found, settings.recipe, settings.outside)
     samples = None if settings.samples is None else materialised(settings.samples)
-    path = cache.cache_path(_conditions(found, example_inputs, settings, samples))
-    cached = cache.read(path)
+    path = cache_path(_conditions(found, example_inputs, settings, samples))
+    cached = read_cached(path)
     if cached is not None:
         try:
             plan = Plan.of(found, cached, settings.outside)
@@ -87,7 +87,7 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
     if samples is not None:
         source, runs = "samples", bind(found.gm, example_inputs, samples)
     recipe = calibrate_graph([(found, runs)], settings.tuning, source)
-    cache.write(path, recipe)
+    write_cached(path, recipe)
     return recipe, Plan.of(found, recipe, settings.outside)
 
 

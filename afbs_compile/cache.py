@@ -29,7 +29,7 @@ def cache_path(conditions: dict[str, Any]) -> Path:
     return cache_folder() / f"{key[:32]}.json"
 
 
-def read(path: Path) -> Recipe | None:
+def read_cached(path: Path) -> Recipe | None:
     """The cached recipe, or ``None``; a damaged file is reported and counts as absent."""
     if not path.exists():
         return None
@@ -40,7 +40,7 @@ def read(path: Path) -> Recipe | None:
         return None
 
 
-def write(path: Path, recipe: Recipe) -> None:
+def write_cached(path: Path, recipe: Recipe) -> None:
     """Store the recipe; a folder that cannot be written is reported, and the model compiles all the same."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The options, each declared once: what the backend, :func:`afbs_compile.calibrate`, the command line and the cache know.
+"""The options, each declared once: the backend, :func:`afbs_compile.calibrate`, command line and cache follow.
 
 To add one, add a declaration to :data:`OPTIONS`.
 """
@@ -112,8 +112,8 @@ _DECLARED = (
     Option(
         "tolerance",
         0.055,
-        "Largest relative L1 error of a head's output, on every validation input; or a budget on the model's output that "
-        "all heads share, spent where it costs least: {'kl': nats} or {'perplexity': relative rise}.",
+        "Largest relative L1 error of a head's output, on every validation input; or a budget on the model's output "
+        "that all heads share, spent where it costs least: {'kl': nats} or {'perplexity': relative rise}.",
         ((_is_tolerance, f"a number between 0 and 1, or one of {_QUANTITIES} mapped to one"),),
         calibrates=True,
         runs=False,
@@ -297,7 +297,7 @@ class Options:
     @property
     def tuning(self) -> TuneSettings:
         """The part that the tuner needs."""
-        tolerance = {} if _has_budget(self._values) else {"tolerance": float(self.tolerance)}
+        tolerance: dict[str, Any] = {} if _has_budget(self._values) else {"tolerance": float(self.tolerance)}
         return TuneSettings(
             **tolerance,
             method=self.method,

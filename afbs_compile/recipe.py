@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from afbs_compile import codec, recipe_schema3
+from afbs_compile.codec import DamagedError, decode, write
 from afbs_compile.errors import RecipeError
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall, fp8_constant_count
+from afbs_compile.recipe_schema3 import VERSION as EARLIER_SCHEMA
+from afbs_compile.recipe_schema3 import upgraded
 
 FORMAT = "afbs-recipe"
 SCHEMA_VERSION = 4
@@ -295,7 +297,7 @@ class Recipe:
         Raises:
             OSError: the folder is missing or not writable.
         """
-        codec.write(Path(path), asdict(self))
+        write(Path(path), asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -314,16 +316,15 @@ class Recipe:
             raise RecipeError(f"recipe {path} is not an afbs recipe: its 'format' is not {FORMAT!r}.")
         version = data.get("schema_version")
         try:
-            if version == recipe_schema3.VERSION:
-                data, version = recipe_schema3.upgraded(data), SCHEMA_VERSION
+            if version == EARLIER_SCHEMA:
+                data, version = upgraded(data), SCHEMA_VERSION
             if version != SCHEMA_VERSION:
                 age = "newer than" if isinstance(version, int) and version > SCHEMA_VERSION else "not"
-                raise RecipeError(
-                    f"recipe {path} has schema version {version!r}, {age} the {SCHEMA_VERSION} read here: calibrate again."
-                )
-            recipe: Recipe = codec.decode(cls, {**data, "schema_version": version}, "recipe")
+                what = f"schema version {version!r}, {age} the {SCHEMA_VERSION} read here"
+                raise RecipeError(f"recipe {path} has {what}: calibrate again.")
+            recipe: Recipe = decode(cls, {**data, "schema_version": version}, "recipe")
             _check(recipe)
-        except codec.DamagedError as error:
+        except DamagedError as error:
             raise RecipeError(f"recipe {path} is damaged: {error}.") from error
         return recipe
 
@@ -360,11 +361,11 @@ def _site_record(site: SiteRecipe) -> dict[str, Any]:
 def _check(recipe: Recipe) -> None:
     """Refuse values that no calibration writes."""
     if (recipe.tolerance is None) == (recipe.budget is None):
-        raise codec.DamagedError("it needs either a tolerance or a budget")
+        raise DamagedError("it needs either a tolerance or a budget")
     if recipe.tolerance is not None and not 0 < recipe.tolerance < math.inf:
-        raise codec.DamagedError(f"tolerance is {recipe.tolerance}")
+        raise DamagedError(f"tolerance is {recipe.tolerance}")
     if not recipe.graphs:
-        raise codec.DamagedError("it has no graph")
+        raise DamagedError("it has no graph")
     for site in recipe.sites:
         _check_site(site)
 
@@ -373,18 +374,16 @@ def _check_site(site: SiteRecipe) -> None:
     if site.outcome == "refused":
         return
     if site.call is None or not site.heads or len(site.heads) != site.call.heads:
-        raise codec.DamagedError(f"{site.name} is {site.outcome} and has no heads, or no constants of them")
+        raise DamagedError(f"{site.name} is {site.outcome} and has no heads, or no constants of them")
     count = fp8_constant_count(site.kv_heads or 0, site.head_dim or 0)
     if "fp8" in site.call.precision and len(site.call.fp8_constants) != count:
-        raise codec.DamagedError(f"{site.name} has heads in FP8 and not the constants of its key heads")
+        raise DamagedError(f"{site.name} has heads in FP8 and not the constants of its key heads")
     for index, (head, tau) in enumerate(zip(site.heads, site.call.tau, strict=True)):
         if not all(map(math.isfinite, (head.sparsity, head.error, *head.validation_errors))):
-            raise codec.DamagedError(f"head {index} of {site.name} has a number that is not finite")
+            raise DamagedError(f"head {index} of {site.name} has a number that is not finite")
         if tau < 0 or not 0 <= head.sparsity <= 1:
-            raise codec.DamagedError(f"head {index} of {site.name} has tau or sparsity out of range")
+            raise DamagedError(f"head {index} of {site.name} has tau or sparsity out of range")
         for path in head.search:
             columns = {len(c) for c in (path.tau, path.theta, path.lam, path.sparsity, path.error, path.s or path.tau)}
             if len(columns) != 1:
-                raise codec.DamagedError(
-                    f"head {index} of {site.name} has a search path whose columns differ in length"
-                )
+                raise DamagedError(f"head {index} of {site.name} has a search path whose columns differ in length")

@@ -25,7 +25,7 @@ def block_count(length: int, block: int) -> int:
 
 
 class Grid(NamedTuple):
-    """The blocks of one call: query block ``i`` holds rows ``[i * shape.q, (i + 1) * shape.q)``, key blocks likewise."""
+    """The blocks of one call: query block ``i`` holds the rows from ``i * shape.q`` on, key blocks likewise."""
 
     q_len: int
     k_len: int

@@ -46,6 +46,10 @@ class Kept(NamedTuple):
     local_keys: int = 0
 
 
+NOT_CALIBRATED = Kept()
+"""Of calls that were not calibrated, and of ``method="paper"``."""
+
+
 @dataclass(frozen=True)
 class SparseCall:
     """Constants of a sparse attention call; it checks itself.
@@ -71,7 +75,7 @@ class SparseCall:
     lam: tuple[float, ...]
     policy: tuple[str, ...]
     shape: BlockShape
-    kept: Kept = Kept()
+    kept: Kept = NOT_CALIBRATED
     precision: tuple[str, ...] = ()
     fp8_constants: tuple[float, ...] = ()
     min_length: int = 0
@@ -121,33 +125,27 @@ class SparseCall:
         """The constants of one head, by name."""
         return {name: getattr(self, name)[index] for name in PER_HEAD}
 
-    def thresholds_of(self, heads: Sequence[int]) -> SparseCall:
-        """The thresholds and policies of some heads, without FP8 and its constants."""
-        columns = {
-            name: tuple(getattr(self, name)[head] for head in heads) for name in ("tau", "theta", "lam", "policy")
-        }
-        return replace(self, **columns, precision=(), fp8_constants=())
-
     def with_tau(self, tau: Tensor) -> SparseCall:
         """The call at other taus, ``[H]``."""
         return replace(self, tau=tuple(tau.tolist()))
 
     def where(self, take: Sequence[bool], other: SparseCall) -> SparseCall:
         """This call's thresholds, policies and precisions for the heads in ``take``, the other's for the rest."""
-        columns = {}
+        columns: dict[str, Any] = {}
         for name in PER_HEAD:
             pairs = zip(take, getattr(self, name), getattr(other, name), strict=True)
             columns[name] = tuple(mine if taken else its for taken, mine, its in pairs)
         return replace(self, **columns)
 
-    def taken(self, heads: Sequence[int], keys: Sequence[int], kv_heads: int) -> SparseCall:
+    def taken(self, heads: Sequence[int], keys: Sequence[int] = (), kv_heads: int = 1) -> SparseCall:
         """The call of some of its heads.
 
         Args:
-            heads: which ones; keys: the key heads that stay, in order; kv_heads: key heads of this call.
+            heads: which ones.
+            keys: the key heads whose FP8 constants stay, in order; kv_heads: key heads of this call.
         """
         width = len(self.fp8_constants) // kv_heads
-        columns = {name: tuple(getattr(self, name)[head] for head in heads) for name in PER_HEAD}
+        columns: dict[str, Any] = {name: tuple(getattr(self, name)[head] for head in heads) for name in PER_HEAD}
         constants = tuple(x for key in keys for x in self.fp8_constants[key * width : (key + 1) * width])
         return replace(self, **columns, fp8_constants=constants)
 
@@ -157,7 +155,7 @@ class SparseCall:
 
     def rounded(self) -> SparseCall:
         """The call as it is written into a graph: six significant digits, so that a reader can compare them."""
-        lists = {name: tuple(map(_rounded, getattr(self, name))) for name in ("tau", "theta", "lam")}
+        lists: dict[str, Any] = {name: tuple(map(_rounded, getattr(self, name))) for name in ("tau", "theta", "lam")}
         return replace(self, **lists)
 
     def arguments(self) -> dict[str, Any]:
@@ -196,12 +194,12 @@ class SparseCall:
         """
         heads, kv_heads, dim = operands.heads, operands.k.shape[1], operands.q.shape[3]
         if self.heads != heads:
-            raise ValueError(f"tau has {self.heads} constants; accepted: one for each of the {heads} query heads")
+            raise ValueError(_count("tau", self.heads, "constants", heads))
         count = fp8_constant_count(kv_heads, dim)
         if self.fp8_constants and len(self.fp8_constants) != count:
             raise ValueError(
-                f"fp8_constants has {len(self.fp8_constants)} numbers; accepted: {count}, {dim} means and two peaks for "
-                f"each of the {kv_heads} key heads"
+                f"fp8_constants has {len(self.fp8_constants)} numbers; accepted: {count}, {dim} means and two peaks "
+                f"for each of the {kv_heads} key heads"
             )
 
     def _check_per_head(self) -> None:
@@ -220,7 +218,7 @@ class SparseCall:
             )
         for what, names in (("policy", self.policy), ("precision", self.precision)):
             if len(names) != heads:
-                raise ValueError(f"{what} has {len(names)} names; accepted: one for each of the {heads} query heads")
+                raise ValueError(_count(what, len(names), "names", heads))
         for name, theta in zip(self.policy, self.theta, strict=True):
             if theta >= 0.0 and not policy_named(name).has_theta:
                 some = ", ".join(policy.name for policy in POLICIES.values() if policy.has_theta)
@@ -261,6 +259,10 @@ def fp8_constant_count(kv_heads: int, dim: int) -> int:
     return kv_heads * (dim + 2)
 
 
+def _count(name: str, came: int, what: str, heads: int) -> str:
+    return f"{name} has {came} {what}; accepted: one for each of the {heads} query heads"
+
+
 def _rounded(value: float) -> float:
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
@@ -278,7 +280,7 @@ def _of_arguments(
 ) -> SparseCall:
     number = dict(numbers)
     if len(tau) != heads:
-        raise ValueError(f"tau has {len(tau)} constants; accepted: one for each of the {heads} query heads")
+        raise ValueError(_count("tau", len(tau), "constants", heads))
     return SparseCall(
         tau=tau,
         theta=theta,

@@ -21,8 +21,8 @@ class Operands:
     """``softmax(scale * Q K^T + mask) V``.
 
     Attributes:
-        q: ``[B, H, q_len, D]``; k, v: ``[B, H_kv, k_len, D]`` of the same dtype, any strides; query head ``h`` reads key
-            head ``h // (H // H_kv)``.
+        q: ``[B, H, q_len, D]``; k, v: ``[B, H_kv, k_len, D]`` of the same dtype, any strides; query head ``h`` reads
+            key head ``h // (H // H_kv)``.
         mask: what a row sees.
         scale: softmax scale.
     """

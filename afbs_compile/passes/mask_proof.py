@@ -86,9 +86,9 @@ def classify(tensor: Tensor, q_len: int, k_len: int) -> Mask | None:
     """Compare a mask with the known ones, element by element.
 
     Args:
-        tensor: bool (true attends) or floating (added to the scores; 0 attends, -inf or the dtype's lowest number hides),
-            broadcastable to ``[..., q_len, k_len]``, at least 2-D. A floating one is never taken for one that hides
-            nothing: nn.MultiheadAttention makes such a one of every boolean mask; any other is a bias.
+        tensor: bool (true attends) or floating (added to the scores; 0 attends, -inf or the dtype's lowest number
+            hides), broadcastable to ``[..., q_len, k_len]``, at least 2-D. A floating one is never taken for one that
+            hides nothing: nn.MultiheadAttention makes such a one of every boolean mask; any other is a bias.
         q_len: rows; k_len: keys.
 
     Returns:

@@ -67,7 +67,8 @@ class AttentionSite:
 
     def shapes(self) -> OperandShapes:
         """Sizes and strides of this call's operands; the graph and its fake values may go."""
-        return OperandShapes(*(_layout(value_of(node)) for node in (self.q, self.k, self.v)), self.rank, self.mask)
+        q, k, v = (_layout(value_of(node)) for node in (self.q, self.k, self.v))
+        return OperandShapes(q, k, v, self.rank, self.mask)
 
     def canonical(self, tensor: Tensor) -> Tensor:
         """View a q, k or v of the graph as ``[batch, heads, length, head_dim]``.

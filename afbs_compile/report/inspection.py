@@ -120,8 +120,7 @@ def provenance(recipe: Recipe) -> dict[str, str]:
     seconds = sum(graph.seconds for graph in recipe.graphs)
     evaluations = sum(graph.evaluations for graph in recipe.graphs)
     return {
-        "method": recipe.method
-        + (f", Eq. 2 {recipe.options['parameterization']}" if recipe.method == "paper" else ""),
+        "method": recipe.method + (f", Eq. 2 {recipe.options['parameterization']}" if recipe.method == "paper" else ""),
         "device": f"{recipe.device}, engine {recipe.engine}",
         "samples": f"{', '.join(dict.fromkeys(s.source for s in samples))}: {max(s.count for s in samples)} of "
         f"{longest if shortest == longest else f'{shortest} to {longest}'} tokens",

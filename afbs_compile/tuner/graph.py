@@ -160,10 +160,7 @@ def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
         head_dim=site.head_dim,
         kv_heads=site.kv_heads,
         dtype=str(site.dtype).removeprefix("torch."),
-        call=replace(
-            call,
-            **{name: tuple(round(value, 6) for value in getattr(call, name)) for name in ("tau", "theta", "lam")},
-        ),
+        call=replace(call, tau=_rounded(call.tau), theta=_rounded(call.theta), lam=_rounded(call.lam)),
         heads=tuple(_head_recipe(result, head) for head in range(call.heads)),
         dense_ms=None if speed is None else round(speed.dense_ms, 4),
         sparse_ms=None if speed is None else round(speed.sparse_ms, 4),
@@ -171,6 +168,10 @@ def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
         kernel=None if kernel is None else kernel.name,
         kernel_reason=None if kernel is None else kernel.reason,
     )
+
+
+def _rounded(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(round(value, 6) for value in values)
 
 
 def _head_recipe(result: SiteResult, head: int) -> HeadRecipe:

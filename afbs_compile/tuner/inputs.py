@@ -19,8 +19,8 @@ from afbs_compile.kernels.spec.selection import first_whole_block
 from afbs_compile.tuner.measure import WINDOWS, kept_for, visible_count
 
 PREFIXES = (4, 2)
-"""Where the mask is ``local`` an input of N tokens is one of N / 4 and of N / 2 tokens as well: its first rows see nothing
-later. Only the last of these rows, which a shorter input keeps whole, are not whole in the longer one."""
+"""Where the mask is ``local`` an input of N tokens is one of N / 4 and of N / 2 tokens as well: its first rows see
+nothing later. Only the last of these rows, which a shorter input keeps whole, are not whole in the longer one."""
 
 FEWEST_BLOCKS = 4
 """Shorter prefixes have little to skip and say little."""

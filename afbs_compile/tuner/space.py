@@ -1,4 +1,4 @@
-"""The latent s of the paper's Eq. 2, and calls whose heads are all DENSE: where every search starts and falls back to."""
+"""The latent s of the paper's Eq. 2, and calls whose heads are all DENSE, where searches start and fall back to."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def best_ms(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
     from torch.utils.benchmark import Timer  # looks for compilers as it is imported, and may print what it lacks
 
     timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
-    device = [call().device for call in calls][0]  # compiles, allocates
+    device, *_ = [call().device for call in calls]  # compiles, allocates
     times = [[timer.timeit(1).mean for timer in timers]]
     repeats = [max(1, round(round_seconds(device) / mean)) for mean in times[0]]
     further = rounds(device, long=max(repeats) == 1)

@@ -1,4 +1,4 @@
-"""The engines in order: the first that does not refuse computes a call; what the others say is what a reader is told."""
+"""The engines in order: the first that does not refuse computes a call; what the others say a reader is told."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import heads_by
 
 ENGINES: list[Engine] = [HopperFp8(), Hopper(), Portable(), Flex()]
-"""The quickest first. To add one, write it in a folder of its own and name it here; code outside the package inserts."""
+"""The quickest first. To add one, write it in a folder of its own and name it here; other packages insert theirs."""
 
 
 class Kernel(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a mask is: which keys the rows of an attention call see, which blocks that makes visible, and what a kernel is told.
+"""What a mask is: which keys a row sees, which blocks that makes visible, and what a kernel is told.
 
     row r sees key c   <=>   0 <= c < k_len  and  sees(r + offset, c)
 

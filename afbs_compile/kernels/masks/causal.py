@@ -1,4 +1,4 @@
-"""``causal``: a row sees the keys up to its own, the first row the first key, as ``is_causal=True`` of PyTorch's SDPA."""
+"""``causal``: a row sees the keys up to its own, the first row the first key, as with SDPA's ``is_causal=True``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kinds of mask, by name, and masks from their text: ``"causal"``, or ``"kind(1,2)"`` for a kind with parameters."""
+"""The kinds of mask by name, and masks from their text: ``"causal"``, or ``"kind(1,2)"`` where there are parameters."""
 
 from __future__ import annotations
 

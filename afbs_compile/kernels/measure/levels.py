@@ -1,4 +1,4 @@
-"""The tau from which each block is live, in the language that the device has: what a pass over an input is ordered by."""
+"""The tau from which each block is live, by the kernels that the device has: the order of a pass over an input."""
 
 from __future__ import annotations
 

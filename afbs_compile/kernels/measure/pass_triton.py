@@ -1,10 +1,10 @@
 # ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
-"""The pass of :mod:`afbs_compile.kernels.measure.one_pass` on the GPU: a program per query tile walks its visiting order.
+"""The pass of :mod:`afbs_compile.kernels.measure.one_pass` on the GPU: a program a query tile walks its visiting order.
 
-The first blocks of an order, of which the host says how many, need a mask; the others need one where a partial block may
-be among them.
+The first blocks of an order, of which the host says how many, need a mask; the others need one where a partial block
+may be among them.
 """
 
 from __future__ import annotations

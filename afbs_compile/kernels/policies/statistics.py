@@ -32,4 +32,5 @@ def self_similarity(x: Tensor, block: int) -> Tensor:
     scaled = rows / rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     unit = scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     # 1/n^2 sum_ab cos(x_a, x_b) = ||mean of unit rows||^2
-    return (unit.sum(-2) / sizes).square().sum(-1)
+    similarity: Tensor = (unit.sum(-2) / sizes).square().sum(-1)
+    return similarity

@@ -3,8 +3,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Selection by mass on the GPU: one kernel, fp32. The rule is :func:`policies.rules.select_by_mass`, with a theta.
 
-Scores lie in the memory of ``BlockLists.indices`` and are replaced there by the indices, row by row: at 128K tokens they
-would otherwise cost another half gigabyte for 32 heads.
+Scores lie in the memory of ``BlockLists.indices`` and are replaced there by the indices, row by row: at 128K tokens
+they would otherwise cost another half gigabyte for 32 heads.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class Fp8Constants(NamedTuple):
         """The constants from the numbers that a recipe and the operator carry.
 
         Args:
-            values: :func:`afbs_compile.kernels.call.fp8_constant_count` of them; none: no mean, peaks :data:`SMALLEST_PEAK`.
+            values: :func:`afbs_compile.kernels.call.fp8_constant_count` of them; none: no mean, peaks
+                :data:`SMALLEST_PEAK`.
             kv_heads: H_kv; dim: D.
         """
         if not len(values):

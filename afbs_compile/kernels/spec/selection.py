@@ -78,8 +78,8 @@ def block_levels(
         similar: self-similarities, of a policy that has a theta; theta: fp32 ``[H, 1, 1]`` or one number.
 
     Returns:
-        fp32 ``[B, H, m, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (rows with NaN among them), infinity for
-        invisible ones, in [0, 1) for the others.
+        fp32 ``[B, H, m, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (rows with NaN among them), infinity
+        for invisible ones, in [0, 1) for the others.
     """
     visible, always = places
     candidates = visible

@@ -5,7 +5,7 @@ engine skips no product with V, which is never less accurate.
 
 FlexAttention is fast only when it is compiled. Eager, it holds an N x N tensor per head and is many times slower than
 dense attention, and torch.compile falls back to eager silently (recompile limit, ``suppress_errors``, a stance,
-``TORCHDYNAMO_DISABLE``). Here that cannot happen: :func:`_fused` refuses to run uncompiled, and :meth:`Flex.attend` then
+``TORCHDYNAMO_DISABLE``). Here that cannot happen: :func:`_fused` refuses to run uncompiled, and :func:`attend` then
 takes :func:`_attend_by_rows` and says why.
 """
 
@@ -49,7 +49,7 @@ class NotCompiledError(RuntimeError):
 
 @functools.lru_cache(maxsize=64)
 def _mask_mod(mask: Mask, offset: int) -> Callable[..., Tensor]:
-    """What a row sees inside the blocks that are not computed whole; one function for a mask, so that it compiles once."""
+    """What a row sees inside partial blocks; one function for a mask, so that it compiles once."""
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return mask.sees(row + offset if offset else row, key)

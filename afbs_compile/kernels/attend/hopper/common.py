@@ -45,8 +45,8 @@ def locate(tile, planes, section, count_q, BOUNDED: gl.constexpr):
     """Plane (batch and head) and query block of a tile.
 
     ``section`` planes, whose keys and values fit the cache together, take turns; where later rows see more, these come
-    first, for the short ones fill the end. The last block of every plane comes before everything: it may be whole, and then
-    takes several times as long as any other.
+    first, for the short ones fill the end. The last block of every plane comes before everything: its rows may attend
+    everything, and then it takes several times as long as any other.
     """
     ahead = 0
     count = count_q

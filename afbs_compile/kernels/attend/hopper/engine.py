@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from afbs_compile.kernels.attend.machine import capability, kind
+from afbs_compile.kernels.attend.hopper.chip import ALIGNMENT, processors
+from afbs_compile.kernels.attend.machine import kind
 from afbs_compile.kernels.attend.portable.engine import TritonFamily
 from afbs_compile.kernels.blocks import BlockLists, BlockShape
 from afbs_compile.kernels.call import LAMBDA_OFF, SparseCall
@@ -17,17 +17,6 @@ from afbs_compile.kernels.masks import band
 from afbs_compile.kernels.operands import Operands
 
 HEAD_DIMS = (64, 128)
-
-ALIGNMENT = 16
-"""Bytes: the copy engine's tensors start, and step from row to row, at multiples of this."""
-
-
-@functools.cache  # the driver takes its time to answer
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a Hopper GPU; 0 on every other device."""
-    if capability(device) != 9:
-        return 0
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def unsuited(operands: Operands, call: SparseCall, accepted: Sequence[BlockShape]) -> str | None:
@@ -78,8 +67,8 @@ class Hopper(TritonFamily):
         for name, x in (("q", operands.q), ("k", operands.k), ("v", operands.v)):
             if misplaced(x):
                 return (
-                    f"{name} starts at address {_address(x):#x} with strides {x.stride()}; accepted: the last stride 1, "
-                    f"the others positive, all of them and the address multiples of {ALIGNMENT} bytes"
+                    f"{name} starts at address {_address(x):#x} with strides {x.stride()}; accepted: the last stride "
+                    f"1, the others positive, all of them and the address multiples of {ALIGNMENT} bytes"
                 )
         return None
 

@@ -14,8 +14,8 @@ the tensor cores still work; across tiles, the first product of the next one run
 is walked from its end, the partial blocks first: how many they are says which steps need a mask.
 
 What bounds a consumer is the chain of its own instructions, so nothing stands between the scores and the next product
-that need not: see :mod:`afbs_compile.kernels.attend.hopper.softmax`. One arrival a step frees its keys and the values of the
-step before.
+that need not: see :mod:`afbs_compile.kernels.attend.hopper.softmax`. One arrival a step frees its keys and the values
+of the step before.
 
 Every wait is on an mbarrier's phase, a bit: a ring's reader waits for its own phase, and its writer for the opposite
 one, which a fresh barrier has behind it.

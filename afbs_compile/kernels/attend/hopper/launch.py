@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from afbs_compile.kernels.attend.hopper.chip import ALIGNMENT, processors
 from afbs_compile.kernels.attend.hopper.common import CHUNK
-from afbs_compile.kernels.attend.hopper.engine import ALIGNMENT, processors
 from afbs_compile.kernels.attend.hopper.kernel import forward_kernel
 from afbs_compile.kernels.blocks import BlockLists, BlockShape
 from afbs_compile.kernels.call import SparseCall

@@ -1,12 +1,11 @@
 # ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
-"""Block-sparse attention forward on FP8 operands for Hopper: :mod:`afbs_compile.kernels.attend.hopper.kernel` with these
-differences.
+"""Block-sparse attention forward on FP8 operands: :mod:`afbs_compile.kernels.attend.hopper.kernel` but for this.
 
-    Q and K are E4M3, with a power of two beside every row of Q and every block of K: scores times both are log2 units.
-    V is E4M3, transposed, for FP8 products take both operands along their sum; a block has a power of two as well.
-    P becomes E4M3 in registers. A step is one block of 128 keys, and its product with V is added up in fp32.
+Q and K are E4M3, with a power of two beside every row of Q and every block of K: scores times both are log2 units.
+V is E4M3, transposed, for FP8 products take both operands along their sum; a block has a power of two as well.
+P becomes E4M3 in registers. A step is one block of 128 keys, and its product with V is added up in fp32.
 """
 
 from __future__ import annotations
@@ -74,8 +73,8 @@ def forward_kernel(
             (
                 producer,
                 (
-                    (query_desc, key_desc, value_desc), (whole, partial, indices), (key_scales, value_scales), counter, rings,
-                    notes, sizes, HEAD_DIM, STAGES, BOUNDED,
+                    (query_desc, key_desc, value_desc), (whole, partial, indices), (key_scales, value_scales),
+                    counter, rings, notes, sizes, HEAD_DIM, STAGES, BOUNDED,
                 ),
             ),
         ],

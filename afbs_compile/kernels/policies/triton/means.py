@@ -192,8 +192,8 @@ def pooled_scores(operands: Operands, shape: BlockShape, out: Tensor, *, with_si
         with_similarity: whether self-similarities are wanted.
 
     Returns:
-        fp32, the self-similarities of all blocks of q, then of those of k; 1 without ``with_similarity``. Either way NaN
-        where a block has an entry that is not finite.
+        fp32, the self-similarities of all blocks of q, then of those of k; 1 without ``with_similarity``. Either way
+        NaN where a block has an entry that is not finite.
     """
     q, k = operands.q, operands.k
     (batch, heads, q_len, dim), (heads_k, k_len), (count_q, count_k) = q.shape, k.shape[1:3], out.shape[2:]
