@@ -13,10 +13,12 @@ from torch import nn
 import afbs_compile
 from afbs_compile.cli.main import main
 from afbs_compile.found import FoundGraph
-from afbs_compile.kernels import op, serving
+from afbs_compile.kernels.attend import engines
+from afbs_compile.kernels.attend.hopper.engine import Hopper
+from afbs_compile.kernels.attend.portable.engine import Portable
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.explain import Explanation
-from afbs_compile.tuner.site import SiteSpeed
+from afbs_compile.tuner.speed import SiteSpeed
 from tests.toy import Toy, drifting
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
@@ -28,11 +30,10 @@ REASON = "head_dim is 32; accepted: (64, 128)"
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Reports see a GPU whose portable kernel serves; what runs is not touched."""
-    from afbs_compile.kernels import block_sparse
 
     def patch():
-        monkeypatch.setattr(serving.op, "serving", lambda *_: op.Serving("portable", REASON))
-        monkeypatch.setattr(block_sparse, "launch_choice", lambda *_, **__: "portable 64x64 tiles, 4 warps, 2 stages")
+        monkeypatch.setattr(engines, "engine_of", lambda *_: (Portable(), [(Hopper(), REASON)]))
+        monkeypatch.setattr(Portable, "layout", lambda *_: "portable 64x64 tiles, 4 warps, 2 stages")
 
     return patch
 
@@ -123,7 +124,8 @@ def test_operands_lie_as_in_the_call(dynamic):
     model = torch.compile(Sliced(), backend=lambda gm, inputs: graphs.append((gm, inputs)) or gm, dynamic=dynamic)
     model(torch.randn(2, 4, 100, 64))
     (site,) = FoundGraph.of(*graphs[0], 1).sites
-    q, k, v = site.operands()
+    operands = site.shapes().operands()
+    q, k, v = operands.q, operands.k, operands.v
     assert (q.shape, q.stride(), q.storage_offset()) == ((2, 4, 100, 32), (25600, 6400, 64, 1), 1)
     assert k.stride()[2:] == (64, 1)
     assert v.storage_offset() == 32

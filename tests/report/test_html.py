@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from afbs_compile.kernels.reference import Kept, predict_mask
-from afbs_compile.passes.capture import capture
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import LAMBDA_OFF, THETA_OFF, Kept, SparseCall
+from afbs_compile.kernels.spec.selection import live_blocks
+from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SampleRecord, SearchPath, SiteRecipe
-from afbs_compile.report.applied import SampleRun, apply
+from afbs_compile.report.applied import apply
 from afbs_compile.report.explain import explain
 from afbs_compile.report.html import page
 from afbs_compile.report.inspection import promise
@@ -27,18 +29,26 @@ from tests.toy import Toy, drifting
 EVIL = "</script><img src=x onerror=alert(1)>"
 
 
+def calling(*tau: float, kept: Kept = Kept(), min_length: int = 0) -> SparseCall:
+    heads = len(tau)
+    off = (THETA_OFF,) * heads, (LAMBDA_OFF,) * heads
+    return SparseCall(tau, *off, ("meansim",) * heads, BlockShape(64, 64), kept, min_length=min_length)
+
+
 def made(name: str = "layers.0", search: tuple[SearchPath, ...] = (), heads: int = 2) -> Recipe:
-    sparse = HeadRecipe("sparse", "meansim", 0.9, -1.0, -1000.0, 0.7, 0.05, (0.04, 0.05), search)
-    dense = HeadRecipe("dense", "meansim", 1.0, -1.0, -1000.0, 0.0, 0.0, (0.0, 0.0))
-    call = ("sparse", None, True, 64, 1, "float32", 64, 64, (*[sparse] * (heads - 1), dense), 2.0, 1.0, 2048)
+    sparse = HeadRecipe("sparse", 0.7, 0.05, (0.04, 0.05), search)
+    dense = HeadRecipe("dense", 0.0, 0.0, (0.0, 0.0))
+    call = calling(*[0.9] * (heads - 1), 1.0, min_length=2048)
+    site = ("causal", 64, 1, "float32", call, (*[sparse] * (heads - 1), dense), 2.0, 1.0)
     sites = (
-        SiteRecipe(name, *call),
-        SiteRecipe("slow", "dense", "not faster: 2 ms sparse, 1 ms dense", *call[2:]),
+        SiteRecipe(name, "sparse", None, *site),
+        SiteRecipe("slow", "dense", "not faster: 2 ms sparse, 1 ms dense", *site),
         SiteRecipe("cross", "refused", f"additive bias {name}"),
     )
     samples = SampleRecord("samples", 2, 2, (4096, 4096), "d1")
     graph = GraphRecipe("g1", "w1", "s1", samples, 1.5, 12.25, sites)
-    return Recipe(0.055, "afbs", "corrected", "cpu", "flex", 1, {"torch": "2.13.0"}, (graph,))
+    options = {"tolerance": 0.055, "method": "afbs", "parameterization": "corrected"}
+    return Recipe(options, "cpu", "flex", 1, {"torch": "2.13.0"}, (graph,))
 
 
 class Elements(HTMLParser):
@@ -62,6 +72,12 @@ class Elements(HTMLParser):
 
 def embedded(text: str) -> dict:
     return json.loads(Elements(text).scripts[0])
+
+
+def unpacked(text: str, size: int) -> torch.Tensor:
+    """A packed mask of at most eight columns."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8).reshape(size, 1), axis=1)[:, :size]
+    return torch.from_numpy(bits).bool()
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():
@@ -98,7 +114,7 @@ def test_a_name_like_a_placeholder_stays_a_name():
 
 def test_the_page_holds_every_head_its_search_and_every_reason():
     search = SearchPath(
-        "refine", 4096, "meansim", 64, 64, (0.4, 0.5), (0.8, 0.9), (-1.0,) * 2, (-1000.0,) * 2, (0.8, 0.7), (-1.0, 0.05)
+        "refine", 4096, "meansim", BlockShape(64, 64), (0.4, 0.5), (0.8, 0.9), (-1.0,) * 2, (-1000.0,) * 2, (0.8, 0.7), (-1.0, 0.05)
     )
     text = page(made(search=(search,)), "recipe.json")
     data = embedded(text)
@@ -122,13 +138,13 @@ def test_masks_are_those_of_the_predictor():
     toy, x = Toy().eval(), drifting(300)
     graphs = apply(toy, None, [x])
     (graph,) = graphs
-    heads = tuple(HeadRecipe("sparse", "meansim", t, -1.0, -1000.0, 0.5, 0.05, (0.05,)) for t in (0.5, 0.6, 0.7, 0.8))
-    heads = (*heads[:2], HeadRecipe("dense", "meansim", 1.0, -1.0, -1000.0, 0.0, 0.0, (0.0,)), heads[3])
+    tau = (0.5, 0.6, 1.0, 0.8)
+    heads = tuple(
+        HeadRecipe("dense", 0.0, 0.0, (0.0,)) if t == 1.0 else HeadRecipe("sparse", 0.5, 0.05, (0.05,)) for t in tau
+    )
+    call = calling(*tau, kept=Kept(64, 1), min_length=128)
     sites = tuple(
-        SiteRecipe(
-            s.name, "sparse", None, True, 32, 4, "float32", 64, 64, heads, 2.0, 1.0, 128, last_rows=64, local_keys=1
-        )
-        for s in graph.found.sites
+        SiteRecipe(s.name, "sparse", None, "causal", 32, 4, "float32", call, heads, 2.0, 1.0) for s in graph.found.sites
     )
     recipe = made()
     known = replace(
@@ -140,12 +156,12 @@ def test_masks_are_those_of_the_predictor():
         (1, s, h) for s in ("layers.0", "layers.1") for h in (0, 1, 3)
     ]
     _, (sample,) = next(capture([SampleRun(graph.found.gm, graph.found.sites, graph.inputs[0])]))
-    call = {"causal": True, "scale": sample.scale, "kept": Kept(64, 1)}
-    expected = predict_mask(sample.q, sample.k, [0.5, 0.6, 1.0, 0.8], [-1.0] * 4, **call)[0]
+    expected = live_blocks(sample, call)[0]
+    assert {mask.sight for mask in masks.heads} == {0}, "calls of one mask and size share what can be seen"
+    assert torch.equal(unpacked(masks.sights[0], 5), torch.ones(5, 5, dtype=torch.bool).tril())
     for mask, head in zip(masks.heads[:3], (0, 1, 3), strict=True):
         assert (mask.rows, mask.columns) == (5, 5)
-        bits = np.unpackbits(np.frombuffer(base64.b64decode(mask.live), np.uint8).reshape(5, 1), axis=1)[:, :5]
-        assert (torch.from_numpy(bits).bool() == expected[head]).all()
+        assert torch.equal(unpacked(mask.live, 5), expected[head])
         assert mask.sparsity == pytest.approx(1 - int(expected[head].sum()) / 15, abs=1e-4)
     assert "drifting, 300 tokens" in page(recipe, "recipe.json", masks)
 
