@@ -36,11 +36,12 @@ class Option:
     Attributes:
         name: in ``options={...}`` and as an argument; default: where it is not given.
         meaning: for a reader, one sentence.
-        rules: what must hold, in the order in which they are asked.
+        rules: what must hold, in the order in which they are asked; the first looks at the value alone.
         calibrates: whether it is an option of calibration; runs: of what runs. An option of calibration alone is not
             accepted beside a recipe, and recipes of another value of it are not reused.
         flag: on the command line; metavar: of its value.
-        text: reads the value from the command line; ``None`` where the command reads it itself.
+        text: reads the value from the command line; ``None`` where the command reads it itself. written: how it is
+            written there, where that is not plain.
         recorded: whether a recipe says what was given.
     """
 
@@ -53,6 +54,7 @@ class Option:
     flag: str
     metavar: str = "X"
     text: Callable[[str], Any] | None = str
+    written: str = ""
     recorded: bool = True
 
     def check(self, value: Any, values: Mapping[str, Any]) -> None:
@@ -120,6 +122,7 @@ _DECLARED = (
         flag="--tolerance",
         metavar="T",
         text=tolerance_of,
+        written="0.055, kl=0.01 or perplexity=0.01",
     ),
     Option(
         "method",
@@ -267,8 +270,8 @@ class Options:
         given, names = dict(given or {}), [option.name for option in (OPTIONS.values() if known is None else known)]
         if unknown := sorted(set(given) - set(names)):
             raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(names)}")
-        of_calibration = {option.name for option in OPTIONS.values() if not option.runs}
-        if given.get("recipe") is not None and (unused := sorted(set(given) & of_calibration)):
+        done = {option.name for option in OPTIONS.values() if not option.runs}
+        if given.get("recipe") is not None and (unused := sorted(set(given) & done)):
             raise OptionError(f"{', '.join(unused)}: not accepted together with recipe, which was calibrated already")
         values = {option.name: given.get(option.name, option.default) for option in OPTIONS.values()}
         for option in OPTIONS.values():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from afbs_compile.errors import OptionError
-from afbs_compile.options import Option
+from afbs_compile.options import Option, Options
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = "folder, id, package.module:factory or .pt2; see below"
@@ -90,6 +90,7 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> N
     """A flag for each option that is read from text."""
     for option in options:
         if option.text is not None:
+            written = f" Written {option.written}." if option.written else ""
             default = "" if option.default is None else f" (default: {option.default})"
             parser.add_argument(
                 option.flag,
@@ -97,17 +98,27 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> N
                 metavar=option.metavar,
                 type=_reader(option),
                 default=option.default,
-                help=f"{option.meaning}{default}".replace("%", "%%"),
+                help=f"{option.meaning}{written}{default}".replace("%", "%%"),
             )
 
 
-def given(arguments: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
-    """The values of :func:`add_options`, by the options' names."""
-    return {option.name: getattr(arguments, option.name) for option in options if option.text is not None}
+def given(arguments: argparse.Namespace, options: Iterable[Option], **other: Any) -> dict[str, Any]:
+    """The values of :func:`add_options` by the options' names, checked together before anything slow begins.
+
+    Args:
+        arguments: as parsed; options: as added.
+        other: values that the command has from elsewhere.
+
+    Raises:
+        OptionError: they do not go together.
+    """
+    named = {option.name: getattr(arguments, option.name) for option in options if option.text is not None}
+    Options.parse({**named, **other})
+    return {**named, **other}
 
 
 def _reader(option: Option) -> Callable[[str], Any]:
-    """Reads and checks an option alone, before anything slow begins; how options go together is checked later."""
+    """Reads an option and checks it alone; how options go together :func:`given` checks."""
 
     def read(text: str) -> Any:
         assert option.text is not None
@@ -117,7 +128,8 @@ def _reader(option: Option) -> Callable[[str], Any]:
             value = text
         accepts, accepted = option.rules[0]
         if not accepts(value, {}):
-            raise argparse.ArgumentTypeError(f"got {text!r}; accepted: {accepted}")
+            written = f", written {option.written}" if option.written else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}; accepted: {accepted}{written}")
         return value
 
     return read

@@ -25,15 +25,13 @@ from afbs_compile.cli.progress import each, step
 from afbs_compile.cli.recipes import load_recipe, usual_length
 from afbs_compile.cli.sources import Sample, load_samples
 from afbs_compile.kernels.attend import machine
-from afbs_compile.options import OPTIONS
+from afbs_compile.options import OPTIONS, Option
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.applied import ANY_LENGTH, apply
 from afbs_compile.report.explain import explain
 
 NAME = "bench"
 RUNS = 7
-RUNNING = [option for option in OPTIONS.values() if option.runs and not option.calibrates]
-"""The options of what runs; lengths are the command's own, so ``min_length`` is not among them."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     options.add_model(parser)
     parser.add_argument("--recipe", metavar="R", required=True, help="a file of afbs-compile calibrate")
-    options.add_options(parser, RUNNING)
+    options.add_options(parser, _running())
     parser.add_argument(
         "--seq-len", metavar="N", type=options.whole(1), nargs="+", help="lengths to time (default: as calibrated)"
     )
@@ -75,19 +73,24 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compile, time, print."""
     recipe = load_recipe(arguments.recipe)
+    settings = options.given(arguments, _running(), recipe=recipe, min_length=ANY_LENGTH)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     samples = _samples(arguments, model, recipe)
     rows = []
     for tokens, sample in samples:
         apply(model.module, recipe, [sample], name=f"recipe {arguments.recipe}")  # refuse before compiling
-        given = {**options.given(arguments, RUNNING), "recipe": recipe, "min_length": ANY_LENGTH}
-        rows.append(_row(tokens, sample, model, given, arguments.runs))
+        rows.append(_row(tokens, sample, model, settings, arguments.runs))
     if arguments.json:
         content = {"device": str(model.device), "torch": torch.__version__, "threads": torch.get_num_threads()}
         print(json.dumps({**content, "runs": arguments.runs, "rows": [asdict(row) for row in rows]}, indent=1))
     else:
         _print(rows, arguments.runs)
     return 0
+
+
+def _running() -> list[Option]:
+    """The options of what runs; lengths are the command's own, so ``min_length`` is not among them."""
+    return [option for option in OPTIONS.values() if option.runs and not option.calibrates]
 
 
 def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) -> list[tuple[int | None, Sample]]:
@@ -100,11 +103,11 @@ def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) 
     ]
 
 
-def _row(tokens: int | None, sample: Sample, model: LoadedModel, given: dict[str, Any], runs: int) -> Row:
-    """Time one length; of the options ``min_length`` is off: the recipe alone says from which length sparse pays."""
+def _row(tokens: int | None, sample: Sample, model: LoadedModel, settings: dict[str, Any], runs: int) -> Row:
+    """Time one length; ``min_length`` is off in the settings: the recipe says from which length sparse pays."""
     torch._dynamo.reset()  # each length is compiled for itself, as a fresh process would
     dense = torch.compile(model.module, dynamic=False)
-    sparse: Any = torch.compile(model.module, backend=afbs, options=cast(Any, given), dynamic=False)
+    sparse: Any = torch.compile(model.module, backend=afbs, options=cast(Any, settings), dynamic=False)
     calls = [lambda: dense(**sample), lambda: sparse(**sample)]
     with torch.no_grad():
         with step(f"compiling for {tokens} tokens"):

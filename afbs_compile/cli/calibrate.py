@@ -37,16 +37,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Calibrate and save."""
-    target = options.output_file(arguments.output, [SUFFIX])
+    target, settings = options.output_file(arguments.output, [SUFFIX]), options.given(arguments, of_calibration())
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     samples = load_samples(
         arguments.data, model, length=arguments.seq_len, count=arguments.samples, tokenizer=arguments.tokenizer
     )
-    recipe = calibrate(
-        model.module,
-        samples,
-        **options.given(arguments, of_calibration()),
-    )
+    recipe = calibrate(model.module, samples, **settings)
     with options.writing(target):
         recipe.save(target)
     if arguments.json:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import afbs_compile
-from afbs_compile.cli import main
+from afbs_compile.cli.main import main
 from tests.toy import Toy, drifting, without_a_clock
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "model-7m"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from afbs_compile import Recipe, explain
-from afbs_compile.cli import bench, main
+from afbs_compile.cli import bench
+from afbs_compile.cli.main import main
 from tests.cli.conftest import LENGTH
 
 ROOT = Path(__file__).parents[2]
@@ -75,13 +76,13 @@ def test_graph_diff_shows_the_calls_alone_with_folded_constants(recipes, toy_rec
     printed = output(capsys, "graph", TOY, "--recipe", recipes["toy"], "--diff", "--data", toy_inputs)
     shapes = "q [1, 4, 512, 32], k [1, 4, 512, 32], v [1, 4, 512, 32], float32, causal"
     site = toy_recipe.sites[0]
-    taus = [head.tau for head in site.heads if head.outcome == "sparse"]
+    taus = [tau for tau, head in zip(site.call.tau, site.heads, strict=True) if head.outcome == "sparse"]
     spread = f"tau {min(taus):.4g}" + (f"-{max(taus):.4g}" if len(set(taus)) > 1 else "")
     assert printed.splitlines()[:4] == [
         "layers.0: sparse",
         f"  - scaled_dot_product_attention({shapes})",
         f"  + afbs.sparse_attention({shapes}, blocks 64x64, 128 keys before a block kept, last 64 rows whole, "
-        f"from {site.min_length} tokens)",
+        f"from {site.call.min_length} tokens)",
         f"      {spread} ({len(taus)} heads)",
     ]
     assert "linear" not in printed
@@ -107,9 +108,8 @@ def test_verify_a_recipe_on_its_own_samples_passes(recipes, capsys, toy_inputs):
 def test_verify_fails_with_exit_code_1_where_the_promise_does_not_hold(recipes, tmp_path, capsys, toy_inputs):
     content = json.loads(Path(recipes["toy"]).read_text())
     for site in content["graphs"][0]["sites"]:
-        site["local_keys"] = 0
-        for head in site["heads"]:
-            head["tau"] = 0.2
+        site["call"]["kept"][1] = 0
+        site["call"]["tau"] = [0.2] * len(site["heads"])
     wrong = tmp_path / "eager.json"
     wrong.write_text(json.dumps(content))
     printed = output(capsys, "verify", str(wrong), "--model", TOY, "--data", toy_inputs, code=1)

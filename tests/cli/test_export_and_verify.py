@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from afbs_compile.cli import main
-from afbs_compile.cli.main import INTERRUPTED
+from afbs_compile.cli.main import INTERRUPTED, main
 
 TOY = "tests.toy:Toy"
 NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -19,8 +18,7 @@ def with_meansim(recipes, tmp_path_factory):
     """The toy's recipe with the one policy that every format has; its errors are then not the recipe's."""
     content = json.loads(Path(recipes["toy"]).read_text())
     for site in content["graphs"][0]["sites"]:
-        for head in site["heads"]:
-            head["policy"] = "meansim"
+        site["call"]["policy"] = ["meansim"] * len(site["heads"])
     path = tmp_path_factory.mktemp("recipe") / "meansim.json"
     path.write_text(json.dumps(content))
     return str(path)
@@ -61,9 +59,8 @@ def test_a_file_is_held_to_what_was_written_into_it(format_, recipes, toy_inputs
 def test_a_file_that_computes_something_else_fails(recipes, toy_inputs, tmp_path, capsys):
     eager = json.loads(Path(recipes["toy"]).read_text())
     for site in eager["graphs"][0]["sites"]:
-        site["local_keys"] = 0
-        for head in site["heads"]:
-            head["tau"] = 0.3
+        site["call"]["kept"][1] = 0
+        site["call"]["tau"] = [0.3] * len(site["heads"])
     (tmp_path / "eager.json").write_text(json.dumps(eager))
     file = str(tmp_path / "toy.pt2")
     given = [TOY, "--recipe", str(tmp_path / "eager.json"), "--data", toy_inputs]

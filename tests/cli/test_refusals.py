@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from afbs_compile.cli import calibrate, main
-from afbs_compile.cli.main import FAILED, INTERRUPTED, OK, USAGE
+from afbs_compile.cli import calibrate
+from afbs_compile.cli.main import FAILED, INTERRUPTED, OK, USAGE, main
 from tests.cli.conftest import POSITIONS
 
 TOY = "tests.toy:Toy"
@@ -52,8 +52,17 @@ def test_the_exit_codes():
         (["calibrate", "m", "-o", "r.json"], "required: --data"),
         (["calibrate", "m", *SOME, "--seq-len", "0"], "a whole number, at least 1"),
         (["calibrate", "m", *SOME, "--samples", "few"], "got 'few'; accepted: a whole number"),
-        (["calibrate", "m", *SOME, "--method", "guess"], "invalid choice: 'guess'"),
-        (["calibrate", "m", *SOME, "--precision", "int8"], "invalid choice: 'int8'"),
+        (["calibrate", "m", *SOME, "--method", "guess"], "--method: got 'guess'; accepted: 'afbs' or 'paper'"),
+        (["calibrate", "m", *SOME, "--precision", "int8"], "--precision: got 'int8'; accepted: 'own' or 'fp8'"),
+        (["calibrate", "m", *SOME, "--parameterization", "own"], "got 'own'; accepted: 'corrected' or 'paper'"),
+        (["calibrate", "m", *SOME, "--tolerance", "x"], "--tolerance: got 'x'; accepted: a number between 0 and 1"),
+        (["calibrate", "m", *SOME, "--tolerance", "x"], "written 0.055, kl=0.01 or perplexity=0.01"),
+        (["calibrate", "m", *SOME, "--tolerance", "bits=0.1"], "--tolerance: got 'bits=0.1'; accepted: a number"),
+        (["calibrate", "m", *SOME, "--tolerance", "kl=0"], "--tolerance: got 'kl=0'; accepted: a number"),
+        (["calibrate", "m", *SOME, "--min-length", "0"], "--min-length: got '0'; accepted: a whole number of tokens"),
+        (["calibrate", "m", *SOME, "--min-length", "few"], "--min-length: got 'few'; accepted: a whole number"),
+        (["calibrate", "m", *SOME, "--tolerance", "kl=0.1", "--method", "paper"],
+         "method: got 'paper'; accepted: 'afbs' with a budget on the output"),
         (["calibrate", "m", "--data", "random", "-o", "r.yaml"], "-o: got r.yaml; accepted: a file name that ends in"),
         (["calibrate", "m", "--data", "random", "-o", "no/where/r.json"], "folder that exists, and no/where does"),
         (["calibrate", "./nowhere", *SOME], "MODEL: there is no folder ./nowhere"),
@@ -80,6 +89,7 @@ def test_the_exit_codes():
         (["verify", "m.onnx", "--model", TOY, "--data", "random"], "FILE: there is no file m.onnx"),
         (["verify", "r.json", "--model", TOY, "--data", "random", "--share", "2"], "a number between 0 and 1"),
         (["bench", TOY, "--recipe", "absent.json"], "recipe absent.json cannot be read"),
+        (["bench", TOY, "--recipe", "r.json", "--outside", "home"], "--outside: got 'home'; accepted: 'extrapolate'"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument(argv, sentence, capsys):
@@ -88,7 +98,7 @@ def test_a_wrong_argument(argv, sentence, capsys):
 
 def test_a_tolerance_out_of_range(toy_inputs, tmp_path, capsys, nothing_new):
     argv = ["calibrate", TOY, "--data", toy_inputs, "--tolerance", "7", "-o", str(tmp_path / "r.json")]
-    assert "tolerance: got 7.0; accepted: a number between 0 and 1" in refused(capsys, *argv)
+    assert "tolerance: got '7'; accepted: a number between 0 and 1" in refused(capsys, *argv)
 
 
 def test_fp8_with_a_budget(toy_inputs, tmp_path, capsys, nothing_new):
@@ -255,6 +265,6 @@ def test_ids_longer_than_the_positions(llama, tmp_path, capsys):
 
 def test_a_recipe_with_an_unreadable_number(recipes, tmp_path, capsys):
     content = json.loads(Path(recipes["toy"]).read_text())
-    content["tolerance"] = "much"
+    content["options"]["tolerance"] = "much"
     (tmp_path / "r.json").write_text(json.dumps(content))
     assert "recipe.tolerance is 'much', not float" in refused(capsys, "inspect", str(tmp_path / "r.json"))

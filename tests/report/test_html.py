@@ -29,10 +29,13 @@ from tests.toy import Toy, drifting
 EVIL = "</script><img src=x onerror=alert(1)>"
 
 
-def calling(*tau: float, kept: Kept = Kept(), min_length: int = 0) -> SparseCall:
+BLOCKS = BlockShape(64, 64)
+
+
+def calling(*tau: float, min_length: int, kept: Kept | None = None) -> SparseCall:
     heads = len(tau)
     off = (THETA_OFF,) * heads, (LAMBDA_OFF,) * heads
-    return SparseCall(tau, *off, ("meansim",) * heads, BlockShape(64, 64), kept, min_length=min_length)
+    return SparseCall(tau, *off, ("meansim",) * heads, BLOCKS, kept or Kept(), min_length=min_length)
 
 
 def made(name: str = "layers.0", search: tuple[SearchPath, ...] = (), heads: int = 2) -> Recipe:
@@ -114,7 +117,7 @@ def test_a_name_like_a_placeholder_stays_a_name():
 
 def test_the_page_holds_every_head_its_search_and_every_reason():
     search = SearchPath(
-        "refine", 4096, "meansim", BlockShape(64, 64), (0.4, 0.5), (0.8, 0.9), (-1.0,) * 2, (-1000.0,) * 2, (0.8, 0.7), (-1.0, 0.05)
+        "refine", 4096, "meansim", BLOCKS, (0.4, 0.5), (0.8, 0.9), (-1.0,) * 2, (-1000.0,) * 2, (0.8, 0.7), (-1.0, 0.05)
     )
     text = page(made(search=(search,)), "recipe.json")
     data = embedded(text)
