@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afbs_compile.kernels import flex, predict, reference
+from afbs_compile.kernels.attend.flex import engine as flex
+from afbs_compile.kernels.blocks import BlockLists, BlockShape, Grid, lists_of
+from afbs_compile.kernels.call import LAMBDA_OFF, THETA_OFF, SparseCall
+from afbs_compile.kernels.masks.registry import mask_of
+from afbs_compile.kernels.operands import Operands, empty_output
+from afbs_compile.kernels.policies.registry import UNNAMED
+from afbs_compile.kernels.spec.attention import masked_attention
+from afbs_compile.kernels.spec.selection import near_blocks
 
-NO_SKIP = reference.LAMBDA_OFF
+NO_SKIP = LAMBDA_OFF
+OFF = THETA_OFF
+MASKS = ("causal", "full")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call."""
+    """One attention call; ``mask`` is a mask's text, ``blocks`` are rows per block of queries and of keys."""
 
     length: int
     head_dim: int = 64
@@ -25,34 +34,46 @@ class Shape:
     kv_heads: int = 2
     batch: int = 1
     dtype: torch.dtype = torch.float32
-    causal: bool = True
-    block_q: int = 64
-    block_k: int = 64
+    mask: str = "causal"
+    blocks: tuple[int, int] = (64, 64)
     layout: str = "bhnd"
     scale: float | None = None
 
     def __str__(self) -> str:
         """Readable test id."""
-        kind = "causal" if self.causal else "full"
         return (
-            f"{self.batch}x{self.heads}of{self.kv_heads}x{self.length}x{self.head_dim}-{str(self.dtype)[6:]}-{kind}-"
-            f"{self.block_q}x{self.block_k}-{self.layout}"
+            f"{self.batch}x{self.heads}of{self.kv_heads}x{self.length}x{self.head_dim}-{str(self.dtype)[6:]}-"
+            f"{self.mask}-{self.block_shape}-{self.layout}"
         )
 
     @property
-    def call(self) -> dict[str, Any]:
-        """The keyword arguments that predictor and engines share."""
-        return {"causal": self.causal, "scale": self.scale, "block_q": self.block_q, "block_k": self.block_k}
+    def block_shape(self) -> BlockShape:
+        """Rows per block, as the package has them."""
+        return BlockShape(*self.blocks)
+
+    @property
+    def grid(self) -> Grid:
+        """The call's blocks."""
+        return Grid(self.length, self.length, self.block_shape)
 
     @property
     def counts(self) -> tuple[int, int]:
         """Query and key blocks."""
-        return reference.block_count(self.length, self.block_q), reference.block_count(self.length, self.block_k)
+        return self.grid.count_q, self.grid.count_k
+
+    def of(self, q: Tensor, k: Tensor, v: Tensor) -> Operands:
+        """The call's operands; ``q``, ``k`` and ``v`` themselves, not copies."""
+        return Operands(q, k, v, mask_of(self.mask), self.head_dim**-0.5 if self.scale is None else self.scale)
 
 
 def shape_id(value: object) -> str | None:
     """``ids=`` of a parametrisation over shapes."""
     return str(value) if isinstance(value, Shape) else None
+
+
+def blocks_id(blocks: tuple[int, int]) -> str:
+    """``ids=`` of a parametrisation over block shapes."""
+    return str(BlockShape(*blocks))
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -85,29 +106,79 @@ def inputs(shape: Shape, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Te
     return draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads)
 
 
+def operands_of(shape: Shape, device: str = "cpu", seed: int = 0) -> Operands:
+    """The operands of :func:`inputs`."""
+    return shape.of(*inputs(shape, device, seed))
+
+
+def in_double(operands: Operands) -> Operands:
+    """The same operands in float64."""
+    return replace(operands, q=operands.q.double(), k=operands.k.double(), v=operands.v.double())
+
+
+def on(operands: Operands, device: str) -> Operands:
+    """The same operands on another device."""
+    return replace(operands, q=operands.q.to(device), k=operands.k.to(device), v=operands.v.to(device))
+
+
+def sparse_call(
+    shape: Shape,
+    tau: float | Sequence[float],
+    theta: float | Sequence[float] = THETA_OFF,
+    lam: float | Sequence[float] = LAMBDA_OFF,
+    policy: str | Sequence[str] = UNNAMED,
+    **other: Any,
+) -> SparseCall:
+    """A call with the blocks of ``shape``; one number or name stands for all heads."""
+    numbers = (
+        tuple(values) if isinstance(values, Sequence) else (values,) * shape.heads for values in (tau, theta, lam)
+    )
+    names = (policy,) * shape.heads if isinstance(policy, str) else tuple(policy)
+    return SparseCall(*numbers, names, shape.block_shape, **other)
+
+
+def every_block(shape: Shape) -> SparseCall:
+    """A call that keeps and computes everything."""
+    return sparse_call(shape, 1.0)
+
+
+def visible_blocks(shape: Shape, device: str | torch.device = "cpu") -> Tensor:
+    """``[n_q, n_k]``: what some row of the query block sees something of."""
+    return mask_of(shape.mask).visibility(shape.grid, torch.device(device)).visible
+
+
+def diagonal_blocks(shape: Shape, device: str | torch.device = "cpu") -> Tensor:
+    """``[n_q, n_k]``: what holds positions of the query block."""
+    return near_blocks(mask_of(shape.mask), shape.grid, torch.device(device))
+
+
 def all_blocks(shape: Shape, device: str = "cpu") -> Tensor:
     """Every visible block."""
-    visible = reference.visible_blocks(*shape.counts, shape.block_q, shape.block_k, shape.causal, torch.device(device))
-    return visible.expand(shape.batch, shape.heads, -1, -1)
+    return visible_blocks(shape, device).expand(shape.batch, shape.heads, -1, -1)
 
 
 def some_blocks(shape: Shape, device: str = "cpu", seed: int = 1, share: float = 0.4) -> Tensor:
     """A random part of the visible blocks, the diagonal always."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.rand(shape.batch, shape.heads, *shape.counts, generator=generator) < share
-    diagonal = reference.diagonal_blocks(*shape.counts, shape.block_q, shape.block_k, torch.device("cpu"))
-    return (chosen | diagonal).to(device) & all_blocks(shape, device)
+    return (chosen | diagonal_blocks(shape)).to(device) & all_blocks(shape, device)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+def listed(live: Tensor, operands: Operands, blocks: tuple[int, int]) -> BlockLists:
+    """Live blocks as engines take them."""
+    return lists_of(live, operands.mask.visibility(operands.grid(BlockShape(*blocks)), live.device).whole)
+
+
+def dense(operands: Operands) -> Tensor:
     """SDPA in the dtype of the operands."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal, scale=shape.scale, enable_gqa=True)
+    q, k, v = operands.q, operands.k, operands.v
+    mask = operands.mask.sdpa_arguments(operands.q_len, operands.k_len, operands.device)
+    return F.scaled_dot_product_attention(q, k, v, scale=operands.scale, enable_gqa=True, **mask)
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, live: Tensor, shape: Shape) -> Tensor:
+def exact(operands: Operands, live: Tensor, blocks: tuple[int, int]) -> Tensor:
     """The specification in float64."""
-    lam = [NO_SKIP] * shape.heads
-    return reference.masked_attention(q.double(), k.double(), v.double(), live, lam, **shape.call)
+    return masked_attention(in_double(operands), live, [LAMBDA_OFF] * operands.heads, BlockShape(*blocks))
 
 
 def error(out: Tensor, truth: Tensor) -> float:
@@ -117,50 +188,57 @@ def error(out: Tensor, truth: Tensor) -> float:
     return float((out.double() - truth.double()).abs().nan_to_num(torch.inf).max())
 
 
-def masked_dense(q: Tensor, k: Tensor, v: Tensor, live: Tensor, shape: Shape) -> Tensor:
-    """SDPA in the dtype of the operands over the tokens that ``live`` and causality leave."""
-    n = shape.length
-    allowed = live.repeat_interleave(shape.block_q, 2).repeat_interleave(shape.block_k, 3)[..., :n, :n]
-    if shape.causal:
-        allowed = allowed.tril()
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=shape.scale, enable_gqa=True)
+def masked_dense(operands: Operands, live: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """SDPA in the dtype of the operands over the tokens that ``live`` and the mask leave."""
+    q, k, v = operands.q, operands.k, operands.v
+    allowed = live.repeat_interleave(blocks[0], 2).repeat_interleave(blocks[1], 3)
+    allowed = allowed[..., : operands.q_len, : operands.k_len]
+    allowed = allowed & operands.mask.matrix(operands.q_len, operands.k_len, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=operands.scale, enable_gqa=True)
 
 
-def tolerance(q: Tensor, k: Tensor, v: Tensor, shape: Shape, live: Tensor | None = None) -> float:
+def tolerance(operands: Operands, live: Tensor | None = None, blocks: tuple[int, int] = (64, 64)) -> float:
     """The contract: fp32 1e-5; half precisions twice what SDPA itself is off on these operands (and blocks)."""
-    if shape.dtype == torch.float32:
+    if operands.q.dtype == torch.float32:
         return 1e-5
-    double = [x.double() for x in (q, k, v)]
     if live is None:
-        return 2 * error(dense(q, k, v, shape), dense(*double, shape))
-    return 2 * error(masked_dense(q, k, v, live, shape), masked_dense(*double, live, shape))
+        return 2 * error(dense(operands), dense(in_double(operands)))
+    return 2 * error(masked_dense(operands, live, blocks), masked_dense(in_double(operands), live, blocks))
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One implementation of attention over given blocks."""
+class Attention:
+    """One implementation of attention over given blocks: ``attend(operands, live, call)``."""
 
     name: str
     device: str
-    attend: Callable[..., Tensor]
+    attend: Callable[[Operands, Tensor, SparseCall], Tensor]
 
     def __str__(self) -> str:
         """Readable test id."""
         return self.name
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, live: Tensor, **call: Any) -> Tensor:
-    return reference.masked_attention(q, k, v, live, [NO_SKIP] * q.shape[1], **call)
+def _reference(operands: Operands, live: Tensor, call: SparseCall) -> Tensor:
+    return masked_attention(operands, live, call.lam, call.shape)
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, live: Tensor, **call: Any) -> Tensor:
-    from afbs_compile.kernels import block_sparse
+def _flex(operands: Operands, live: Tensor, call: SparseCall) -> Tensor:
+    out = empty_output(operands.q)
+    flex.Flex().attend(operands, call, listed(live, operands, call.shape), out)
+    return out
 
-    return block_sparse.attend(q, k, v, predict.mask_to_lists(live), [NO_SKIP] * q.shape[1], **call)
+
+def _triton(operands: Operands, live: Tensor, call: SparseCall) -> Tensor:
+    from afbs_compile.kernels.attend.portable import launch
+
+    out = empty_output(operands.q)
+    launch.attend(operands, call, listed(live, operands, call.shape), out)
+    return out
 
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REFERENCE = Engine("reference", "cpu", _reference)
-FLEX = Engine("flex", "cpu", flex.attend)
-TRITON = Engine("triton", TRITON_DEVICE, _triton)
-ENGINES = (REFERENCE, FLEX, TRITON)
+REFERENCE = Attention("reference", "cpu", _reference)
+FLEX = Attention("flex", "cpu", _flex)
+TRITON = Attention("triton", TRITON_DEVICE, _triton)
+ATTENTIONS = (REFERENCE, FLEX, TRITON)

@@ -19,10 +19,12 @@ class Hopper:
     get_current_stream = staticmethod(lambda device: 0)
 
 driver.set_active(Hopper())
-from afbs_compile.kernels import fp8_triton, hopper, hopper_fp8, predict
-from tests.kernels.helpers import NO_SKIP, Shape, all_blocks, inputs
+from afbs_compile.kernels.attend.hopper import engine, kernel, launch
+from afbs_compile.kernels.attend.hopper_fp8 import kernel as fp8_kernel, launch as fp8_launch, rounding
+from afbs_compile.kernels.operands import empty_output
+from tests.kernels.helpers import Shape, all_blocks, every_block, listed, operands_of
 
-hopper._processors = lambda device: 132
+engine.processors = launch.processors = lambda device: 132
 
 def only_compile(*kernels):
     for kernel in kernels:
@@ -31,6 +33,11 @@ def only_compile(*kernels):
             print(f"=== {name} {shape} grid {kwargs['grid']} shared {compiled.metadata.shared}")
             print(compiled.asm["sass"])
         kernel.run = compiling
+
+def attend_by(launched):
+    operands = operands_of(shape)
+    lists = listed(all_blocks(shape), operands, shape.blocks)
+    launched.attend(operands, every_block(shape), lists, empty_output(operands.q))
 """
 
 
@@ -38,7 +45,7 @@ def compiled_on_hopper(script: str) -> list[tuple[str, str]]:
     """Run a script after :data:`PRELUDE` in another process.
 
     Args:
-        script: calls ``only_compile`` and, with ``shape`` set, whatever launches kernels.
+        script: calls ``only_compile`` and, with ``shape`` set, ``attend_by`` or whatever else launches kernels.
 
     Returns:
         Of every launch a title, which ends with ``grid (..) shared BYTES``, and the SASS.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from afbs_compile.kernels.tiling import Chip
+from afbs_compile.kernels.attend.portable.tiling import Chip
 
 KILO = 1024
 TOLERATED_SPILLS = 64
@@ -50,7 +50,7 @@ class Job(NamedTuple):
     block_k: int
     head_dim: int
     dtype: str
-    causal: bool
+    bounded: bool
     uses_lambda: bool
     tile_q: int
     tile_k: int
@@ -64,7 +64,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from afbs_compile.kernels.block_sparse import _forward_kernel
+    from afbs_compile.kernels.attend.portable.kernel import forward_kernel
 
     target = TARGETS[job.target]
     constants = {
@@ -74,17 +74,17 @@ def compile_one(job: Job) -> dict[str, Any]:
         "BLOCK_K": job.block_k,
         "TILE_Q": job.tile_q,
         "TILE_K": job.tile_k,
-        "CAUSAL": job.causal,
-        "HAS_MASKED": job.causal,
+        "BOUNDED": job.bounded,
+        "HAS_PARTIAL": job.bounded,
         "HAS_LAMBDA": job.uses_lambda,
         "PRECISION": "tf32x3" if target.backend == "cuda" else "ieee",
     }
-    names = _forward_kernel.arg_names
+    names = forward_kernel.arg_names
     pointers = dict.fromkeys(("query", "key", "value", "out"), f"*{job.dtype}")
-    pointers |= {"counts": "*i32", "indices": "*i32", "lam": "*fp32", "scale": "fp32"}
+    pointers |= dict.fromkeys(("whole_counts", "partial_counts", "indices"), "*i32") | {"lam": "*fp32", "scale": "fp32"}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = [i for i, name in enumerate(names) if name not in constants and name not in ("scale", "heads", "groups")]
-    source = ASTSource(_forward_kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    source = ASTSource(forward_kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": job.warps, "num_stages": job.stages}
     kernel = triton.compile(source, GPUTarget(target.backend, target.arch, target.warp), options)
     return {**job._asdict(), "shared_memory": kernel.metadata.shared, **_resources(kernel, target)}

@@ -9,21 +9,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import block_sparse, predict, reference, tiling
+from afbs_compile.kernels.attend.portable import launch, tiling
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.spec.attention import masked_attention
 from tests.kernels.helpers import (
-    ENGINES,
+    ATTENTIONS,
     FLEX,
+    MASKS,
     NO_SKIP,
     TRITON,
     TRITON_DEVICE,
-    Engine,
+    Attention,
     Shape,
     all_blocks,
+    blocks_id,
     dense,
     error,
+    every_block,
     exact,
+    in_double,
     inputs,
+    operands_of,
     some_blocks,
+    sparse_call,
     tolerance,
 )
 
@@ -40,7 +48,7 @@ FLEX_KINDS = [
 ]
 
 
-def random_shapes(engine: Engine, count: int) -> list[Shape]:
+def random_shapes(engine: Attention, count: int) -> list[Shape]:
     """Shapes over the whole contract, the same in every run."""
     draw = random.Random(3)
     shapes = []
@@ -49,7 +57,7 @@ def random_shapes(engine: Engine, count: int) -> list[Shape]:
         head_dim, (groups, kv_heads) = draw.randint(16, 256), draw.choice([(1, 1), (1, 2), (2, 2), (4, 1), (8, 1)])
         if engine is FLEX:
             dtype, head_dim, groups, kv_heads = FLEX_KINDS[index % len(FLEX_KINDS)]
-        block_q, block_k = draw.choice([(64, 64), (128, 64), (128, 128)])
+        blocks = draw.choice([(64, 64), (128, 64), (128, 128)])
         shapes.append(
             Shape(
                 length=draw.randint(1, 1000) if index % 4 == 0 and groups < 4 else draw.randint(1, 300),
@@ -58,9 +66,8 @@ def random_shapes(engine: Engine, count: int) -> list[Shape]:
                 kv_heads=kv_heads,
                 batch=draw.randint(1, 4) if groups < 4 else 1,
                 dtype=dtype,
-                causal=draw.random() < 0.5,
-                block_q=block_q,
-                block_k=block_k,
+                mask="causal" if draw.random() < 0.5 else "full",
+                blocks=blocks,
                 layout=draw.choice(LAYOUTS),
             )
         )
@@ -75,65 +82,68 @@ CASES = [
 
 
 @pytest.mark.parametrize(("engine", "shape"), CASES)
-def test_every_block_kept_is_sdpa(engine: Engine, shape: Shape) -> None:
-    q, k, v = inputs(shape, engine.device)
-    out = engine.attend(q, k, v, all_blocks(shape, engine.device), **shape.call)
-    truth = dense(q.double(), k.double(), v.double(), shape)
-    assert error(out, truth) <= tolerance(q, k, v, shape)
+def test_every_block_kept_is_sdpa(engine: Attention, shape: Shape) -> None:
+    operands = operands_of(shape, engine.device)
+    out = engine.attend(operands, all_blocks(shape, engine.device), every_block(shape))
+    assert error(out, dense(in_double(operands))) <= tolerance(operands)
 
 
 @pytest.mark.parametrize(("engine", "shape"), CASES)
-def test_some_blocks_kept_is_the_specification(engine: Engine, shape: Shape) -> None:
-    q, k, v = inputs(shape, engine.device)
+def test_some_blocks_kept_is_the_specification(engine: Attention, shape: Shape) -> None:
+    operands = operands_of(shape, engine.device)
     live = some_blocks(shape, engine.device, seed=shape.length)
-    out = engine.attend(q, k, v, live, **shape.call)
-    assert error(out, exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+    out = engine.attend(operands, live, every_block(shape))
+    assert error(out, exact(operands, live, shape.blocks)) <= tolerance(operands, live, shape.blocks)
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-def test_output_is_free_to_be_flattened(engine: Engine) -> None:
+@pytest.mark.parametrize("engine", ATTENTIONS, ids=str)
+def test_output_is_free_to_be_flattened(engine: Attention) -> None:
     shape = Shape(length=150, heads=4, batch=2, layout="gaps")
-    q, k, v = inputs(shape, engine.device)
-    out = engine.attend(q, k, v, all_blocks(shape, engine.device), **shape.call)
-    assert out.dtype == q.dtype
+    operands = operands_of(shape, engine.device)
+    out = engine.attend(operands, all_blocks(shape, engine.device), every_block(shape))
+    assert out.dtype == operands.q.dtype
     if engine.name != "reference":
         assert out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (128, 128)], ids=["64x64", "128x64", "128x128"])
+@pytest.mark.parametrize("engine", ATTENTIONS, ids=str)
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (128, 128)], ids=blocks_id)
 @pytest.mark.parametrize("token", [0, 100, 127, 128, 299])
-def test_future_tokens_change_nothing_under_a_given_mask(engine: Engine, blocks: tuple[int, int], token: int) -> None:
-    shape = Shape(length=300, block_q=blocks[0], block_k=blocks[1])
+def test_future_tokens_change_nothing_under_a_given_mask(
+    engine: Attention, blocks: tuple[int, int], token: int
+) -> None:
+    shape = Shape(length=300, blocks=blocks)
     q, k, v = inputs(shape, engine.device)
     live = some_blocks(shape, engine.device, share=0.6)
-    before = engine.attend(q, k, v, live, **shape.call)
+    before = engine.attend(shape.of(q, k, v), live, every_block(shape))
     for x, seed in ((q, 11), (k, 12), (v, 13)):
         x[:, :, token + 1 :] = 100 * inputs(shape, engine.device, seed)[0][:, :, token + 1 :]
-    after = engine.attend(q, k, v, live, **shape.call)
+    after = engine.attend(shape.of(q, k, v), live, every_block(shape))
     assert torch.equal(before[:, :, : token + 1], after[:, :, : token + 1])
     assert token == 299 or not torch.equal(before[:, :, token + 1 :], after[:, :, token + 1 :])
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("engine", ATTENTIONS, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("poisoned", ["q", "k", "v"])
-def test_nan_stays_in_its_head_and_batch(engine: Engine, causal: bool, poisoned: str) -> None:
-    shape = Shape(length=200, heads=4, kv_heads=4, batch=2, causal=causal)
+def test_nan_stays_in_its_head_and_batch(engine: Attention, mask: str, poisoned: str) -> None:
+    shape = Shape(length=200, heads=4, kv_heads=4, batch=2, mask=mask)
     q, k, v = inputs(shape, engine.device)
     live = all_blocks(shape, engine.device)
-    clean = engine.attend(q, k, v, live, **shape.call)
+    clean = engine.attend(shape.of(q, k, v), live, every_block(shape))
     {"q": q, "k": k, "v": v}[poisoned][1, 2, 70] = torch.nan
-    out = engine.attend(q, k, v, live, **shape.call)
+    out = engine.attend(shape.of(q, k, v), live, every_block(shape))
     touched = torch.zeros(2, 4, dtype=torch.bool)
     touched[1, 2] = True
     assert torch.equal(out[~touched], clean[~touched])
     assert out[1, 2, 70].isnan().all()
     if poisoned == "k":
-        assert out[1, 2, 70 if causal else 0 :].isnan().all()
+        assert out[1, 2, 70 if mask == "causal" else 0 :].isnan().all()
     if poisoned == "q":
         assert torch.equal(out[1, 2, 71:], clean[1, 2, 71:])
-    if causal:  # keys of the same block are multiplied by exact zeros, and 0 * NaN is NaN; earlier blocks are clean
+    if (
+        mask == "causal"
+    ):  # keys of the same block are multiplied by exact zeros, and 0 * NaN is NaN; earlier blocks are clean
         assert torch.equal(out[1, 2, :64], clean[1, 2, :64])
 
 
@@ -146,69 +156,66 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ATTENTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("extreme", EXTREMES)
-def test_extreme_values_give_finite_results(engine: Engine, dtype: torch.dtype, extreme: str) -> None:
+def test_extreme_values_give_finite_results(engine: Attention, dtype: torch.dtype, extreme: str) -> None:
     shape = Shape(length=150, dtype=dtype, head_dim=64 if dtype == torch.float32 else 60)
     q, k, _ = (EXTREMES[extreme](x) for x in inputs(shape, engine.device))
     v = inputs(shape, engine.device)[2]
     live = some_blocks(shape, engine.device)
-    out = engine.attend(q, k, v, live, **shape.call)
+    out = engine.attend(shape.of(q, k, v), live, every_block(shape))
     assert out.isfinite().all()
     if extreme not in ("1e4", "6e4"):  # there one key takes all, and rounding decides between ties
-        assert error(out, exact(q, k, v, live, shape)) <= (1e-5 if dtype == torch.float32 else 4e-3)
+        assert error(out, exact(shape.of(q, k, v), live, shape.blocks)) <= (1e-5 if dtype == torch.float32 else 4e-3)
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ATTENTIONS, ids=str)
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_lengths_around_the_block(engine: Engine, length: int, causal: bool) -> None:
-    shape = Shape(length=length, causal=causal)
+@pytest.mark.parametrize("mask", MASKS)
+def test_lengths_around_the_block(engine: Attention, length: int, mask: str) -> None:
+    shape = Shape(length=length, mask=mask)
     q, k, v = inputs(shape, engine.device)
     live = some_blocks(shape, engine.device)
-    out = engine.attend(q, k, v, live, **shape.call)
-    assert error(out, exact(q, k, v, live, shape)) <= 1e-5
+    out = engine.attend(shape.of(q, k, v), live, every_block(shape))
+    assert error(out, exact(shape.of(q, k, v), live, shape.blocks)) <= 1e-5
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-def test_batch_zero(engine: Engine) -> None:
+@pytest.mark.parametrize("engine", ATTENTIONS, ids=str)
+def test_batch_zero(engine: Attention) -> None:
     shape = Shape(length=100, batch=0)
     q, k, v = inputs(shape, engine.device)
-    assert engine.attend(q, k, v, all_blocks(shape, engine.device), **shape.call).shape == q.shape
+    assert engine.attend(shape.of(q, k, v), all_blocks(shape, engine.device), every_block(shape)).shape == q.shape
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 0.3])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_triton_takes_any_scale(scale: float, causal: bool) -> None:
-    shape = Shape(length=150, scale=scale, causal=causal)
+@pytest.mark.parametrize("mask", MASKS)
+def test_triton_takes_any_scale(scale: float, mask: str) -> None:
+    shape = Shape(length=150, scale=scale, mask=mask)
     q, k, v = inputs(shape, TRITON_DEVICE)
     live = some_blocks(shape, TRITON_DEVICE)
-    out = TRITON.attend(q, k, v, live, **shape.call)
-    assert error(out, exact(q, k, v, live, shape)) <= 1e-5
+    out = TRITON.attend(shape.of(q, k, v), live, every_block(shape))
+    assert error(out, exact(shape.of(q, k, v), live, shape.blocks)) <= 1e-5
 
 
-def skip(q: Tensor, k: Tensor, v: Tensor, live: Tensor, lam: list[float], shape: Shape) -> tuple[Tensor, Tensor]:
+def skip(operands: Operands, live: Tensor, lam: list[float], shape: Shape) -> tuple[Tensor, Tensor]:
     """Triton's and the specification's result with products skipped."""
-    lists = predict.mask_to_lists(live)
-    return (
-        block_sparse.attend(q, k, v, lists, lam, **shape.call),
-        reference.masked_attention(q, k, v, live, lam, **shape.call),
-    )
+    out = TRITON.attend(operands, live, sparse_call(shape, 1.0, lam=lam))
+    return out, masked_attention(operands, live, lam, shape.block_shape)
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16)], ids=["64x64", "128x64", "32x16"])
-def test_lambda_skips_what_the_reference_skips(causal: bool, blocks: tuple[int, int]) -> None:
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16)], ids=blocks_id)
+def test_lambda_skips_what_the_reference_skips(mask: str, blocks: tuple[int, int]) -> None:
     if blocks == (128, 64) and TRITON_DEVICE == "cuda":
         pytest.skip("on a GPU these blocks are cut in fp32; tests/gpu has them in bf16")
-    shape = Shape(length=333, heads=4, kv_heads=2, causal=causal, block_q=blocks[0], block_k=blocks[1])
+    shape = Shape(length=333, heads=4, kv_heads=2, mask=mask, blocks=blocks)
     q, k, v = inputs(shape, TRITON_DEVICE)
     k[:, :, 100:] *= 0.2  # the first keys give most rows their maximum
     live = some_blocks(shape, TRITON_DEVICE, share=0.7)
-    out, expected = skip(q, k, v, live, [-0.1, -1.0, NO_SKIP, 0.0], shape)
+    out, expected = skip(shape.of(q, k, v), live, [-0.1, -1.0, NO_SKIP, 0.0], shape)
     assert error(out, expected) <= 1e-5
-    whole = exact(q, k, v, live, shape)
+    whole = exact(shape.of(q, k, v), live, shape.blocks)
     assert error(expected[:, 0], whole[:, 0]) > 1e-3, "nothing was skipped: the case is too easy"
     assert error(out[:, 2], whole[:, 2]) <= 1e-5
 
@@ -218,49 +225,49 @@ def test_lambda_looks_at_no_later_row() -> None:
     q, k, v = inputs(shape, TRITON_DEVICE)
     k[:, :, 40:] *= 0.2
     live, lam, token = all_blocks(shape, TRITON_DEVICE), [-0.1], 150
-    before = skip(q, k, v, live, lam, shape)
+    before = skip(shape.of(q, k, v), live, lam, shape)
     for x, seed in ((q, 11), (k, 12), (v, 13)):
         x[:, :, token + 1 :] = 10 * inputs(shape, TRITON_DEVICE, seed)[0][:, :, token + 1 :]
-    after = skip(q, k, v, live, lam, shape)
+    after = skip(shape.of(q, k, v), live, lam, shape)
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one[:, :, : token + 1], other[:, :, : token + 1])
 
 
 def test_lambda_ignores_rows_past_the_end() -> None:
     # 65 rows: the second query block holds one row and 63 rows of nothing, which must not keep a tile alive.
-    shape = Shape(length=65, heads=1, kv_heads=1, causal=False)
+    shape = Shape(length=65, heads=1, kv_heads=1, mask="full")
     q, k, v = inputs(shape, TRITON_DEVICE)
     k[:, :, 64:] = 0.0
     k[:, :, :64] = q[:, :, 64:]
-    out, expected = skip(q, k, v, all_blocks(shape, TRITON_DEVICE), [-1.0], shape)
+    out, expected = skip(shape.of(q, k, v), all_blocks(shape, TRITON_DEVICE), [-1.0], shape)
     assert error(out, expected) <= 1e-5
 
 
 def test_blocks_that_do_not_fit_are_cut_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "_shapes", lambda _: (tiling.LaunchShape(32, 64, 4, 1),))
-    for causal in (True, False):
-        shape = Shape(length=300, head_dim=64, block_q=128, block_k=128, causal=causal)
+    for mask in MASKS:
+        shape = Shape(length=300, head_dim=64, blocks=(128, 128), mask=mask)
         q, k, v = inputs(shape, TRITON_DEVICE)
         live = some_blocks(shape, TRITON_DEVICE)
         # A cut block ignores lambda: it skips nothing.
-        out = block_sparse.attend(q, k, v, predict.mask_to_lists(live), [-1.0, -1.0], **shape.call)
-        assert error(out, exact(q, k, v, live, shape)) <= 1e-5
+        out = TRITON.attend(shape.of(q, k, v), live, sparse_call(shape, 1.0, lam=-1.0))
+        assert error(out, exact(shape.of(q, k, v), live, shape.blocks)) <= 1e-5
 
 
 def test_a_row_stride_too_wide_for_32_bits_is_copied() -> None:
     storage = torch.empty(1, dtype=torch.float16, device="meta")
-    wide = torch.as_strided(storage, (1, 1, 10, 64), (64, 64, block_sparse.LARGEST_ROW_STRIDE, 1))
-    near = torch.as_strided(storage, (1, 1, 10, 64), (64, 64, block_sparse.LARGEST_ROW_STRIDE - 1, 1))
-    assert block_sparse._addressable(wide).is_contiguous()
-    assert block_sparse._addressable(near) is near
+    wide = torch.as_strided(storage, (1, 1, 10, 64), (64, 64, launch.LARGEST_ROW_STRIDE, 1))
+    near = torch.as_strided(storage, (1, 1, 10, 64), (64, 64, launch.LARGEST_ROW_STRIDE - 1, 1))
+    assert launch._addressable(wide).is_contiguous()
+    assert launch._addressable(near) is near
 
 
 @pytest.mark.parametrize("engine", [FLEX, TRITON], ids=str)
-def test_only_live_blocks_are_read(engine: Engine) -> None:
-    shape = Shape(length=512, causal=False)
+def test_only_live_blocks_are_read(engine: Attention) -> None:
+    shape = Shape(length=512, mask="full")
     q, k, v = inputs(shape, engine.device)
     live = some_blocks(replace(shape, heads=1), engine.device).expand(1, 2, -1, -1).clone()
     live[..., 5] = False  # nobody reads block 5
-    expected = engine.attend(q, k, v, live, **shape.call)
+    expected = engine.attend(shape.of(q, k, v), live, every_block(shape))
     k[:, :, 320:384] = v[:, :, 320:384] = torch.nan
-    assert torch.equal(engine.attend(q, k, v, live, **shape.call), expected)
+    assert torch.equal(engine.attend(shape.of(q, k, v), live, every_block(shape)), expected)

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from afbs_compile.kernels import hopper
-from tests.kernels.helpers import NO_SKIP
+from afbs_compile.kernels.attend.hopper import engine
+from afbs_compile.kernels.attend.hopper.engine import Hopper
+from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.masks.registry import mask_of
+from afbs_compile.kernels.operands import Operands
+from tests.kernels.helpers import NO_SKIP, Shape, sparse_call
 from tests.kernels.hopper_compiler import compiled_on_hopper
 
-OFF = [NO_SKIP] * 4
 
-
-def operands(length: int = 300, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+def tensors(length: int = 300, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     return [torch.zeros(2, heads, length, dim, dtype=dtype) for heads in (4, 2, 2)]
 
 
-def refusal(tensors: list[torch.Tensor], lam: list[float] = OFF, blocks: tuple[int, int] = (128, 128)) -> str | None:
-    return hopper.refusal(*tensors, lam, *blocks)
+def refusal(
+    operands: list[Tensor],
+    lam: list[float] | float = NO_SKIP,
+    blocks: tuple[int, int] = (128, 128),
+    mask: Mask | None = None,
+) -> str | None:
+    call = sparse_call(Shape(1, heads=4, blocks=blocks), 0.5, lam=lam)
+    return Hopper().refusal(Operands(*operands, mask or mask_of("causal"), 0.1), call)
 
 
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(engine, "processors", lambda device: 132)
 
 
 def test_other_devices_are_refused() -> None:
-    assert refusal(operands()) == "cpu is no NVIDIA GPU of compute capability 9.x"
+    assert refusal(tensors()) == "cpu is no NVIDIA GPU of compute capability 9.x"
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -37,45 +47,60 @@ def test_what_it_takes() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for dim in (64, 128):
             for blocks in ((128, 128), (128, 64)):
-                assert refusal(operands(dim=dim, dtype=dtype), blocks=blocks) is None
-    as_models_have_it = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in operands()]
+                assert refusal(tensors(dim=dim, dtype=dtype), blocks=blocks) is None
+    as_models_have_it = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors()]
     assert refusal(as_models_have_it) is None
-    assert refusal(operands(length=1)) is None
+    assert refusal(tensors(length=1)) is None
 
 
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
     ("reason", "case"),
     [
-        ("dtype is torch.float32; accepted", {"tensors": operands(dtype=torch.float32)}),
-        ("head_dim is 96; accepted", {"tensors": operands(dim=96)}),
-        ("blocks are 64x64; accepted: 128x128, 128x64", {"tensors": operands(), "blocks": (64, 64)}),
-        ("lam is .*; accepted: at most -1000", {"tensors": operands(), "lam": [NO_SKIP, -8.0, NO_SKIP, NO_SKIP]}),
-        ("k starts at .* multiples of 16 bytes", {"tensors": [operands()[0], operands(301)[1][:, :, :, 1:], None]}),
-        ("q starts at .* the last stride 1", {"tensors": [operands(dim=256)[0][..., ::2], None, None]}),
-        ("q starts at .* the others positive", {"tensors": [operands(1)[0].expand(2, 4, 300, 128), None, None]}),
-        ("q starts at", {"tensors": [torch.zeros(2, 4, 300, 132, dtype=torch.half)[..., :128], None, None]}),
+        ("dtype is torch.float32; accepted", {"operands": tensors(dtype=torch.float32)}),
+        ("head_dim is 96; accepted", {"operands": tensors(dim=96)}),
+        ("blocks are 64x64; accepted: 128x128, 128x64", {"operands": tensors(), "blocks": (64, 64)}),
+        ("lam is .*; accepted: at most -1000", {"operands": tensors(), "lam": [NO_SKIP, -8.0, NO_SKIP, NO_SKIP]}),
+        ("k starts at .* multiples of 16 bytes", {"operands": [tensors()[0], tensors(301)[1][:, :, :, 1:], None]}),
+        ("q starts at .* the last stride 1", {"operands": [tensors(dim=256)[0][..., ::2], None, None]}),
+        ("q starts at .* the others positive", {"operands": [tensors(1)[0].expand(2, 4, 300, 128), None, None]}),
+        ("q starts at", {"operands": [torch.zeros(2, 4, 300, 132, dtype=torch.half)[..., :128], None, None]}),
     ],
 )
 def test_what_it_refuses_and_why(reason: str, case: dict[str, Any]) -> None:
-    case["tensors"] = [x if x is not None else operands()[2] for x in case["tensors"]]
-    if case["tensors"][1].shape[3] == 127:  # one column in: the address is no multiple of 16
-        case["tensors"][1] = torch.zeros(2, 2, 300, 136, dtype=torch.bfloat16)[..., 1:129]
+    case["operands"] = [x if x is not None else tensors()[2] for x in case["operands"]]
+    if case["operands"][1].shape[3] == 127:  # one column in: the address is no multiple of 16
+        case["operands"][1] = torch.zeros(2, 2, 300, 136, dtype=torch.bfloat16)[..., 1:129]
     said = refusal(**case)
     assert said is not None
     assert re.search(reason, said)
 
 
+@dataclass(frozen=True)
+class Even(Mask):
+    """Every second key: no band."""
+
+    name = "even"
+    words = "even keys"
+    local = False
+
+    def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
+        return (keys % 2 == 0) & (positions >= 0)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_a_mask_that_is_no_band_is_refused() -> None:
+    assert refusal(tensors(), mask=Even()) == "mask is even; accepted: masks that are a band about the diagonal"
+
+
 COMPILE = """
-only_compile(hopper.forward_kernel)
-common = dict(heads=4, kv_heads=2, batch=2, block_q=128, layout="bnhd")
+only_compile(kernel.forward_kernel)
+common = dict(heads=4, kv_heads=2, batch=2, layout="bnhd")
 for shape in (
-    Shape(300, 128, dtype=torch.bfloat16, block_k=128, causal=False, **common),
-    Shape(9000, 128, dtype=torch.float16, block_k=64, **common),
+    Shape(300, 128, dtype=torch.bfloat16, blocks=(128, 128), mask="full", **common),
+    Shape(9000, 128, dtype=torch.float16, blocks=(128, 64), **common),
 ):
-    q, k, v = inputs(shape)
-    out = hopper.attend(q, k, v, predict.mask_to_lists(all_blocks(shape)), [NO_SKIP] * 4, **shape.call)
-    assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()
+    attend_by(launch)
 """
 
 

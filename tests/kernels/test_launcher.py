@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from afbs_compile.kernels import launch
-from afbs_compile.kernels.launch import Launcher, layout
+from afbs_compile.kernels import launcher
+from afbs_compile.kernels.launcher import Launcher, layout
 
 
 class Jitted:
@@ -59,7 +59,7 @@ def test_what_triton_compiles_for_is_another_layout(other: torch.Tensor) -> None
 
 
 def test_kinds_are_forgotten_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MOST_KINDS", 3)
+    monkeypatch.setattr(launcher, "MOST_KINDS", 3)
     jitted = Jitted()
     run = Launcher(jitted)
     for number in (1, 2, 3, 4, 4, 1):
