@@ -6,14 +6,17 @@ import importlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from afbs_compile import recipe_schema3
 from afbs_compile.errors import ExportError, OptionError
 from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.version import __version__
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "tensorrt": ".ep"}
 """The suffix of each format's files."""
@@ -71,6 +74,27 @@ class Note:
             recipe = Recipe.load(path)
         return cls(tuple(data["inputs"]), data["positional"], recipe)
 
+    @classmethod
+    def of_calls(cls, text: str, path: Path) -> Note:
+        """Read the note of a file that calls the operator of this package, whose arguments must be today's.
+
+        Raises:
+            ExportError: a version wrote the file whose operator had others.
+        """
+        if json.loads(text)["recipe"]["schema_version"] <= recipe_schema3.VERSION:
+            raise ExportError(
+                f"{path} was written by afbs-compile 0.1, whose attention operator had other arguments: "
+                f"export the model again with this version, {__version__}."
+            )
+        return cls.from_json(text)
+
+    @classmethod
+    def in_archive(cls, path: Path) -> Note:
+        """The note of a file that torch.export wrote; read before the program, which may not load."""
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(f"/{NOTE}"))
+            return cls.of_calls(archive.read(name).decode(), path)
+
 
 def as_written(recipe: Recipe, rows: Iterable[SiteRecipe]) -> Recipe:
     """The recipe with what a file does of it, for those who compare the two.
@@ -78,12 +102,13 @@ def as_written(recipe: Recipe, rows: Iterable[SiteRecipe]) -> Recipe:
     Its calls get their outcome and thresholds in the file, which hold at every length, and lose how the thresholds were
     found: most of the recipe's size, and nothing that a file needs.
     """
-    here = {row.name: row for row in rows}
+    row_of = {row.name: row for row in rows}
 
     def site(recorded: SiteRecipe) -> SiteRecipe:
-        row = here.get(recorded.name, recorded)
+        row = row_of.get(recorded.name, recorded)
         heads = tuple(replace(head, search=()) for head in row.heads or recorded.heads)
-        return replace(recorded, outcome=row.outcome, reason=row.reason, heads=heads, validated_lengths=None)
+        recorded = replace(recorded, call=row.call or recorded.call, heads=heads, validated_lengths=None)
+        return replace(recorded, outcome=row.outcome, reason=row.reason)
 
     graphs = tuple(replace(graph, sites=tuple(map(site, graph.sites))) for graph in recipe.graphs)
     return replace(recipe, graphs=graphs)

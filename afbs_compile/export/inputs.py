@@ -18,7 +18,7 @@ Example = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ExportInputs:
     """An example, split.
 
     Attributes:
@@ -33,7 +33,7 @@ class Inputs:
     constants: dict[str, Any]
 
     @classmethod
-    def of(cls, model: nn.Module, example: Example) -> Inputs:
+    def of(cls, model: nn.Module, example: Example) -> ExportInputs:
         """Split an example.
 
         Raises:
@@ -66,7 +66,7 @@ class Inputs:
         """All tensors, in the order of ``names``."""
         return (*self.args, *self.kwargs.values())
 
-    def doubled(self) -> Inputs:
+    def doubled(self) -> ExportInputs:
         """The same with a batch of 1 doubled: torch.export takes a size of 1 for fixed.
 
         What counts as the batch is a first dimension of size 1 that all tensors of two or more dimensions share.
@@ -78,7 +78,7 @@ class Inputs:
         def double(value: Tensor) -> Tensor:
             return torch.cat([value, value]) if value.dim() >= 1 and value.shape[0] == 1 else value
 
-        return Inputs(
+        return ExportInputs(
             self.names,
             tuple(map(double, self.args)),
             {name: double(value) for name, value in self.kwargs.items()},

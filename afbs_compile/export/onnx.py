@@ -2,7 +2,8 @@
 
 Any runtime that knows ONNX functions runs the file by that body (:mod:`afbs_compile.export.onnx_function`). A runtime
 with a kernel of its own claims the node by its name, domain and version, and must then compute what the attributes
-``policy``, ``last_rows``, ``local_keys`` and ``predictor_version`` name; it may use ``lam``, which the body does not.
+``policy``, ``mask``, ``last_rows``, ``local_keys`` and ``predictor_version`` name; it may use ``lam``, which the body
+does not.
 """
 
 from __future__ import annotations
@@ -21,34 +22,38 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-import afbs_compile.kernels.op  # noqa: F401  registers the operator
 from afbs_compile.errors import ExportError, OptionError
 from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path, whole_file
 from afbs_compile.export.inputs import Example
 from afbs_compile.export.onnx_function import DOMAIN, NAME, VERSION, function_protos
-from afbs_compile.export.program import Program, rewritten_program
+from afbs_compile.export.onnx_predict import policy_codes
+from afbs_compile.export.program import ExportProgram, rewritten_program
 from afbs_compile.export.runner import Runner
-from afbs_compile.kernels.reference import PREDICTOR_VERSION
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.masks.registry import mask_of
+from afbs_compile.kernels.op import by_name
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
+from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import Recipe
 
 LARGEST_FILE = 2**31
 """Bytes of a protocol buffer."""
 
 OPSETS = range(18, 24)
-DEFAULT_POLICY = "meansim"
-POLICIES = {
-    "meansim": 0, "meanshare": 1, "cumulant": 2, "antidiagonal": 3, "sink_window": 4, "vertical_slash": 5,
-}  # fmt: skip
-"""Policies that the body computes, and the number by which it knows them."""
+NO_BOUND = 2**30
+"""``upper`` of a mask that hides nothing: no sequence is as long, and sums with it stay within 32 bits."""
 
-FLOATS, FLOAT, INTS, INT, STRINGS = "FLOATS", "FLOAT", "INTS", "INT", "STRINGS"
+FLOATS, FLOAT, INTS, INT, STRINGS, STRING = "FLOATS", "FLOAT", "INTS", "INT", "STRINGS", "STRING"
 ATTRIBUTES = {
     "tau": (FLOATS, "per head: share of the predicted mass that the kept key blocks hold; 1 keeps all"),
     "theta": (FLOATS, "per head: a block less self-similar than this is always kept; negative is off"),
     "lam": (FLOATS, "per head: how far (log2) under the running maximum a product with V may be skipped; -1000 is off"),
     "policy": (STRINGS, "per head: the rule that scores and selects the key blocks"),
     "policy_code": (INTS, "per head: the policy as the number by which the body knows it"),
-    "is_causal": (INT, "1 where row r attends keys 0..r only"),
+    "mask": (STRING, "what a row sees, by name"),
+    "upper": (INT, "the same to the body: row r sees the keys up to r + upper"),
+    "offset": (INT, "position of row 0 among the keys: the blocks about a row's position are always kept"),
     "scale": (FLOAT, "softmax scale"),
     "block_q": (INT, "rows of a query block"),
     "block_k": (INT, "rows of a key block; block_q is a multiple of it"),
@@ -105,10 +110,34 @@ def to_onnx(
     return Exported(target, program.rows, program.inputs)
 
 
-def no_form(constants: Any) -> str | None:
-    """Why the body cannot compute a call with these constants; None where it can."""
-    others = sorted(set(getattr(constants, "policy", ())) - set(POLICIES))
-    return f"no form in ONNX: policy {', '.join(others)}; {', '.join(POLICIES)} have one" if others else None
+def no_form(site: AttentionSite, call: SparseCall) -> str | None:
+    """Why the body cannot compute a call; None where it can."""
+    known = policy_codes()
+    if others := sorted(set(call.policy) - set(known)):
+        return f"no form in ONNX: policy {', '.join(others)}; {', '.join(known)} have one"
+    if _band(site.mask) is None:
+        return f"no form in ONNX: mask {site.mask}; masks that are the same band at every length have one"
+    return None
+
+
+def _band(mask: Mask) -> dict[str, int] | None:
+    """A mask as the body computes it, if it does: the attributes ``upper`` and ``offset``."""
+    (band, offset), *others = {(mask.band(n, n), mask.offset(n, n)) for n in (64, 4096)}
+    if band is None or others:
+        return None
+    return {"upper": NO_BOUND if band.upper is None else band.upper, "offset": offset}
+
+
+def attributes(call: SparseCall, mask: Mask, scale: float) -> dict[str, Any]:
+    """The node's attributes for a call that has a form."""
+    band, codes = _band(mask), policy_codes()
+    assert band is not None
+    return {
+        **{name: list(getattr(call, name)) for name in ("tau", "theta", "lam", "policy")},
+        **{"policy_code": [codes[name] for name in call.policy], "mask": str(mask), **band, "scale": scale},
+        **{"block_q": call.shape.q, "block_k": call.shape.k, **call.kept._asdict()},
+        **{"min_length": call.min_length, "max_length": call.max_length, "predictor_version": PREDICTOR_VERSION},
+    }
 
 
 def schema() -> Any:
@@ -135,7 +164,7 @@ def schema() -> Any:
     )
 
 
-def _translated(program: Program, opset: int) -> Any:
+def _translated(program: ExportProgram, opset: int) -> Any:
     """The model as a ``ModelProto`` whose attention nodes have no body yet."""
     size = sum(t.numel() * t.element_size() for t in program.exported.state_dict.values())
     if size >= LARGEST_FILE:
@@ -193,48 +222,10 @@ def _sparse_attention_node() -> Callable[..., Any]:
 
     node = values.Op(values.Opset(DOMAIN, VERSION), NAME, schema())
 
-    def sparse_attention(
-        q: Any,
-        k: Any,
-        v: Any,
-        tau: Sequence[float],
-        theta: Sequence[float],
-        lam: Sequence[float],
-        is_causal: bool,
-        scale: float | None = None,
-        block_q: int = 64,
-        block_k: int = 64,
-        min_length: int = 0,
-        max_length: int = 0,
-        policy: Sequence[str] | None = None,
-        precision: None = None,
-        fp8_constants: None = None,
-        last_rows: int = 0,
-        local_keys: int = 0,
-    ) -> Any:
-        # Calls are written by position, so both of FP8 come along; an exported program has no heads in FP8.
-        assert precision is None
-        assert fp8_constants is None
-        names = list(policy or [DEFAULT_POLICY] * len(tau))
-        return node(
-            q,
-            k,
-            v,
-            tau=list(tau),
-            theta=list(theta),
-            lam=list(lam),
-            is_causal=int(is_causal),
-            scale=scale,
-            block_q=block_q,
-            block_k=block_k,
-            last_rows=last_rows,
-            local_keys=local_keys,
-            min_length=min_length,
-            max_length=max_length,
-            policy=names,
-            policy_code=[POLICIES[name] for name in names],
-            predictor_version=PREDICTOR_VERSION,
-        )
+    def sparse_attention(q: Any, k: Any, v: Any, *arguments: Any, **named: Any) -> Any:
+        given = by_name(arguments, named)
+        call = SparseCall.of_arguments(len(given["tau"]), given)
+        return node(q, k, v, **attributes(call, mask_of(given["mask"]), given["scale"]))
 
     return sparse_attention
 

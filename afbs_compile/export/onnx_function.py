@@ -1,58 +1,32 @@
 """``afbs::SparseAttention`` in standard ONNX operators: the bodies that let any runtime run the node without us.
 
-The bodies follow the plain-PyTorch specification line by line, in fp32 and in its order of operations, so that they
-select the same blocks: ``PredictMask`` is :func:`afbs_compile.kernels.policy.predict_mask`, ``BlockStatistics`` and
-``SelectByMass`` are ``block_statistics`` and ``select_blocks`` of :mod:`afbs_compile.kernels.reference`, ``BlockMass``
-is ``block_mass`` of :mod:`afbs_compile.kernels.policies.grouped`. ``SparseAttention`` walks over batch, heads and query
-blocks, gathers the live key blocks of each, and attends to those alone: what is not live is not computed, and no N x N
-tensor exists. ``lam`` is carried for runtimes with a kernel of their own; like the CPU engine, the body skips no
-product with V, which is never less accurate. The attribute ``policy_code`` says the policy of each head (strings cannot
-be compared before opset 19).
+The bodies follow the plain-PyTorch specification (:mod:`afbs_compile.kernels.spec`) line by line, in fp32 and in its
+order of operations, so that they select the same blocks; each policy has its own in its file. ``SparseAttention`` walks
+over batch, heads and query blocks, gathers the live key blocks of each, and attends to those alone: what is not live is
+not computed, and no N x N tensor exists. ``lam`` is carried for runtimes with a kernel of their own; like the CPU
+engine, the body skips no product with V, which is never less accurate. Strings cannot be compared before opset 19, so
+the body reads ``policy_code``, ``upper`` and ``offset`` where a reader or another kernel reads ``policy`` and ``mask``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from afbs_compile.export.onnx_grouped import GROUPED
-from afbs_compile.export.onnx_predict import PREDICTION
+from afbs_compile.export.onnx_predict import prediction
 from afbs_compile.export.onnx_rules import RULES
 
 if TYPE_CHECKING:
     import onnx
 
-DOMAIN, NAME, VERSION = "afbs", "SparseAttention", 1
+DOMAIN, NAME = "afbs", "SparseAttention"
 
-IN_BLOCKS = """
-InBlocks <block> (x) => (blocks)
-{
-    # [B, H, N, D] -> [B * H * n, block, D], zeros after the last row
-    size = Constant <value_int: int = @block> ()
-    one = Constant <value = int64 {1}> ()
-    shape1 = Constant <value = int64[1] {1}> ()
-    minus_one = Constant <value = int64[1] {-1}> ()
-    zeros = Constant <value = int64[6] {0, 0, 0, 0, 0, 0}> ()
-    no_end = Constant <value = int64[1] {0}> ()
-    length1 = Shape <start = 2, end = 3> (x)
-    dim1 = Shape <start = 3, end = 4> (x)
-    length = Squeeze (length1)
-    less = Sub (length, one)
-    whole = Div (less, size)
-    count = Add (whole, one)
-    covered = Mul (count, size)
-    missing = Sub (covered, length)
-    missing1 = Reshape (missing, shape1)
-    pads = Concat <axis = 0> (zeros, missing1, no_end)
-    padded = Pad (x, pads)
-    size1 = Reshape (size, shape1)
-    shape = Concat <axis = 0> (minus_one, size1, dim1)
-    blocks = Reshape (padded, shape)
-}
-"""
+VERSION = 2
+"""Of the domain and the node. Version 1 had the attribute ``is_causal`` in place of ``mask``, ``upper`` and ``offset``,
+and other codes of policies."""
 
 SPARSE_ATTENTION = """
-SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q, block_k, min_length, max_length,
-    predictor_version, last_rows: int = 0, local_keys: int = 0>
+SparseAttention <tau, theta, lam, policy, policy_code, mask, upper, offset, scale, block_q, block_k, last_rows,
+    local_keys, min_length, max_length, predictor_version>
     (q, k, v) => (out)
 {
     zero = Constant <value = int64 {0}> ()
@@ -64,18 +38,16 @@ SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q
     lowest = Constant <value = float {-inf}> ()
     size_q = Constant <value_int: int = @block_q> ()
     size_k = Constant <value_int: int = @block_k> ()
-    causal_int = Constant <value_int: int = @is_causal> ()
-    causal = Cast <to = 9> (causal_int)
-    any_key = Not (causal)
+    reach = Constant <value_int: int = @upper> ()
     scaling = Constant <value_float: float = @scale> ()
     q32 = Cast <to = 1> (q)
     k32 = Cast <to = 1> (k)
     v32 = Cast <to = 1> (v)
 
     live = afbs.PredictMask <tau: floats = @tau, theta: floats = @theta, policy_code: ints = @policy_code,
-        is_causal: int = @is_causal, scale: float = @scale, block_q: int = @block_q, block_k: int = @block_k,
-        last_rows: int = @last_rows, local_keys: int = @local_keys, min_length: int = @min_length,
-        max_length: int = @max_length>
+        upper: int = @upper, offset: int = @offset, scale: float = @scale, block_q: int = @block_q,
+        block_k: int = @block_k, last_rows: int = @last_rows, local_keys: int = @local_keys,
+        min_length: int = @min_length, max_length: int = @max_length>
         (q32, k32)
     count_q1 = Shape <start = 2, end = 3> (live)
     count_k1 = Shape <start = 3, end = 4> (live)
@@ -84,17 +56,26 @@ SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q
     live_shape = Concat <axis = 0> (minus_one, count_k1)
     live_rows = Reshape (live, live_shape)
     q_scaled = Mul (q32, scaling)
-    q_blocks = afbs.InBlocks <block: int = @block_q> (q_scaled)
-    k_blocks = afbs.InBlocks <block: int = @block_k> (k32)
-    v_blocks = afbs.InBlocks <block: int = @block_k> (v32)
     dim1 = Shape <start = 3, end = 4> (q)
+    one1 = Constant <value = int64[1] {1}> ()
+    size_q1 = Reshape (size_q, one1)
+    size_k1 = Reshape (size_k, one1)
+    q_shape = Concat <axis = 0> (minus_one, size_q1, dim1)
+    k_shape = Concat <axis = 0> (minus_one, size_k1, dim1)
+    q_5d, sizes_q = afbs.InBlocks (q_scaled, size_q)
+    k_5d, sizes_k = afbs.InBlocks (k32, size_k)
+    v_5d, sizes_v = afbs.InBlocks (v32, size_k)
+    q_blocks = Reshape (q_5d, q_shape)
+    k_blocks = Reshape (k_5d, k_shape)
+    v_blocks = Reshape (v_5d, k_shape)
     keys_shape = Concat <axis = 0> (minus_one, dim1)
     heads1 = Shape <start = 1, end = 2> (q)
     kv_heads1 = Shape <start = 1, end = 2> (k)
-    length1 = Shape <start = 2, end = 3> (q)
+    q_len1 = Shape <start = 2, end = 3> (q)
+    k_len1 = Shape <start = 2, end = 3> (k)
     heads = Squeeze (heads1)
     kv_heads = Squeeze (kv_heads1)
-    length = Squeeze (length1)
+    k_len = Squeeze (k_len1)
     groups = Div (heads, kv_heads)
     rows_in_block = Range (zero, size_q, one)
     keys_in_block = Range (zero, size_k, one)
@@ -125,7 +106,7 @@ SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q
         keys = Reshape (keys_3d, keys_shape)
         values = Reshape (values_3d, keys_shape)
         raw_scores = Gemm <transB = 1> (queries, keys)
-        # -inf where the key lies after the row, or after the end
+        # -inf where the key is hidden from the row, or lies after the end
         first_row = Mul (block, size_q)
         rows_flat = Add (rows_in_block, first_row)
         row = Unsqueeze (rows_flat, key_axis)
@@ -133,10 +114,10 @@ SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q
         first_keys = Unsqueeze (first_keys_flat, key_axis)
         keys_2d = Add (first_keys, keys_in_block)
         key = Reshape (keys_2d, minus_one)
-        exists = Less (key, length)
-        not_after = LessOrEqual (key, row)
-        may_attend = Or (not_after, any_key)
-        allowed = And (may_attend, exists)
+        exists = Less (key, k_len)
+        furthest = Add (row, reach)
+        in_reach = LessOrEqual (key, furthest)
+        allowed = And (in_reach, exists)
         scores = Where (allowed, raw_scores, lowest)
         weights = Softmax <axis = -1> (scores)
         attended = MatMul (weights, values)
@@ -144,16 +125,14 @@ SparseAttention <tau, theta, lam, policy, policy_code, is_causal, scale, block_q
     batch_heads = Shape <start = 0, end = 2> (q)
     out_shape = Concat <axis = 0> (batch_heads, minus_one, dim1)
     out_padded = Reshape (out_blocks, out_shape)
-    out32 = Slice (out_padded, zero1, length1, row_axis)
+    out32 = Slice (out_padded, zero1, q_len1, row_axis)
     out = CastLike (out32, q)
 }
 """
 
-BODIES = (*RULES, *GROUPED, *PREDICTION, IN_BLOCKS, SPARSE_ATTENTION)
-
 
 def function_protos(opset: int) -> list[onnx.FunctionProto]:
-    """The functions that a model with ``afbs::SparseAttention`` nodes carries.
+    """The functions that a model with ``afbs::SparseAttention`` nodes carries, by the policies that are registered now.
 
     Args:
         opset: version of the standard operators that the model imports, 18 to 23.
@@ -162,7 +141,7 @@ def function_protos(opset: int) -> list[onnx.FunctionProto]:
 
     header = f'<opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}], domain: "{DOMAIN}">'
     functions = []
-    for body in BODIES:
+    for body in (*RULES, *prediction(), SPARSE_ATTENTION):
         text = "\n".join(line for line in body.splitlines() if not line.strip().startswith("#"))
         functions.append(onnx.parser.parse_function(header + text))
     return functions

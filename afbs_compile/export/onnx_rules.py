@@ -1,6 +1,42 @@
-"""What selects key blocks, in standard ONNX operators: the rules of :mod:`afbs_compile.kernels.policies.base`."""
+"""What the bodies of policies may call, in standard ONNX operators, and the rules by which tau selects.
+
+``InBlocks`` brings rows into blocks; the rules are those of :mod:`afbs_compile.kernels.policies.rules`, one function
+``SelectBy...`` for each, ``(scores, candidates, tau) => (keep)``.
+"""
 
 from __future__ import annotations
+
+IN_BLOCKS = """
+InBlocks (x, size) => (blocks, sizes)
+{
+    # [B, H, N, D] -> [B, H, n, size, D], zeros after the last row, and how many rows each block has, [n, 1]
+    zero = Constant <value = int64 {0}> ()
+    one1 = Constant <value = int64[1] {1}> ()
+    column = Constant <value = int64[1] {-1}> ()
+    zeros = Constant <value = int64[6] {0, 0, 0, 0, 0, 0}> ()
+    no_end = Constant <value = int64[1] {0}> ()
+    batch_heads = Shape <start = 0, end = 2> (x)
+    length1 = Shape <start = 2, end = 3> (x)
+    dim1 = Shape <start = 3, end = 4> (x)
+    size1 = Reshape (size, one1)
+    # n = ceil(N / size); the last block may be partial
+    less = Sub (length1, one1)
+    whole = Div (less, size1)
+    count1 = Add (whole, one1)
+    covered = Mul (count1, size1)
+    missing = Sub (covered, length1)
+    pads = Concat <axis = 0> (zeros, missing, no_end)
+    padded = Pad (x, pads)
+    shape = Concat <axis = 0> (batch_heads, count1, size1, dim1)
+    blocks = Reshape (padded, shape)
+    length = Squeeze (length1)
+    starts = Range (zero, length, size)
+    left = Sub (length, starts)
+    sizes_int = Min (left, size)
+    sizes_flat = Cast <to = 1> (sizes_int)
+    sizes = Unsqueeze (sizes_flat, column)
+}
+"""
 
 BLOCK_PROBABILITY = """
 BlockProbability (scores, candidates) => (probability)
@@ -23,12 +59,13 @@ BlockProbability (scores, candidates) => (probability)
 """
 
 SELECT_BY_MASS = """
-SelectByMass (probability, tau) => (keep)
+SelectByMass (scores, candidates, tau) => (keep)
 {
     zero = Constant <value = int64[1] {0}> ()
     one = Constant <value = int64[1] {1}> ()
     last_axis = Constant <value = int64 {-1}> ()
     last_axis1 = Constant <value = int64[1] {-1}> ()
+    probability = afbs.BlockProbability (scores, candidates)
     count = Shape <start = 3, end = 4> (probability)
     ordered, order = TopK <axis = -1, largest = 1, sorted = 1> (probability, count)
     # the mass of strictly earlier blocks; summed in double as PyTorch does
@@ -50,21 +87,8 @@ SelectByMass (probability, tau) => (keep)
 }
 """
 
-SELECT_BY_SHARE = """
-SelectByShare (probability, candidates, tau) => (keep)
-{
-    # strength = p * sqrt(n), n the blocks that take part
-    key_axis = Constant <value = int64[1] {-1}> ()
-    candidates_float = Cast <to = 1> (candidates)
-    count = ReduceSum <keepdims = 1> (candidates_float, key_axis)
-    root = Sqrt (count)
-    strength = Mul (probability, root)
-    keep = afbs.SelectByStrength (strength, tau)
-}
-"""
-
-SELECT_BY_STRENGTH = """
-SelectByStrength (strength, tau) => (keep)
+STRONG_ENOUGH = """
+StrongEnough (strength, tau) => (keep)
 {
     # s > (1 - tau) / tau   <=>   tau > 1 / (1 + s); a row with NaN keeps everything
     key_axis = Constant <value = int64[1] {-1}> ()
@@ -84,4 +108,28 @@ SelectByStrength (strength, tau) => (keep)
 }
 """
 
-RULES = (BLOCK_PROBABILITY, SELECT_BY_MASS, SELECT_BY_STRENGTH, SELECT_BY_SHARE)
+SELECT_BY_SHARE = """
+SelectByShare (scores, candidates, tau) => (keep)
+{
+    # strength = p * sqrt(n), n the blocks that take part
+    key_axis = Constant <value = int64[1] {-1}> ()
+    probability = afbs.BlockProbability (scores, candidates)
+    candidates_float = Cast <to = 1> (candidates)
+    count = ReduceSum <keepdims = 1> (candidates_float, key_axis)
+    root = Sqrt (count)
+    strength = Mul (probability, root)
+    keep = afbs.StrongEnough (strength, tau)
+}
+"""
+
+SELECT_BY_STRENGTH = """
+SelectByStrength (scores, candidates, tau) => (keep)
+{
+    lowest = Constant <value = float {-inf}> ()
+    masked = Where (candidates, scores, lowest)
+    strength = Exp (masked)
+    keep = afbs.StrongEnough (strength, tau)
+}
+"""
+
+RULES = (IN_BLOCKS, BLOCK_PROBABILITY, SELECT_BY_MASS, STRONG_ENOUGH, SELECT_BY_SHARE, SELECT_BY_STRENGTH)

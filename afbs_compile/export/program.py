@@ -18,13 +18,14 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from afbs_compile.calibration import record_programs
 from afbs_compile.errors import ExportError, OptionError, RecipeError
 from afbs_compile.export.files import Note, as_written, first_line
-from afbs_compile.export.inputs import Example, Inputs
+from afbs_compile.export.inputs import Example, ExportInputs
 from afbs_compile.found import FoundGraph
+from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes.find import find
-from afbs_compile.passes.rewrite import SiteConstants, rewrite
+from afbs_compile.passes.record import record_graphs
+from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.passes.site import AttentionSite, Refusal
 from afbs_compile.passes.sizes import fixed
 from afbs_compile.plan import Plan, in_own_precision
@@ -35,7 +36,7 @@ ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
 
 @dataclass(frozen=True)
-class Program:
+class ExportProgram:
     """A rewritten program.
 
     Attributes:
@@ -55,8 +56,8 @@ class Program:
     module: nn.Module
 
 
-Refuse = Callable[[SiteConstants], str | None]
-"""Why a format has no form for some constants; None where it has."""
+Refuse = Callable[[AttentionSite, SparseCall], str | None]
+"""Why a format has no form for a call; None where it has."""
 
 
 def rewritten_program(
@@ -65,9 +66,9 @@ def rewritten_program(
     example: Example,
     *,
     dynamic: bool,
-    refuse: Refuse = lambda constants: None,
+    refuse: Refuse = lambda site, call: None,
     no_fp8: str | None = None,
-) -> Program:
+) -> ExportProgram:
     """Trace a model and rewrite its attention calls as a recipe says.
 
     Args:
@@ -87,36 +88,35 @@ def rewritten_program(
     if module.training and not isinstance(module, fx.GraphModule):
         raise OptionError("model: got one in training mode; accepted: a model after model.eval()")
     graphs = _captured(module, example)
-    inputs = Inputs.of(module, example)
+    inputs = ExportInputs.of(module, example)
     exported = _trace(module, inputs.doubled() if dynamic else inputs, dynamic)
     gm = exported.graph_module
     sites, refusals = find(gm, min_length=1)
-    sizes = {str(call.length): "length" for call in sites} | {str(call.batch): "batch" for call in sites}
+    sizes = {str(call.q_len): "length" for call in sites} | {str(call.batch): "batch" for call in sites}
     shapes = _shapes(exported, inputs.names, sizes)
     if dynamic and not any(isinstance(size, str) for shape in shapes.values() for size in shape):
         raise ExportError("dynamic: the model fixes the size of every input; export it without dynamic shapes.")
     plan = _carried_over(graphs, _in_order(gm, (*sites, *refusals)), recipe)
-    constants, rows = _expressible(plan, refuse, no_fp8)
+    rewritten, rows = _expressible(plan, refuse, no_fp8)
     before = _results(gm)
-    rewrite(gm, constants)
+    rewrite(gm, rewritten)
     for old, new in zip(before, _results(gm), strict=True):
         if old != new:
             exported.graph_signature.replace_all_uses(old, new)
-    return Program(
-        exported, rows, Note(inputs.names, len(inputs.args), as_written(recipe, rows)), shapes, sizes, module
-    )
+    note = Note(inputs.names, len(inputs.args), as_written(recipe, rows))
+    return ExportProgram(exported, rows, note, shapes, sizes, module)
 
 
 def _captured(module: nn.Module, example: Example) -> list[FoundGraph]:
     """What Dynamo captures of the model on the example: the graphs that recipes are made for."""
     try:
-        programs = record_programs(module, [example])
+        recorded = record_graphs(module, [example])
     except Exception as error:  # whatever the user's model raises on an input that does not fit it
         raise OptionError(f"example: the model does not run on it: {first_line(error)}") from error
-    return [FoundGraph.of(program.gm, program.samples[0], 1) for program in programs]
+    return [FoundGraph.of(graph.gm, graph.samples[0], 1) for graph in recorded]
 
 
-def _trace(module: nn.Module, inputs: Inputs, dynamic: bool) -> ExportedProgram:
+def _trace(module: nn.Module, inputs: ExportInputs, dynamic: bool) -> ExportedProgram:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it hides attention in fused operators
     try:
@@ -139,7 +139,7 @@ def _trace(module: nn.Module, inputs: Inputs, dynamic: bool) -> ExportedProgram:
 
 
 @contextmanager
-def _plain_forward(module: nn.Module, inputs: Inputs) -> Iterator[Callable[..., Any]]:
+def _plain_forward(module: nn.Module, inputs: ExportInputs) -> Iterator[Callable[..., Any]]:
     """Give the module a ``forward`` with the constants filled in and plain dictionaries as output.
 
     A transformers model is asked not to return its cache, which no file can hold, and its output class becomes a
@@ -195,15 +195,15 @@ def _carried_over(graphs: list[FoundGraph], calls: list[AttentionSite | Refusal]
             "which is which cannot be told, so nothing is exported."
         )
     remaining = iter(calls)
-    constants: dict[AttentionSite, SiteConstants] = {}
+    planned: dict[AttentionSite, SparseCall] = {}
     rows: list[SiteRecipe] = []
     for found, same in known:
         here = [replace(next(remaining), name=call.name) for call in same]
         plan = _planned(found, here, recipe)
-        constants.update(plan.constants)
+        planned.update(plan.calls)
         row_of = {row.name: row for row in plan.rows}
         rows += [row_of[call.name] for call in here]
-    return Plan(constants, tuple(rows))
+    return Plan(planned, tuple(rows))
 
 
 def _planned(found: FoundGraph, calls: list[AttentionSite | Refusal], recipe: Recipe) -> Plan:
@@ -222,16 +222,16 @@ def _planned(found: FoundGraph, calls: list[AttentionSite | Refusal], recipe: Re
 
 def _expressible(
     plan: Plan, refuse: Refuse, no_fp8: str | None
-) -> tuple[dict[AttentionSite, SiteConstants], tuple[SiteRecipe, ...]]:
+) -> tuple[dict[AttentionSite, SparseCall], tuple[SiteRecipe, ...]]:
     """The plan without what the format has no form for."""
     if no_fp8 is not None:
-        own = {site: replace(constants, precision=(), fp8_constants=()) for site, constants in plan.constants.items()}
-        plan = replace(plan, constants=own, rows=tuple(in_own_precision(row, no_fp8) for row in plan.rows))
-    reasons = {site.name: refuse(constants) for site, constants in plan.constants.items()}
+        own = {site: replace(call, precision=(), fp8_constants=()) for site, call in plan.calls.items()}
+        plan = replace(plan, calls=own, rows=tuple(in_own_precision(row, no_fp8) for row in plan.rows))
+    reasons = {site.name: refuse(site, call) for site, call in plan.calls.items()}
     rows = tuple(
         replace(row, outcome="dense", reason=reason) if (reason := reasons.get(row.name)) else row for row in plan.rows
     )
-    return {site: constants for site, constants in plan.constants.items() if not reasons[site.name]}, rows
+    return {site: call for site, call in plan.calls.items() if not reasons[site.name]}, rows
 
 
 def _results(gm: fx.GraphModule) -> list[str]:

@@ -20,7 +20,7 @@ import afbs_compile.kernels.op  # noqa: F401  registers the operator
 from afbs_compile.errors import ExportError
 from afbs_compile.export.files import NOTE, Exported, Note, first_line, target_path, whole_file
 from afbs_compile.export.inputs import Example
-from afbs_compile.export.program import Program, rewritten_program
+from afbs_compile.export.program import ExportProgram, rewritten_program
 from afbs_compile.export.runner import Runner, call_as_exported
 from afbs_compile.recipe import Recipe
 
@@ -64,7 +64,7 @@ def to_pt2(
     return Exported(target, program.rows, program.inputs)
 
 
-def _compile(program: Program, path: Path) -> None:
+def _compile(program: ExportProgram, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package  # takes a second to import
 
     try:
@@ -85,10 +85,8 @@ def load_pt2(path: Path, names: Sequence[str]) -> Runner:
     """
     if any("/aotinductor/" in name for name in names):
         return _load_package(path)
-    texts = {NOTE: ""}
-    exported = torch.export.load(path, extra_files=texts)
-    note = Note.from_json(texts[NOTE])
-    module = exported.module()
+    note = Note.in_archive(path)
+    module = torch.export.load(path).module()
     return Runner(note, lambda tensors: call_as_exported(module, note, tensors))
 
 
@@ -96,6 +94,6 @@ def _load_package(path: Path) -> Runner:
     from torch._inductor import aoti_load_package
 
     package = aoti_load_package(str(path))
-    note = Note.from_json(package.get_metadata()[NOTE])
+    note = Note.of_calls(package.get_metadata()[NOTE], path)
     # A package reads its inputs with the strides they were exported with, contiguous ones, and does not check them.
     return Runner(note, lambda tensors: call_as_exported(package, note, [t.contiguous() for t in tensors]))

@@ -2,8 +2,8 @@
 
 The plugin is a Quick Deployable Plugin that torch-tensorrt generates from a PyTorch operator. Its generator takes
 tensors, numbers and strings, neither lists nor optional values, and it asks the operator for its shape with sizes of
-its own choice; so the plugin has an operator to itself, ``afbs::sparse_attention_plugin``, which takes the thresholds
-as text and checks nothing until it runs. The process that runs the file imports this module first
+its own choice; so the plugin has an operator to itself, ``afbs::sparse_attention_plugin``, which takes everything but
+the tensors as one text and checks nothing until it runs. The process that runs the file imports this module first
 (:func:`afbs_compile.export.load` does): the plugin calls back into Python.
 
 TensorRT can also embed a compiled kernel in the engine (``tensorrt.plugin.aot_impl``), so that no Python runs. That
@@ -16,6 +16,7 @@ Nothing below the calls of torch-tensorrt was ever run by this project: no engin
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-import afbs_compile.kernels.op
 from afbs_compile.errors import ExportError
 from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path, whole_file
-from afbs_compile.export.inputs import Example, Inputs
+from afbs_compile.export.inputs import Example, ExportInputs
 from afbs_compile.export.program import rewritten_program
 from afbs_compile.export.runner import Runner, call_as_exported
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.masks.registry import mask_of
+from afbs_compile.kernels.op import arguments_of, by_name, sparse_attention
 from afbs_compile.recipe import Recipe
 
 PLUGIN = "afbs::sparse_attention_plugin"
@@ -65,7 +68,7 @@ def to_tensorrt(
     no_fp8 = "the TensorRT plugin takes no FP8 heads"
     program = rewritten_program(model, recipe, example, dynamic=dynamic, no_fp8=no_fp8)
     call_plugins(program.exported.graph_module)
-    shown = Inputs.of(program.module, example).tensors
+    shown = ExportInputs.of(program.module, example).tensors
     ranges = [
         _range(torch_tensorrt, name, program.inputs[name], value)
         for name, value in zip(program.note.inputs, shown, strict=True)
@@ -113,29 +116,15 @@ def call_plugins(gm: fx.GraphModule) -> int:
     """
     calls = gm.graph.find_nodes(op="call_function", target=torch.ops.afbs.sparse_attention.default)
     for node in calls:
-        given = {argument.name: argument.default_value for argument in node.target._schema.arguments}
-        given.update(zip(given, node.args, strict=False))
-        given.update(node.kwargs)
+        given = by_name(node.args[3:], node.kwargs)
         if "fp8" in (given["precision"] or ()):
             raise ExportError("TensorRT: the plugin takes no heads in FP8.")
-        thresholds = (as_text(given[name]) for name in ("tau", "theta", "lam"))
-        scale = given["scale"]
-        if not isinstance(scale, float):
+        if not isinstance(given["scale"], float):
             raise ExportError("TensorRT: the softmax scale of an attention call is computed in the graph.")
+        call = SparseCall.of_arguments(len(given["tau"]), given)
+        text = json.dumps(arguments_of(call, mask_of(given["mask"]), given["scale"]))
         with gm.graph.inserting_before(node):
-            plugin = gm.graph.call_function(
-                torch.ops.afbs.sparse_attention_plugin.default,
-                (
-                    *(given[name] for name in ("q", "k", "v")),
-                    *thresholds,
-                    given["is_causal"],
-                    scale,
-                    *(given[name] for name in ("block_q", "block_k", "min_length", "max_length")),
-                    ",".join(given.get("policy") or ()),
-                    given.get("last_rows", 0),
-                    given.get("local_keys", 0),
-                ),
-            )
+            plugin = gm.graph.call_function(torch.ops.afbs.sparse_attention_plugin.default, (*node.args[:3], text))
         plugin.meta = dict(node.meta)
         plugin.meta["val"] = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format)
         node.replace_all_uses_with(plugin)
@@ -144,69 +133,21 @@ def call_plugins(gm: fx.GraphModule) -> int:
     return len(calls)
 
 
-def as_text(values: Sequence[float]) -> str:
-    """Numbers as text that gives the same numbers back."""
-    return ",".join(map(repr, values))
-
-
-def from_text(text: str) -> list[float]:
-    """The numbers of :func:`as_text`."""
-    return [float(part) for part in text.split(",")]
-
-
 @torch.library.custom_op(PLUGIN, mutates_args=())
-def sparse_attention_plugin(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tau: str = "",
-    theta: str = "",
-    lam: str = "",
-    is_causal: bool = False,
-    scale: float = 1.0,
-    block_q: int = 64,
-    block_k: int = 64,
-    min_length: int = 0,
-    max_length: int = 0,
-    policy: str = "",
-    last_rows: int = 0,
-    local_keys: int = 0,
-) -> Tensor:
-    """``afbs::sparse_attention`` with its thresholds as text and a contiguous result.
+def sparse_attention_plugin(q: Tensor, k: Tensor, v: Tensor, arguments: str = "") -> Tensor:
+    """``afbs::sparse_attention`` with its other arguments as JSON and a contiguous result.
 
-    The defaults are never used: torch-tensorrt before 2.13 asks for the shape with the tensors alone.
+    The default is never used: torch-tensorrt before 2.13 asks for the shape with the tensors alone.
 
     Raises:
         ValueError: as the operator it calls.
     """
-    thresholds = (from_text(text) for text in (tau, theta, lam))
-    names = policy.split(",") if policy else None
-    out = afbs_compile.kernels.op.sparse_attention(
-        q, k, v, *thresholds, is_causal, scale, block_q, block_k, min_length, max_length, names,
-        last_rows=last_rows, local_keys=local_keys,
-    )  # fmt: skip
-    result: Tensor = out.contiguous()
+    result: Tensor = sparse_attention(q, k, v, **json.loads(arguments)).contiguous()
     return result
 
 
 @sparse_attention_plugin.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tau: str = "",
-    theta: str = "",
-    lam: str = "",
-    is_causal: bool = False,
-    scale: float = 1.0,
-    block_q: int = 64,
-    block_k: int = 64,
-    min_length: int = 0,
-    max_length: int = 0,
-    policy: str = "",
-    last_rows: int = 0,
-    local_keys: int = 0,
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, arguments: str = "") -> Tensor:
     """The shape of q, unchecked: the generator asks with sizes that no attention has."""
     return q.new_empty(q.shape)
 
@@ -222,8 +163,6 @@ def load_tensorrt(path: Path) -> Runner:
     """Load what :func:`to_tensorrt` wrote."""
     (torch_tensorrt,) = extra(("torch_tensorrt",), "tensorrt")
     register_plugin()
-    texts = {NOTE: ""}
-    loaded = torch_tensorrt.load(str(path), extra_files=texts)
-    note = Note.from_json(texts[NOTE])
-    module = loaded.module()
+    note = Note.in_archive(path)
+    module = torch_tensorrt.load(str(path)).module()
     return Runner(note, lambda tensors: call_as_exported(module, note, tensors))

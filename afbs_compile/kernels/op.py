@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def checked(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> tuple[Ope
         ValueError: naming the argument, what came and what is accepted.
     """
     check_operands(q, k, v)
-    call = SparseCall.of_arguments(q.shape[1], given)
+    call = SparseCall.of_arguments(int(q.shape[1]), given)  # a number, also where its graph is dynamic
     scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
     operands = Operands(q, k, v, mask_of(given["mask"]), scale)
     call.check_operands(operands)
@@ -103,11 +103,15 @@ def sparse_attention(
 @sparse_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **named: Any) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""
-    schema = sparse_attention._opoverload._schema.arguments
-    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    given |= dict(zip((argument.name for argument in schema[3:]), arguments, strict=False)) | named
-    checked(q, k, v, given)
+    checked(q, k, v, by_name(arguments, named))
     return empty_output(q)
+
+
+def by_name(arguments: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call gives after q, k and v, by position and by name, and the defaults of the rest."""
+    schema = sparse_attention._opoverload._schema.arguments[3:]
+    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    return given | dict(zip((argument.name for argument in schema), arguments, strict=False)) | dict(named)
 
 
 def _refuse_gradient(*_: object, **__: object) -> None:

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afbs_compile.calibration import record_programs
 from afbs_compile.found import FoundGraph
-from afbs_compile.kernels import reference
-from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.policy import predict_mask
-from afbs_compile.kernels.reference import LAMBDA_OFF, PREDICTOR_VERSION, THETA_OFF
+from afbs_compile.kernels.attend.engines import family_on
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import KEEP_ALL, LAMBDA_OFF, THETA_OFF, SparseCall
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.spec import attention
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
+from afbs_compile.passes.record import record_graphs
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SampleRecord, SiteRecipe
-
-DENSE = 1.0
 
 
 def recipe_for(
@@ -37,18 +39,16 @@ def recipe_for(
     ``tau`` and ``policy`` may be one for each head.
     """
     graphs = []
-    for program in record_programs(model, [example]):
-        found = FoundGraph.of(program.gm, program.samples[0], 1)
-        sites = tuple(_site_recipe(site, tau, theta, policy, block, min_length) for site in found.sites)
+    for recorded in record_graphs(model, [example]):
+        found = FoundGraph.of(recorded.gm, recorded.samples[0], 1)
+        sites = tuple(_site_recipe(site, tau, policy, theta, block, min_length) for site in found.sites)
         record = SampleRecord("samples", 1, 1, (1, 1), "")
         graphs.append(GraphRecipe(found.graph, found.weights, found.source, record, 0.0, 0.0, sites))
     device = torch.device("cpu")
     return Recipe(
-        tolerance=0.055,
-        method="afbs",
-        parameterization="corrected",
+        options={"tolerance": 0.055, "method": "afbs", "parameterization": "corrected"},
         device=device.type,
-        engine=engine_name(device),
+        engine=family_on(device),
         predictor_version=PREDICTOR_VERSION,
         versions={},
         graphs=tuple(graphs),
@@ -58,28 +58,28 @@ def recipe_for(
 def _site_recipe(
     site: Any,
     tau: float | Sequence[float],
-    theta: float,
     policy: str | Sequence[str],
+    theta: float,
     block: tuple[int, int],
     min_length: int,
 ) -> SiteRecipe:
-    taus = [tau] * site.heads if isinstance(tau, float) else list(tau)
-    names = [policy] * site.heads if isinstance(policy, str) else list(policy)
-    heads = tuple(
-        HeadRecipe("dense" if value >= DENSE else "sparse", name, value, theta, LAMBDA_OFF, 0.5, 0.01, (0.01,))
-        for value, name in zip(taus, names, strict=True)
+    call = SparseCall(
+        tau=(tau,) * site.heads if isinstance(tau, float) else tuple(tau),
+        theta=(theta,) * site.heads,
+        lam=(LAMBDA_OFF,) * site.heads,
+        policy=(policy,) * site.heads if isinstance(policy, str) else tuple(policy),
+        shape=BlockShape(*block),
+        min_length=min_length,
     )
     return SiteRecipe(
         name=site.name,
         outcome="sparse",
-        causal=site.causal,
+        mask=str(site.mask),
         head_dim=site.head_dim,
         kv_heads=site.kv_heads,
         dtype=str(site.dtype).removeprefix("torch."),
-        block_q=block[0],
-        block_k=block[1],
-        heads=heads,
-        min_length=min_length,
+        call=call,
+        heads=tuple(HeadRecipe("dense" if value >= KEEP_ALL else "sparse", 0.5, 0.01, (0.01,)) for value in call.tau),
     )
 
 
@@ -122,18 +122,14 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 @contextmanager
 def reference_by_hand(recipe: Recipe) -> Iterator[None]:
     """While open, every attention call is the reference operator with the thresholds of the recipe's first call."""
-    site = recipe.sites[0]
-    tau, theta, lam, names = (
-        [getattr(head, name) for head in site.heads] for name in ("tau", "theta", "lam", "policy")
-    )
+    call = recipe.sites[0].calibrated
     original = F.scaled_dot_product_attention
 
     def sparse(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
-        if q.shape[2] < (site.min_length or 0):
+        if q.shape[2] < call.min_length:
             return original(q, k, v, is_causal=is_causal)
-        call = {"causal": is_causal, "block_q": site.block_q, "block_k": site.block_k}
-        live = predict_mask(q, k, tau, theta, names, **call, scale=q.shape[-1] ** -0.5)
-        return reference.masked_attention(q, k, v, live, lam, **call)
+        mask = Causal() if is_causal else Full()
+        return attention.sparse_attention(Operands(q, k, v, mask, q.shape[-1] ** -0.5), call)
 
     F.scaled_dot_product_attention = sparse
     try:

@@ -55,7 +55,7 @@ def test_decisions_go_to_the_right_call_past_a_refused_one(broken):
     model, x = Three(broken).eval(), wandering(130)
     program = rewritten_program(model, recipe_for(model, x), x, dynamic=False)
     assert [row.outcome for row in program.rows] == ["sparse", "refused", "sparse"]
-    assert [node.kwargs["is_causal"] for node in calls(program, SPARSE)] == [True, False]
+    assert [node.kwargs["mask"] for node in calls(program, SPARSE)] == ["causal", "full"]
     assert len(calls(program, SDPA)) == 1
     with torch.no_grad():
         torch.export.export(program.exported.module(), (x,))  # what was rewritten runs, with fake tensors
@@ -66,7 +66,7 @@ def test_kv_heads_are_given_unrepeated(grouped):
     program = rewritten_program(grouped, recipe_for(grouped, x), x, dynamic=True)
     (node,) = calls(program, SPARSE)
     assert [arg.meta["val"].shape[1] for arg in node.args[:3]] == [4, 2, 2]
-    assert node.kwargs["is_causal"] is grouped.causal
+    assert node.kwargs["mask"] == ("causal" if grouped.causal else "full")
 
 
 def test_a_call_whose_result_the_model_returns():
@@ -105,7 +105,7 @@ def test_too_short_for_the_recipe_is_dense_unless_the_length_is_free():
 
 def test_what_a_format_has_no_form_for_stays_dense():
     model, x = Toy().eval(), drifting(130)
-    program = rewritten_program(model, recipe_for(model, x), x, dynamic=False, refuse=lambda constants: "no form here")
+    program = rewritten_program(model, recipe_for(model, x), x, dynamic=False, refuse=lambda *_: "no form here")
     assert calls(program, SPARSE) == []
     assert [(row.outcome, row.reason) for row in program.rows] == [("dense", "no form here")] * 2
 
@@ -190,7 +190,7 @@ class TestTransformers:
         sample = {"input_ids": torch.randint(1, 64, (1, 130))}
         program = rewritten_program(llama, recipe_for(llama, sample), sample, dynamic=dynamic)
         sparse = calls(program, SPARSE)
-        assert [node.kwargs["is_causal"] for node in sparse] == [True, True]
+        assert [node.kwargs["mask"] for node in sparse] == ["causal", "causal"]
         assert all(arg.meta["val"].shape[1] == 2 for node in sparse for arg in node.args[1:3])
         length = sparse[0].meta["val"].shape[2]
         shapes = [
@@ -218,8 +218,7 @@ def test_a_format_without_fp8_computes_in_its_own_precision_and_says_so(monkeypa
     sites = tuple(
         dataclasses.replace(
             site,
-            heads=tuple(dataclasses.replace(head, precision="fp8") for head in site.heads),
-            fp8_constants=(0.5,) * (4 * 34),
+            call=dataclasses.replace(site.call, precision=("fp8",) * 4, fp8_constants=(0.5,) * (4 * 34)),
         )
         for site in graph.sites
     )
@@ -228,5 +227,5 @@ def test_a_format_without_fp8_computes_in_its_own_precision_and_says_so(monkeypa
         program = rewritten_program(model, recipe, x, dynamic=False, no_fp8=no_fp8)
         for node, row in zip(calls(program, SPARSE), program.rows, strict=True):
             assert ("precision" in node.kwargs) == ("fp8_constants" in node.kwargs) == (no_fp8 is None)
-            assert {head.precision for head in row.heads} == {"fp8" if no_fp8 is None else "own"}
+            assert set(row.call.precision) == {"fp8" if no_fp8 is None else "own"}
             assert {head.precision_reason for head in row.heads} == {no_fp8}

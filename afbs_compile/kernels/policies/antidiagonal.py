@@ -9,8 +9,30 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from afbs_compile.kernels.policies.base import OnnxBody
 from afbs_compile.kernels.policies.features import GROUP, Features
-from afbs_compile.kernels.policies.grouped import GroupedPolicy
+from afbs_compile.kernels.policies.grouped import BLOCK_MASS, GroupedPolicy
+
+SCORE_BY_ANTIDIAGONAL = """
+ScoreByAntidiagonal <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+{
+    # logit_ab = scale / 16 * sum_t <q[a 16 + 15 - t], k[b 16 + t]>
+    group = Constant <value = int64 {16}> ()
+    group_float = Constant <value = float {16}> ()
+    backwards = Constant <value = int64[16] {15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0}> ()
+    shape = Constant <value = int64[4] {0, 0, 0, -1}> ()
+    scale_flat = Constant <value_float: float = @scale> ()
+    scaling = Div (scale_flat, group_float)
+    q_groups, sizes_q = afbs.InBlocks (q, group)
+    k_groups, sizes_k = afbs.InBlocks (k, group)
+    q_reversed = Gather <axis = 3> (q_groups, backwards)
+    rows = Reshape (q_reversed, shape)
+    cols = Reshape (k_groups, shape)
+    mass = afbs.BlockMass <upper: int = @upper, block_q: int = @block_q, block_k: int = @block_k, span = 16, last = 15>
+        (rows, cols, scaling)
+    scores = Log (mass)
+}
+"""
 
 
 class Antidiagonal(GroupedPolicy):
@@ -18,6 +40,7 @@ class Antidiagonal(GroupedPolicy):
 
     name = "antidiagonal"
     rule = "mass"
+    onnx = OnnxBody("ScoreByAntidiagonal", (BLOCK_MASS, SCORE_BY_ANTIDIAGONAL))
 
     def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
         """The tokens themselves: the t-th key of a group meets the t-th last query."""

@@ -18,13 +18,14 @@ from afbs_compile.kernels.policies.rules import Rule
 
 
 class OnnxBody(NamedTuple):
-    """How a policy selects in standard ONNX operators.
+    """How a policy scores in standard ONNX operators; what selects by scores is one for all of them.
 
     Attributes:
-        name: of the function that selects: ``(q, k, heads, tau, visible) => (keep)`` with the attributes ``theta``,
-            ``scale``, ``mask``'s ``is_causal``, ``block_q`` and ``block_k``, all of which it must declare.
-        functions: texts of that function and of those that it calls and that are not
-            :data:`afbs_compile.export.onnx_rules.RULES`.
+        name: of the function that scores as :meth:`Policy.scores`, ``(q, k) => (scores)``, all fp32, with a key head
+            for each query head. It declares the attributes ``scale``, ``upper`` (row r sees the keys up to r + upper),
+            ``offset`` (position of row 0 among the keys), ``block_q`` and ``block_k``, whether it uses them or not.
+        functions: texts of the functions that it calls, then its own. :data:`afbs_compile.export.onnx_rules.RULES`
+            are there for every policy.
     """
 
     name: str

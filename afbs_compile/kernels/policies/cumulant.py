@@ -13,8 +13,53 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels.blocks import block_count
+from afbs_compile.kernels.policies.base import OnnxBody
 from afbs_compile.kernels.policies.features import GROUP, Features
-from afbs_compile.kernels.policies.grouped import GroupedPolicy
+from afbs_compile.kernels.policies.grouped import BLOCK_MASS, GroupedPolicy
+
+GROUP_MOMENTS = """
+GroupMoments (x) => (mean, variance)
+{
+    # of each coordinate over each group; the last group may have fewer tokens
+    group = Constant <value = int64 {16}> ()
+    places = Constant <value = float[16] {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}> ()
+    column = Constant <value = int64[1] {-1}> ()
+    row_axis = Constant <value = int64[1] {-2}> ()
+    rows, sizes = afbs.InBlocks (x, group)
+    sum = ReduceSum <keepdims = 1> (rows, row_axis)
+    sizes_wide = Unsqueeze (sizes, row_axis)
+    mean_wide = Div (sum, sizes_wide)
+    mean = Squeeze (mean_wide, row_axis)
+    inside_flat = Less (places, sizes)
+    inside_bool = Unsqueeze (inside_flat, column)
+    inside = Cast <to = 1> (inside_bool)
+    centred = Sub (rows, mean_wide)
+    spread = Mul (centred, inside)
+    squares = Mul (spread, spread)
+    square_sum = ReduceSum <keepdims = 0> (squares, row_axis)
+    variance = Div (square_sum, sizes)
+}
+"""
+
+SCORE_BY_CUMULANT = """
+ScoreByCumulant <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+{
+    # logit_ab = <scale mean_q, mean_k> + <(scale mean_q)^2 / 2, var_k>
+    one = Constant <value = float {1}> ()
+    two = Constant <value = float {2}> ()
+    scaling = Constant <value_float: float = @scale> ()
+    mean_q, unused = afbs.GroupMoments (q)
+    mean_k, variance_k = afbs.GroupMoments (k)
+    scaled = Mul (mean_q, scaling)
+    squared = Mul (scaled, scaled)
+    half = Div (squared, two)
+    rows = Concat <axis = -1> (scaled, half)
+    cols = Concat <axis = -1> (mean_k, variance_k)
+    mass = afbs.BlockMass <upper: int = @upper, block_q: int = @block_q, block_k: int = @block_k, span = 16, last = 15>
+        (rows, cols, one)
+    scores = Log (mass)
+}
+"""
 
 
 class Cumulant(GroupedPolicy):
@@ -23,6 +68,7 @@ class Cumulant(GroupedPolicy):
     name = "cumulant"
     rule = "share"
     explored = (-1.0,)
+    onnx = OnnxBody("ScoreByCumulant", (BLOCK_MASS, GROUP_MOMENTS, SCORE_BY_CUMULANT))
 
     def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
         """Per group two rows: its mean, and what multiplies or is the variance."""

@@ -18,6 +18,82 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.features import GROUP, Features
 
+BLOCK_MASS = """
+BlockMass <upper, block_q, block_k, span, last> (rows, cols, scaling) => (mass)
+{
+    # rows [B, H, groups of queries, F], cols [B, H, groups of keys, F] -> [B, H, n_q, n_k], which sums to 1 over n_k;
+    # for one query block at a time, so that nothing but this result grows with the square of the length
+    zero = Constant <value = int64 {0}> ()
+    one = Constant <value = int64 {1}> ()
+    group = Constant <value = int64 {16}> ()
+    shape1 = Constant <value = int64[1] {1}> ()
+    column = Constant <value = int64[1] {-1}> ()
+    row_axis = Constant <value = int64[1] {-2}> ()
+    same2 = Constant <value = int64[2] {0, 0}> ()
+    same1 = Constant <value = int64[1] {0}> ()
+    lowest = Constant <value = float {-inf}> ()
+    zero_float = Constant <value = float {0}> ()
+    always = Constant <value = bool {1}> ()
+    size_q = Constant <value_int: int = @block_q> ()
+    size_k = Constant <value_int: int = @block_k> ()
+    span_k = Constant <value_int: int = @span> ()
+    last_token = Constant <value_int: int = @last> ()
+    reach = Constant <value_int: int = @upper> ()
+    groups_q1 = Shape <start = 2, end = 3> (rows)
+    groups_k1 = Shape <start = 2, end = 3> (cols)
+    width1 = Shape <start = 3, end = 4> (cols)
+    groups_q = Squeeze (groups_q1)
+    groups_k = Squeeze (groups_k1)
+
+    # whole blocks of groups; the last query block may have fewer
+    per_q = Div (size_q, group)
+    per_k = Div (size_k, span_k)
+    row_blocks, groups_of = afbs.InBlocks (rows, per_q)
+    col_blocks, unused = afbs.InBlocks (cols, per_k)
+    flat = Concat <axis = 0> (same2, column, width1)
+    cols_flat = Reshape (col_blocks, flat)
+    col_columns = Transpose <perm = [0, 1, 3, 2]> (cols_flat)
+    count_q1 = Shape <start = 2, end = 3> (row_blocks)
+    count_q = Squeeze (count_q1)
+    per_k1 = Reshape (per_k, shape1)
+    by_block = Concat <axis = 0> (same2, same1, column, per_k1)
+    end_k1 = Shape <start = 2, end = 3> (cols_flat)
+    end_k = Squeeze (end_k1)
+    key_groups = Range (zero, end_k, one)
+    key_exists = Less (key_groups, groups_k)
+    first_tokens = Mul (key_groups, span_k)
+    groups_in_block = Range (zero, per_q, one)
+
+    mass_blocks = Loop (count_q, always)
+    <body = look (int64 block, bool more) => (bool again, float[?, ?, ?] of_block)
+    {
+        again = Identity (always)
+        row_block = Gather <axis = 2> (row_blocks, block)
+        products = MatMul (row_block, col_columns)
+        logits = Mul (products, scaling)
+        # key group b is seen by query group a when b * span <= a * 16 + last + upper
+        first_group = Mul (block, per_q)
+        query_groups_flat = Add (groups_in_block, first_group)
+        query_groups = Unsqueeze (query_groups_flat, column)
+        group_tokens = Mul (query_groups, group)
+        last_tokens = Add (group_tokens, last_token)
+        furthest = Add (last_tokens, reach)
+        in_reach = LessOrEqual (first_tokens, furthest)
+        seen = And (in_reach, key_exists)
+        masked = Where (seen, logits, lowest)
+        all_weights = Softmax <axis = -1> (masked)
+        query_exists = Less (query_groups, groups_q)
+        weights_flat = Where (query_exists, all_weights, zero_float)
+        weights = Reshape (weights_flat, by_block)
+        by_group = ReduceSum <keepdims = 0> (weights, column)
+        total = ReduceSum <keepdims = 0> (by_group, row_axis)
+        size = Gather <axis = 0> (groups_of, block)
+        of_block = Div (total, size)
+    }>
+    mass = Transpose <perm = [1, 2, 0, 3]> (mass_blocks)
+}
+"""
+
 LOGITS_AT_ONCE = 1 << 24
 """Elements of the coarse attention that the PyTorch version holds at a time, per batch element and head group."""
 

@@ -10,12 +10,38 @@ from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
-from afbs_compile.kernels.policies.base import Policy
+from afbs_compile.kernels.policies.base import OnnxBody, Policy
 from afbs_compile.kernels.policies.statistics import block_means
+
+BLOCK_MEANS = """
+BlockMeans (x, size) => (means)
+{
+    row_axis = Constant <value = int64[1] {-2}> ()
+    rows, sizes = afbs.InBlocks (x, size)
+    total = ReduceSum <keepdims = 0> (rows, row_axis)
+    means = Div (total, sizes)
+}
+"""
+
+SCORE_BY_MEANS = """
+ScoreByMeans <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+{
+    size_q = Constant <value_int: int = @block_q> ()
+    size_k = Constant <value_int: int = @block_k> ()
+    scaling = Constant <value_float: float = @scale> ()
+    mean_q = afbs.BlockMeans (q, size_q)
+    mean_k = afbs.BlockMeans (k, size_k)
+    columns = Transpose <perm = [0, 1, 3, 2]> (mean_k)
+    products = MatMul (mean_q, columns)
+    scores = Mul (products, scaling)
+}
+"""
 
 
 class BlockMeans(Policy):
     """Scores by block means; subclasses say how tau selects."""
+
+    onnx = OnnxBody("ScoreByMeans", (BLOCK_MEANS, SCORE_BY_MEANS))
 
     def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.scores`."""

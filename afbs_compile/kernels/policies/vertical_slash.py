@@ -18,8 +18,54 @@ from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.policies.base import OnnxBody
 from afbs_compile.kernels.policies.features import GROUP, Features
-from afbs_compile.kernels.policies.grouped import GroupedPolicy, block_mass
+from afbs_compile.kernels.policies.grouped import BLOCK_MASS, GroupedPolicy, block_mass
+
+WITH_PREVIOUS = """
+WithPrevious (mass, step) => (total)
+{
+    # plus half of what the query block before saw in the same column, and half of what it saw at the same distance
+    half = Constant <value = float {0.5}> ()
+    one1 = Constant <value = int64[1] {1}> ()
+    starts = Constant <value = int64[2] {0, 0}> ()
+    axes = Constant <value = int64[2] {2, 3}> ()
+    no_start = Constant <value = int64[2] {0, 0}> ()
+    no_end = Constant <value = int64[4] {0, 0, 0, 0}> ()
+    zero1 = Constant <value = int64[1] {0}> ()
+    step1 = Reshape (step, one1)
+    counts = Shape <start = 2, end = 4> (mass)
+    half_mass = Mul (mass, half)
+    down = Concat <axis = 0> (no_start, one1, zero1, no_end)
+    column_padded = Pad (half_mass, down)
+    same_column = Slice (column_padded, starts, counts, axes)
+    down_and_right = Concat <axis = 0> (no_start, one1, step1, no_end)
+    slash_padded = Pad (half_mass, down_and_right)
+    same_distance = Slice (slash_padded, starts, counts, axes)
+    with_column = Add (mass, same_column)
+    total = Add (with_column, same_distance)
+}
+"""
+
+SCORE_BY_SLASH = """
+ScoreBySlash <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+{
+    # the first query of every group against every key that it sees
+    scaling = Constant <value_float: float = @scale> ()
+    start = Constant <value = int64[1] {0}> ()
+    row_axis = Constant <value = int64[1] {2}> ()
+    group1 = Constant <value = int64[1] {16}> ()
+    size_q = Constant <value_int: int = @block_q> ()
+    size_k = Constant <value_int: int = @block_k> ()
+    step = Div (size_q, size_k)
+    q_len1 = Shape <start = 2, end = 3> (q)
+    rows = Slice (q, start, q_len1, row_axis, group1)
+    mass = afbs.BlockMass <upper: int = @upper, block_q: int = @block_q, block_k: int = @block_k, span = 1, last = 0>
+        (rows, k, scaling)
+    total = afbs.WithPrevious (mass, step)
+    scores = Log (total)
+}
+"""
 
 
 class VerticalSlash(GroupedPolicy):
@@ -27,6 +73,7 @@ class VerticalSlash(GroupedPolicy):
 
     name = "vertical_slash"
     rule = "mass"
+    onnx = OnnxBody("ScoreBySlash", (BLOCK_MASS, WITH_PREVIOUS, SCORE_BY_SLASH))
 
     def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
         """The first query of every group against every key."""
