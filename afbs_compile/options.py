@@ -17,10 +17,10 @@ from torch import Tensor
 
 from afbs_compile.errors import OptionError
 from afbs_compile.kernels.call import PRECISIONS
-from afbs_compile.recipe import Recipe
+from afbs_compile.recipe import METHODS, Recipe
 from afbs_compile.tuner.budget import QUANTITIES, Budget
 from afbs_compile.tuner.lengths import OUTSIDE
-from afbs_compile.tuner.settings import METHODS, TuneSettings
+from afbs_compile.tuner.settings import TuneSettings
 from afbs_compile.tuner.space import PARAMETERIZATIONS
 
 Rule = tuple[Callable[[Any, Mapping[str, Any]], bool], str]

@@ -7,8 +7,9 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from afbs_compile.codec import DamagedError, decode, write
 from afbs_compile.errors import RecipeError
@@ -19,6 +20,9 @@ from afbs_compile.recipe_schema3 import upgraded
 
 FORMAT = "afbs-recipe"
 SCHEMA_VERSION = 4
+
+Method = Literal["afbs", "paper"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 Stage = Literal["explore", "refine", "validate"]
 
@@ -360,10 +364,14 @@ def _site_record(site: SiteRecipe) -> dict[str, Any]:
 
 def _check(recipe: Recipe) -> None:
     """Refuse values that no calibration writes."""
-    if (recipe.tolerance is None) == (recipe.budget is None):
+    tolerance = recipe.options.get("tolerance")
+    positive = isinstance(tolerance, Real) and 0 < float(tolerance) < math.inf
+    if not positive and not isinstance(tolerance, Mapping | None):
+        raise DamagedError(f"tolerance is {tolerance!r}")
+    if positive == (recipe.budget is not None):
         raise DamagedError("it needs either a tolerance or a budget")
-    if recipe.tolerance is not None and not 0 < recipe.tolerance < math.inf:
-        raise DamagedError(f"tolerance is {recipe.tolerance}")
+    if recipe.method not in METHODS:
+        raise DamagedError(f"method is {recipe.method!r}, not one of {', '.join(map(repr, METHODS))}")
     if not recipe.graphs:
         raise DamagedError("it has no graph")
     for site in recipe.sites:

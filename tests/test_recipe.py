@@ -1,31 +1,40 @@
-"""The recipe: JSON there and back, and every way a file can be wrong."""
+"""The recipe: JSON there and back, files of version 0.1, and every way a file can be wrong."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from afbs_compile import Recipe
+from afbs_compile import Recipe, explain
 from afbs_compile.errors import RecipeError
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import Kept, SparseCall
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, SampleRecord, SearchPath, SiteRecipe
+from tests.toy import HEAD_DIM, HEADS, Attention, drifting
 
 
 @pytest.fixture
 def recipe() -> Recipe:
+    shape = BlockShape(64, 64)
     path = SearchPath(
-        "refine", 4096, "meansim", 64, 64, (), (0.8, 0.9), (-1.0,) * 2, (-1000.0,) * 2, (0.8, 0.7), (-1.0, 0.05)
+        "refine", 4096, "meansim", shape, (), (0.8, 0.9), (-1.0,) * 2, (-1000.0,) * 2, (0.8, 0.7), (-1.0, 0.05)
     )
-    sparse = HeadRecipe("sparse", "meansim", 0.9, -1.0, -1000.0, 0.7, 0.05, (0.04, 0.05), (path,))
-    dense = HeadRecipe("dense", "meansim", 1.0, -1.0, -1000.0, 0.0, 0.0, (0.0, 0.0))
-    site = SiteRecipe("layers.0.attn", "sparse", None, True, 64, 1, "float32", 64, 64, (sparse, dense), 2.0, 1.0, 2048)
+    heads = HeadRecipe("sparse", 0.7, 0.05, (0.04, 0.05), (path,)), HeadRecipe("dense", 0.0, 0.0, (0.0, 0.0))
+    call = SparseCall((0.9, 1.0), (-1.0,) * 2, (-1000.0,) * 2, ("meansim",) * 2, shape, min_length=2048)
+    site = SiteRecipe("layers.0.attn", "sparse", None, "causal", 64, 1, "float32", call, heads, 2.0, 1.0)
     refused = SiteRecipe("layers.1.attn", "refused", "dropout in effect: 0.1")
     samples = SampleRecord("samples", 2, 2, (4096, 4096), "d1")
     graph = GraphRecipe("g1", "w1", "s1", samples, 1.5, 12.25, (site, refused))
-    versions = {"torch": "2.13.0"}
-    return Recipe(0.055, "afbs", "corrected", "cpu", "flex", 1, versions, (graph,))
+    options = {"tolerance": 0.055, "method": "afbs", "parameterization": "corrected"}
+    return Recipe(options, "cpu", "flex", 1, {"torch": "2.13.0"}, (graph,))
 
 
 def test_saved_and_loaded_is_the_same(recipe, tmp_path):
@@ -46,13 +55,23 @@ def test_a_failed_save_leaves_the_old_file(recipe, tmp_path, monkeypatch):
     before = path.read_text()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        replace(recipe, tolerance=0.01).save(path)
+        replace(recipe, device="cuda").save(path)
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def edited(path: Path, **changes: object) -> str:
     return json.dumps({**json.loads(path.read_text()), **changes})
+
+
+def asked(path: Path, **options: object) -> str:
+    return edited(path, options={**json.loads(path.read_text())["options"], **options})
+
+
+def in_the_call(path: Path, **changes: object) -> str:
+    data = json.loads(path.read_text())
+    data["graphs"][0]["sites"][0]["call"].update(changes)
+    return json.dumps(data)
 
 
 @pytest.mark.parametrize(
@@ -64,20 +83,26 @@ def edited(path: Path, **changes: object) -> str:
         (lambda p: "[1, 2]", "is not an afbs recipe"),
         (lambda p: edited(p, schema_version=99), "newer than"),
         (lambda p: edited(p, schema_version=0), "has schema version 0"),
-        (lambda p: edited(p, tolerance="much"), "recipe.tolerance is 'much', not float"),
-        (lambda p: edited(p, tolerance=-1), "tolerance is -1"),
-        (lambda p: edited(p, method="guess"), "recipe.method is 'guess', not one of 'afbs', 'paper'"),
+        (lambda p: asked(p, tolerance="much"), "tolerance is 'much'"),
+        (lambda p: asked(p, tolerance=-1), "tolerance is -1"),
+        (lambda p: asked(p, tolerance=None), "it needs either a tolerance or a budget"),
+        (lambda p: asked(p, method="guess"), "method is 'guess', not one of 'afbs', 'paper'"),
         (lambda p: edited(p, extra=1), "lacks or has too much: extra"),
         (lambda p: edited(p, graphs={}), "recipe.graphs is not a list"),
         (lambda p: edited(p, graphs=[]), "it has no graph"),
-        (lambda p: p.read_text().replace('"block_q": 64', '"block_q": 0'), "no block shape"),
-        (lambda p: p.read_text().replace('"last_rows": 0', '"last_rows": -1'), "last_rows -1"),
-        (lambda p: p.read_text().replace('"local_keys": 0', '"local_keys": -1'), "local_keys -1"),
+        (lambda p: in_the_call(p, shape=[0, 64]), "block_q is 0"),
+        (lambda p: in_the_call(p, shape=[64]), "call.shape is not a list of 2"),
+        (lambda p: in_the_call(p, kept=[-1, 0]), "last_rows is -1"),
+        (lambda p: in_the_call(p, kept=[0, -1]), "local_keys is -1"),
         (lambda p: "[" * 100_000, "damaged: it is not JSON"),
-        (lambda p: p.read_text().replace('"tau": 0.9', '"tau": null'), "tau is None"),
-        (lambda p: p.read_text().replace('"tau": 0.9', '"tau": NaN'), "not finite"),
+        (lambda p: in_the_call(p, tau=[None, 1.0]), "tau[0] is None"),
+        (lambda p: in_the_call(p, tau=[float("nan"), 1.0]), "accepted: finite numbers"),
+        (lambda p: in_the_call(p, tau=[0.9]), "theta has 2 constants"),
+        (lambda p: in_the_call(p, policy=["meansim", "median"]), "policy is 'median'"),
         (lambda p: p.read_text().replace('"sparsity": 0.7', '"sparsity": 1.7'), "out of range"),
-        (lambda p: p.read_text().replace('"lam": -1000.0', '"lam": 3.0', 1), "out of range"),
+        (lambda p: p.read_text().replace('"sparsity": 0.7', '"sparsity": NaN'), "not finite"),
+        (lambda p: in_the_call(p, tau=[-0.5, 1.0]), "out of range"),
+        (lambda p: in_the_call(p, lam=[3.0, -1000.0]), "accepted: numbers at most 0"),
         (lambda p: p.read_text().replace('"s": []', '"s": [0.5]'), "search path"),
     ],
 )
@@ -106,3 +131,133 @@ def test_a_recipe_can_be_read_by_others(recipe, tmp_path):
     recipe.save(tmp_path / "recipe.json")
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "recipe.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+OLD = Path(__file__).parent / "data" / "recipe_schema3.json"
+"""As version 0.1 wrote it, of :class:`Old`; of most heads the search is left out."""
+
+
+class Old(nn.Module):
+    """A causal layer, one that sees everything, and a call that is refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.causal, self.full = Attention(), Attention(causal=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0.1 * self.causal(x)
+        x = x + 0.1 * self.full(x)
+        q = x.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+        return x + F.scaled_dot_product_attention(q, q, q, dropout_p=0.1).transpose(1, 2).flatten(2)
+
+
+def test_a_recipe_of_version_0_1_says_the_same_today(tmp_path):
+    recipe, data = Recipe.load(OLD), json.loads(OLD.read_text())
+    assert data["schema_version"] == 3
+    assert (recipe.tolerance, recipe.method, recipe.budget) == (0.055, "afbs", None)
+    assert (recipe.device, recipe.engine, recipe.versions) == (data["device"], data["engine"], data["versions"])
+    (graph,), (written,) = recipe.graphs, data["graphs"]
+    assert [graph.graph, graph.weights, graph.source] == [written[name] for name in ("graph", "weights", "source")]
+    assert graph.promise.head_bound == written["promise"]["head_bound"]
+    assert [site.mask for site in recipe.sites] == ["causal", "full", None]
+    assert [site.outcome for site in recipe.sites] == ["sparse", "sparse", "refused"]
+    assert recipe.sites[2].call is None
+    assert recipe.sites[2].reason == written["sites"][2]["reason"]
+    for site, old in zip(recipe.sites[:2], written["sites"][:2], strict=True):
+        call = site.calibrated
+        for name in ("tau", "theta", "lam", "policy"):
+            assert list(getattr(call, name)) == [head[name] for head in old["heads"]], name
+        assert call.shape == (old["block_q"], old["block_k"])
+        assert call.kept == (old["last_rows"], old["local_keys"])
+        assert set(call.precision) == {"own"}
+        assert call.fp8_constants == ()
+        assert (call.min_length, call.max_length) == (old["min_length"], 0)
+        for name in ("name", "head_dim", "kv_heads", "dtype", "dense_ms", "sparse_ms", "kernel", "kernel_reason"):
+            assert getattr(site, name) == old[name], name
+        assert list(site.validated_lengths) == old["validated_lengths"]
+        for head, measured in zip(site.heads, old["heads"], strict=True):
+            for name in ("outcome", "sparsity", "error", "tau_exponent", "length_exponent", "precision_reason"):
+                assert getattr(head, name) == measured[name], name
+            assert list(head.validation_errors) == measured["validation_errors"]
+            for path, searched in zip(head.search, measured["search"], strict=True):
+                assert path.shape == (searched["block_q"], searched["block_k"])
+                for name in ("tau", "theta", "lam", "sparsity", "error", "s"):
+                    assert list(getattr(path, name)) == searched[name], name
+    assert recipe.sites[0].calibrated.kept == Kept(64, 128)
+    assert any(head.search for head in recipe.sites[0].heads)
+    recipe.save(tmp_path / "recipe.json")
+    assert json.loads((tmp_path / "recipe.json").read_text())["schema_version"] == 4
+    assert Recipe.load(tmp_path / "recipe.json") == recipe
+
+
+@torch.no_grad()
+def test_a_recipe_of_version_0_1_rewrites_its_model(fresh_dynamo, monkeypatch):
+    monkeypatch.setattr("afbs_compile.backend.calibrate_graph", None)
+    sparse = torch.compile(Old().eval(), backend="afbs", options={"min_length": 128, "recipe": OLD})
+    sparse(drifting(1024))
+    explanation = explain(sparse)
+    assert [(row.site, row.outcome) for row in explanation.rows] == [
+        ("causal", "sparse"),
+        ("full", "sparse"),
+        ("attention", "refused"),
+    ]
+    for site in Recipe.load(OLD).sites[:2]:
+        assert f"tau = {list(site.calibrated.rounded().tau)}" in explanation.after[0]
+
+
+def old(change: Callable[[dict[str, Any]], object]) -> str:
+    """The old file with its first site changed."""
+    data = json.loads(OLD.read_text())
+    change(data["graphs"][0]["sites"][0])
+    return json.dumps(data)
+
+
+def without(*names: str) -> Callable[[dict[str, Any]], object]:
+    return lambda entry: [entry.pop(name) for name in names]
+
+
+def test_a_recipe_from_before_fp8_and_kept_blocks_has_neither(tmp_path):
+    def older(site: dict[str, Any]) -> None:
+        without("fp8_constants", "last_rows", "local_keys")(site)
+        for head in site["heads"]:
+            without("precision", "precision_reason")(head)
+
+    (tmp_path / "recipe.json").write_text(old(older))
+    site = Recipe.load(tmp_path / "recipe.json").sites[0]
+    assert site.calibrated.kept == Kept()
+    assert set(site.calibrated.precision) == {"own"}
+    assert [head.precision_reason for head in site.heads] == [None] * HEADS
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda: OLD.read_text()[:-40], "damaged: it is not JSON"),
+        (
+            lambda: json.dumps({**json.loads(OLD.read_text()), "graphs": None}),
+            "of schema version 3 and lacks something",
+        ),
+        (lambda: json.dumps({k: v for k, v in json.loads(OLD.read_text()).items() if k != "method"}), "'method'"),
+        (lambda: old(without("block_q")), "lacks something ('block_q')"),
+        (lambda: old(without("heads")), "lacks something ('heads')"),
+        (lambda: old(lambda site: site["heads"][0].pop("tau")), "lacks something ('tau')"),
+        (lambda: old(lambda site: site.update(heads=[])), "has no heads"),
+        (lambda: old(lambda site: site["heads"][1].update(extra=1)), "lacks or has too much: extra"),
+        (lambda: old(lambda site: site["heads"][1].update(tau="much")), "tau[1] is 'much', not float"),
+        (lambda: old(lambda site: site["heads"][1].update(policy="median")), "policy is 'median'"),
+        (lambda: old(lambda site: site.update(block_q=0)), "block_q is 0"),
+        (lambda: old(lambda site: site.update(block_q=None)), "shape.q is None, not int"),
+        (lambda: old(lambda site: site["heads"][0].update(precision="fp8")), "has heads in FP8 and not the constants"),
+        (lambda: old(lambda site: site.update(heads=7)), "damaged"),
+        (lambda: old(lambda site: site["heads"].append(None)), "damaged"),
+        (lambda: old(lambda site: site["heads"][1]["search"][0].pop("block_k")), "lacks something ('block_k')"),
+    ],
+)
+def test_a_wrong_file_of_version_0_1_is_refused_in_one_sentence(tmp_path, damage, sentence):
+    path = tmp_path / "recipe.json"
+    path.write_text(damage())
+    with pytest.raises(RecipeError, match="recipe.json") as caught:
+        Recipe.load(path)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)

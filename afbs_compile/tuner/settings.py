@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from afbs_compile.kernels.attend.engines import shapes_on
 from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.recipe import Method
 from afbs_compile.tuner.budget import Budget
 from afbs_compile.tuner.space import Parameterization
-
-Method = Literal["afbs", "paper"]
-METHODS: tuple[str, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)

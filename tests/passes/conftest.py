@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import fx
 
+from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes.expand import expand
 from afbs_compile.passes.find import find
-from afbs_compile.passes.rewrite import Rewrite, SiteConstants, rewrite
+from afbs_compile.passes.rewrite import Rewrite, rewrite
 from afbs_compile.passes.site import AttentionSite, Refusal
 
 
@@ -39,8 +40,8 @@ class Compiled:
         return refusal.reason
 
 
-def keep_everything(site: AttentionSite) -> SiteConstants:
-    return SiteConstants((1.0,) * site.heads, (-1.0,) * site.heads, (-1000.0,) * site.heads, 64, 64, 0)
+def keep_everything(site: AttentionSite) -> SparseCall:
+    return SparseCall.uniform(site.heads, 1.0)
 
 
 def compiled(

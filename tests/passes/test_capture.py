@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.passes.find import find
 from tests.toy import HEAD_DIM, HEADS, Toy, drifting
@@ -57,7 +58,7 @@ def test_operands_are_what_the_model_computes(seen_by_sdpa):
     for (q, k, v), (name, (operands,)) in zip(calls, capture([run]), strict=True):
         assert name.startswith("layers.")
         assert operands.q.shape == (1, HEADS, 256, HEAD_DIM)
-        assert (operands.causal, operands.scale) == (True, pytest.approx(HEAD_DIM**-0.5))
+        assert (operands.mask, operands.scale) == (Causal(), pytest.approx(HEAD_DIM**-0.5))
         for captured, eager in ((operands.q, q), (operands.k, k), (operands.v, v)):
             torch.testing.assert_close(captured, eager)
 

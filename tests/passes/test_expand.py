@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
 from afbs_compile.passes.expand import expand
 
 
@@ -28,14 +30,14 @@ def check_same(compile_with, fn, *args, **options):
 def test_multihead_attention(compile_with, x, need_weights, dynamic):
     module = attention()
     found = check_same(compile_with, lambda x: module(x, x, x, need_weights=need_weights)[0], x, dynamic=dynamic)
-    assert (found.site.heads, found.site.head_dim, found.site.causal) == (4, 16, False)
+    assert (found.site.heads, found.site.head_dim, found.site.mask) == (4, 16, Full())
 
 
 @pytest.mark.parametrize("options", [{"bias": False}, {"kdim": 32, "vdim": 32}], ids=["no bias", "other key size"])
 def test_variants_of_the_module(compile_with, x, options):
     module = attention(**options)
     memory = torch.randn(2, 24, options.get("kdim", 64))
-    assert check_same(compile_with, lambda x, m: module(x, m, m)[0], x, memory).site.length == 24
+    assert check_same(compile_with, lambda x, m: module(x, m, m)[0], x, memory).site.k_len == 24
 
 
 def test_causal_by_a_mask(compile_with, x):
@@ -45,7 +47,7 @@ def test_causal_by_a_mask(compile_with, x):
         mask = torch.ones(24, 24, dtype=torch.bool).triu(1)
         return module(x, x, x, attn_mask=mask)[0]
 
-    assert check_same(compile_with, fn, x).site.causal
+    assert check_same(compile_with, fn, x).site.mask == Causal()
 
 
 def test_a_wrong_causal_hint_is_not_believed_where_pytorch_does_not(look, x):
@@ -114,7 +116,7 @@ def test_the_advice_for_a_masked_encoder_layer_works(compile_with, x):
         found = check_same(compile_with, lambda x: encoder(x, mask, is_causal=True), x)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    assert found.site.causal
+    assert found.site.mask == Causal()
 
 
 def test_nothing_to_open_changes_nothing():

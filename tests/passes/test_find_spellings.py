@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
 from afbs_compile.passes.find import find
 
 sdpa = F.scaled_dot_product_attention
@@ -23,8 +25,16 @@ SPELLINGS = {
 @pytest.mark.parametrize("call", SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_spelling_is_found(look, qkv, call):
     site = look(call, *qkv).site
-    assert (site.batch, site.heads, site.kv_heads, site.length, site.head_dim, site.rank) == (2, 4, 4, 24, 16, 4)
-    assert site.causal
+    assert (site.batch, site.heads, site.kv_heads, site.q_len, site.k_len, site.head_dim, site.rank) == (
+        2,
+        4,
+        4,
+        24,
+        24,
+        16,
+        4,
+    )
+    assert site.mask == Causal()
     assert site.scale == 0.25
     assert (site.dtype, site.device) == (torch.float32, torch.device("cpu"))
     assert [node.op for node in (site.q, site.k, site.v)] == ["placeholder"] * 3
@@ -32,7 +42,7 @@ def test_spelling_is_found(look, qkv, call):
 
 
 def test_full_attention_is_found_as_not_causal(look, qkv):
-    assert not look(lambda q, k, v: sdpa(q, k, v), *qkv).site.causal
+    assert look(lambda q, k, v: sdpa(q, k, v), *qkv).site.mask == Full()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +51,7 @@ def test_full_attention_is_found_as_not_causal(look, qkv):
 def test_other_ranks_have_a_canonical_form(look, shape, batch, heads):
     x = torch.randn(shape)
     site = look(lambda x: sdpa(x, x, x), x).site
-    assert (site.batch, site.heads, site.length, site.rank) == (batch, heads, 24, len(shape))
+    assert (site.batch, site.heads, site.q_len, site.k_len, site.rank) == (batch, heads, 24, 24, len(shape))
     assert site.canonical(x).shape == (batch, heads, 24, 16)
 
 
@@ -117,13 +127,13 @@ def test_exported_graph(strict):
     exported = torch.export.export(model, (torch.randn(2, 4, 24, 16),), strict=strict)
     for gm in (exported.graph_module, exported.module()):
         (site,), refusals = find(gm, min_length=1)
-        assert (site.name, site.causal, site.length, refusals) == ("block", True, 24, [])
+        assert (site.name, site.mask, site.q_len, refusals) == ("block", Causal(), 24, [])
 
 
 class TestDynamicShapes:
     def test_sizes_stay_symbolic(self, look, qkv):
         site = look(lambda q, k, v: sdpa(q, k, v, is_causal=True), *qkv, dynamic=True).site
-        assert isinstance(site.length, torch.SymInt)
+        assert isinstance(site.q_len, torch.SymInt)
         assert isinstance(site.batch, torch.SymInt)
         assert (site.heads, site.head_dim) == (4, 16)
 

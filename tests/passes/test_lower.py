@@ -1,22 +1,23 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
+from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes import lower as lowering
 from afbs_compile.passes.find import find
 from afbs_compile.passes.lower import lower
-from afbs_compile.passes.rewrite import SiteConstants, rewrite
+from afbs_compile.passes.rewrite import rewrite
 
 
 def backend(gm, example_inputs, *, mode=None):
     sites, _ = find(gm, min_length=1)
-    ones = {
-        site: SiteConstants((1.0,) * site.heads, (-1.0,) * site.heads, (-1.0,) * site.heads, 64, 64, 0)
-        for site in sites
-    }
-    assert rewrite(gm, ones).changed == len(sites)
+    ones = {site: SparseCall.uniform(site.heads, 1.0) for site in sites}
+    calls = {site: replace(call, lam=(-1.0,) * site.heads) for site, call in ones.items()}
+    assert rewrite(gm, calls).changed == len(sites)
     return lower(gm, example_inputs, mode=mode)
 
 
@@ -59,7 +60,7 @@ def test_an_unknown_mode_is_refused():
         lower(gm, [torch.randn(3)], mode="fastest")
 
 
-def test_inductors_cache_tells_versions_of_the_operator_apart(monkeypatch):
+def test_inductors_cache_tells_versions_of_the_operator_and_of_the_package_apart(monkeypatch):
     x = torch.randn(2, 4, 24, 16)
 
     def hits():
@@ -75,6 +76,10 @@ def test_inductors_cache_tells_versions_of_the_operator_apart(monkeypatch):
         monkeypatch.setattr(
             lowering, "sparse_attention", torch.library.custom_op("afbs_test::other", mutates_args=())(other)
         )
+        assert hits() == 0
+        monkeypatch.undo()
+        assert hits() > 0
+        monkeypatch.setattr(lowering, "__version__", "0.0")
         assert hits() == 0
         monkeypatch.undo()
         assert hits() > 0

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch._C import _functorch
 
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
 from afbs_compile.passes import constants
 from afbs_compile.passes.find import find
-from afbs_compile.passes.mask_proof import MaskPattern, classify
+from afbs_compile.passes.mask_proof import classify
 
 N = 24
 sdpa = F.scaled_dot_product_attention
@@ -134,7 +136,7 @@ def test_exported_graph(make, strict):
             return sdpa(q, q, q, attn_mask=make())
 
     (site,), _ = find(torch.export.export(Masked(), (torch.randn(2, 4, N, 16),), strict=strict).module(), min_length=1)
-    assert site.causal
+    assert site.mask == Causal()
 
 
 def test_exported_buffer_is_no_constant():
@@ -161,19 +163,19 @@ class TestClassify:
             pytest.skip("many tiny chunks")
         monkeypatch.setattr("afbs_compile.passes.mask_proof.CHUNK", chunk)
         ones = torch.ones(length, length, dtype=torch.bool)
-        assert classify(ones, length) is MaskPattern.FULL
-        assert classify(ones.tril(), length) is (MaskPattern.CAUSAL if length > 1 else MaskPattern.FULL)
-        assert classify(~ones, length) is None
+        assert classify(ones, length, length) == Full()
+        assert classify(ones.tril(), length, length) == (Causal() if length > 1 else Full())
+        assert classify(~ones, length, length) is None
 
     def test_every_slice_counts(self):
         mask = torch.ones(3, 2, 8, 8, dtype=torch.bool).tril()
-        assert classify(mask, 8) is MaskPattern.CAUSAL
+        assert classify(mask, 8, 8) == Causal()
         mask[2, 1, 5, 1] = False
-        assert classify(mask, 8) is None
+        assert classify(mask, 8, 8) is None
 
     def test_slices_of_two_patterns_have_none(self):
         ones = torch.ones(8, 8, dtype=torch.bool)
-        assert classify(torch.stack([ones, ones.tril()]), 8) is None
+        assert classify(torch.stack([ones, ones.tril()]), 8, 8) is None
 
     def test_an_empty_batch_has_no_pattern(self):
-        assert classify(torch.ones(0, 1, 8, 8, dtype=torch.bool), 8) is None
+        assert classify(torch.ones(0, 1, 8, 8, dtype=torch.bool), 8, 8) is None

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
 from afbs_compile.passes.find import find
 
 N = 24
@@ -61,7 +63,7 @@ CAUSAL = {
 
 @pytest.mark.parametrize("make", CAUSAL.values(), ids=CAUSAL.keys())
 def test_causal(look, qkv, make):
-    assert look(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site.causal
+    assert look(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site.mask == Causal()
 
 
 ALL_TRUE = {
@@ -72,7 +74,7 @@ ALL_TRUE = {
 
 @pytest.mark.parametrize("make", ALL_TRUE.values(), ids=ALL_TRUE.keys())
 def test_all_true_is_full_attention(look, qkv, make):
-    assert not look(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site.causal
+    assert look(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site.mask == Full()
 
 
 def flipped(row, column):
@@ -214,7 +216,7 @@ def test_a_mask_written_between_two_calls_is_judged_twice(look, qkv):
         return sdpa(second, k, v, attn_mask=mask)
 
     found = look(fn, *qkv)
-    assert [site.causal for site in found.sites[0]] == [True, False]
+    assert [site.mask for site in found.sites[0]] == [Causal(), Full()]
     assert len(found.refusals[0]) == 1
 
 
@@ -226,7 +228,7 @@ def test_writes_to_other_tensors_do_not_matter(look, qkv):
         v[0] = 0
         return sdpa(q.mul_(2), k, v, attn_mask=mask)
 
-    assert look(fn, *qkv).site.causal
+    assert look(fn, *qkv).site.mask == Causal()
 
 
 def test_only_the_shape_of_an_input_enters(look, qkv):
@@ -234,7 +236,7 @@ def test_only_the_shape_of_an_input_enters(look, qkv):
         mask = torch.ones_like(q[0, 0, :, :1]) * q.new_ones(N, N)
         return sdpa(q, k, v, attn_mask=mask.tril() > 0)
 
-    assert look(fn, *qkv).site.causal
+    assert look(fn, *qkv).site.mask == Causal()
 
 
 def test_an_operator_that_only_reads_the_mask_does_not_matter(look, qkv):
@@ -243,4 +245,4 @@ def test_an_operator_that_only_reads_the_mask_does_not_matter(look, qkv):
         q = checkpoint(lambda q, mask: q * mask.sum(), q, mask, use_reentrant=False)
         return sdpa(q, k, v, attn_mask=mask)
 
-    assert look(fn, *qkv).site.causal
+    assert look(fn, *qkv).site.mask == Causal()

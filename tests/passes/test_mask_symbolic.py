@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
 from afbs_compile.passes.find import find
-from afbs_compile.passes.mask_proof import MaskPattern, classify
+from afbs_compile.passes.mask_proof import classify
 
 LOWEST = torch.finfo(torch.float32).min
 INF = float("inf")
@@ -78,11 +80,11 @@ def found(make):
 @pytest.mark.parametrize("make", CAUSAL.values(), ids=CAUSAL)
 def test_causal_at_every_length(make):
     (site,), refusals = found(make)
-    assert site.causal
+    assert site.mask == Causal()
     assert refusals == []
-    assert isinstance(site.length, torch.SymInt)
+    assert isinstance(site.q_len, torch.SymInt)
     for length in (2, 3, 24, 70):
-        assert classify(make(length), length) is MaskPattern.CAUSAL
+        assert classify(make(length), length, length) == Causal()
 
 
 @pytest.mark.parametrize("make", NEITHER.values(), ids=NEITHER)
@@ -94,7 +96,7 @@ def test_refused_unless_it_holds_at_every_length(make):
 
 def test_true_everywhere():
     (site,), _ = found(lambda n: torch.ones(n, n, dtype=torch.bool))
-    assert not site.causal
+    assert site.mask == Full()
 
 
 def test_literals():
@@ -103,7 +105,7 @@ def test_literals():
         exported(lambda n: torch.where(rows(n) >= arange(n), torch.tensor(0.0), torch.tensor(-INF))).module(),
         min_length=1,
     )
-    assert site.causal
+    assert site.mask == Causal()
 
 
 def test_repeated_key_heads_are_found_behind_the_slices_of_an_exported_graph():

@@ -6,6 +6,9 @@ from itertools import chain
 import pytest
 import torch
 
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
+
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 logging.getLogger("torch").setLevel(logging.ERROR)
@@ -32,7 +35,7 @@ def test_llama(look, llama, kwargs, dynamic):
     (sites,) = found.sites
     assert names(sites) == LAYERS
     assert found.refusals == [[]]
-    assert {(site.causal, site.heads, site.kv_heads, site.head_dim) for site in sites} == {(True, 4, 2, 16)}
+    assert {(site.mask, site.heads, site.kv_heads, site.head_dim) for site in sites} == {(Causal(), 4, 2, 16)}
     assert "afbs.sparse_attention" in found.rewrites[0].after
 
 
@@ -106,13 +109,13 @@ def test_bert(look):
     model = transformers.BertModel(transformers.BertConfig(vocab_size=64, **SMALL)).eval()
     (sites,) = look(model, IDS).sites
     assert names(sites) == ["encoder.layer.0.attention.self", "encoder.layer.1.attention.self"]
-    assert not any(site.causal for site in sites)
+    assert all(site.mask == Full() for site in sites)
 
 
 def test_vit(look):
     model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL)).eval()
     (sites,) = look(model, torch.randn(2, 3, 32, 32)).sites
-    assert [(site.length, site.causal) for site in sites] == [(17, False)] * 2
+    assert [(site.q_len, site.mask) for site in sites] == [(17, Full())] * 2
 
 
 def test_t5_has_a_bias_or_two_lengths(look):
@@ -137,7 +140,7 @@ def test_whisper(look):
     model = transformers.WhisperModel(config).eval()
     found = look(model, torch.randn(2, 16, 64), kwargs={"decoder_input_ids": IDS[:, :8]})
     encoder, decoder = chain(*found.sites)
-    assert (encoder.name, encoder.causal, decoder.causal) == ("encoder.layers.0.self_attn", False, True)
+    assert (encoder.name, encoder.mask, decoder.mask) == ("encoder.layers.0.self_attn", Full(), Causal())
     assert decoder.name.removeprefix("decoder.") == "layers.0.self_attn"  # torch 2.12 captures the decoder by itself
     (cross,) = chain(*found.refusals)
     assert cross.name.removeprefix("decoder.") == "layers.0.encoder_attn"

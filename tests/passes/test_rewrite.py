@@ -1,12 +1,15 @@
 """The rewritten graph: same results where everything is kept, constants in the call, nothing else lost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from afbs_compile.kernels.reference import Kept
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import LAMBDA_OFF, THETA_OFF, Kept, SparseCall
 from afbs_compile.passes.find import find
-from afbs_compile.passes.rewrite import SiteConstants, dump, rewrite, rounded
+from afbs_compile.passes.rewrite import dump, rewrite
 
 sdpa = F.scaled_dot_product_attention
 OP = torch.ops.afbs.sparse_attention.default
@@ -85,7 +88,7 @@ def rewritten(look, fn, *inputs, constants=None):
 
 
 def keep(site, tau=1.0):
-    return SiteConstants((tau,) * site.heads, (-1.0,) * site.heads, (-1000.0,) * site.heads, 64, 32, 1000)
+    return SparseCall.uniform(site.heads, tau, shape=BlockShape(64, 32), min_length=1000)
 
 
 def nodes_of(gm):
@@ -94,8 +97,13 @@ def nodes_of(gm):
 
 def test_constants_stand_in_the_call(look, qkv):
     def constants(site):
-        return SiteConstants(
-            (0.9, 0.5, 1.0, 1 / 3), (-1.0, 0.2, -1.0, 2 / 3), (-8.0, -1000.0, -1.0, -10 / 3), 64, 32, 2048
+        return SparseCall(
+            tau=(0.9, 0.5, 1.0, 1 / 3),
+            theta=(-1.0, 0.2, -1.0, 2 / 3),
+            lam=(-8.0, -1000.0, -1.0, -10 / 3),
+            policy=("meansim",) * 4,
+            shape=BlockShape(64, 32),
+            min_length=2048,
         )
 
     gm, result = rewritten(look, lambda q, k, v: sdpa(q, k, v, is_causal=True), *qkv, constants=constants)
@@ -104,7 +112,7 @@ def test_constants_stand_in_the_call(look, qkv):
         "tau": [0.9, 0.5, 1.0, 0.333333],
         "theta": [-1.0, 0.2, -1.0, 0.666667],
         "lam": [-8.0, -1000.0, -1.0, -3.33333],
-        "is_causal": True,
+        "mask": "causal",
         "scale": 0.25,
         "block_q": 64,
         "block_k": 32,
@@ -113,10 +121,10 @@ def test_constants_stand_in_the_call(look, qkv):
     assert "tau = [0.9, 0.5, 1.0, 0.333333]" in result.after
 
 
-@pytest.mark.parametrize("names", [(), ("meansim",) * 4, ("meansim", "cumulant", "meansim", "sink_window")])
+@pytest.mark.parametrize("names", [("meansim",) * 4, ("meansim", "cumulant", "meansim", "sink_window")])
 def test_policies_stand_in_the_call_where_they_are_not_the_default(look, qkv, names):
     def constants(site):
-        return SiteConstants((0.5,) * 4, (-1.0,) * 4, (-1000.0,) * 4, 64, 64, 0, policy=names)
+        return replace(SparseCall.uniform(4, 0.5), policy=names)
 
     gm, _ = rewritten(look, lambda q, k, v: sdpa(q, k, v, is_causal=True), *qkv, constants=constants)
     (call,) = [node for node in gm.graph.nodes if node.target is OP]
@@ -127,7 +135,7 @@ def test_policies_stand_in_the_call_where_they_are_not_the_default(look, qkv, na
 @pytest.mark.parametrize("kept", [Kept(), Kept(64, 128), Kept(last_rows=64)])
 def test_kept_blocks_stand_in_the_call_where_there_are_any(look, qkv, kept):
     def constants(site):
-        return SiteConstants((0.5,) * 4, (-1.0,) * 4, (-1000.0,) * 4, 64, 64, 0, kept=kept)
+        return SparseCall.uniform(4, 0.5, kept=kept)
 
     gm, _ = rewritten(look, lambda q, k, v: sdpa(q, k, v, is_causal=True), *qkv, constants=constants)
     (call,) = [node for node in gm.graph.nodes if node.target is OP]
@@ -136,9 +144,13 @@ def test_kept_blocks_stand_in_the_call_where_there_are_any(look, qkv, kept):
 
 
 def test_rounding_is_idempotent():
-    assert rounded(0.123456789) == 0.123457
-    assert rounded(rounded(2 / 3)) == rounded(2 / 3)
-    assert rounded(-1000.0) == -1000.0
+    call = SparseCall(
+        (0.123456789, 2 / 3), (THETA_OFF, 2 / 3), (LAMBDA_OFF, -2 / 3), ("meansim",) * 2, BlockShape(64, 64)
+    )
+    once = call.rounded()
+    assert once.tau[0] == 0.123457
+    assert once.rounded() == once
+    assert once.lam[0] == -1000.0
 
 
 def test_texts_before_and_after(look, qkv):
@@ -167,8 +179,10 @@ def test_constants_must_match_the_heads(look, qkv):
     (gm,) = (found := look(lambda q, k, v: sdpa(q, k, v), *qkv)).graphs
     code = gm.code
     with pytest.raises(ValueError, match=r"attention: 3 values of tau for 4 heads"):
-        rewrite(gm, {found.site: SiteConstants((1.0,) * 3, (-1.0,) * 4, (0.0,) * 4, 64, 64, 0)})
+        rewrite(gm, {found.site: SparseCall.uniform(3, 1.0)})
     assert gm.code == code
+    with pytest.raises(ValueError, match="theta has 4 constants; accepted: one for each of the 3 query heads"):
+        SparseCall((1.0,) * 3, (-1.0,) * 4, (0.0,) * 4, ("meansim",) * 3, BlockShape(64, 64))
 
 
 def test_new_nodes_carry_what_a_tracer_records(look):

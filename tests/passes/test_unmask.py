@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from afbs_compile.passes.find import find
 from afbs_compile.passes.operands import Call, is_sdpa
 from afbs_compile.passes.rewrite import rewrite
-from afbs_compile.passes.unmask import has_causal_mask, unmask
+from afbs_compile.passes.unmask import has_needless_mask, unmask
 
 sdpa = F.scaled_dot_product_attention
 INF = float("inf")
@@ -60,7 +60,7 @@ def compiled(fn, dynamic=False):
 
     def backend(gm, example_inputs):
         sites, _ = find(gm, min_length=1)
-        masked = [site for site in sites if has_causal_mask(site)]
+        masked = [site for site in sites if has_needless_mask(site)]
         rewrite(gm, {}, masked)
         graphs.append((gm, len(masked)))
         return gm.forward
@@ -138,7 +138,7 @@ def test_every_length_of_an_exported_graph(name, dropped):
     q, k, v = (torch.randn(2, 4, 40, 16) for _ in range(3))
     length = torch.export.Dim("length", min=2)
     gm = torch.export.export(Model(), (q, k, v), dynamic_shapes=[{2: length}] * 3, strict=False).module()
-    masked = [site for site in find(gm, min_length=1)[0] if has_causal_mask(site)]
+    masked = [site for site in find(gm, min_length=1)[0] if has_needless_mask(site)]
     assert len(masked) == dropped
     rewrite(gm, {}, masked)
     for length in (40, 33, 2):

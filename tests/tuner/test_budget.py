@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
 from afbs_compile.tuner.budget import Budget, SitePoints, spend
 from afbs_compile.tuner.end_to_end import OutputChange
 
@@ -23,11 +24,11 @@ class FakeModel:
     def __call__(self, chosen):
         self.calls += 1
         kl = 0.0
-        for name, thresholds in chosen.items():
+        for name, call in chosen.items():
             site = self.sites[name]
-            point = (site.tau == thresholds.thresholds.tau[:, None]).int().argmax(1)
+            point = (site.tau == torch.tensor(call.tau)[:, None]).int().argmax(1)
             kl += float((self.weights[name] * site.error.gather(1, point[:, None])[:, 0] ** 2).sum())
-        several = sum(bool((t.thresholds.tau < 1).sum() > 1) for t in chosen.values())
+        several = sum(call.dense_heads.count(False) > 1 for call in chosen.values())
         kl *= self.factor if several else 1.0
         return [OutputChange(kl, 0.8 * kl)]
 
@@ -36,7 +37,7 @@ def site(name: str, heads: int = 4, seed: int = 0) -> SitePoints:
     generator = torch.Generator().manual_seed(seed)
     slope = 0.5 + torch.rand(heads, 1, generator=generator)
     tau = TAUS.expand(heads, -1)
-    return SitePoints(name, tau, torch.full_like(tau, -1.0), slope * (1 - tau), tau**2, 64, 64, ("meansim",) * heads)
+    return SitePoints(name, SparseCall.uniform(heads, KEEP_ALL), tau, slope * (1 - tau), tau**2)
 
 
 def live_of(sites, spending) -> float:

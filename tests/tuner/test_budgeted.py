@@ -9,7 +9,7 @@ from torch import nn
 from afbs_compile import Recipe, calibrate, explain
 from afbs_compile.errors import OptionError
 from afbs_compile.tuner.end_to_end import output_change
-from afbs_compile.tuner.measure import KEPT
+from afbs_compile.tuner.measure import LOCAL_KEPT
 from tests.toy import Attention, LanguageToy, Toy, drifting, token_ids
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
@@ -41,7 +41,7 @@ def test_the_compiled_model_stays_inside_and_the_recipe_says_so(tmp_path):
     assert budget.checked is not None
     assert budget.checked <= LIMIT
     assert recipe.sparsity > 0.1
-    assert {site.kept for site in recipe.sites} == {KEPT}
+    assert {site.calibrated.kept for site in recipe.sites} == {LOCAL_KEPT}
     assert (
         "blocks 64x64, 128 keys before a query block of causal calls kept, last 64 rows of causal calls whole;"
         in " ".join(str(explain(recipe)).split())

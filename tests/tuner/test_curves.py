@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from afbs_compile.kernels.reference import THETA_OFF
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
 from afbs_compile.tuner.curves import Crossing, Curves, boldest_safe, crossing, tau_exponent
 from afbs_compile.tuner.explore import UNIT, sampled_blocks
-from afbs_compile.tuner.inputs import BlockShape
 
 TOLERANCE = 0.05
 
@@ -18,8 +17,7 @@ def made(slope: list[float], power: list[float]) -> Curves:
     x = torch.logspace(0, -3, 30).expand(len(slope), -1)
     error = torch.tensor(slope)[:, None] * x ** torch.tensor(power)[:, None]
     measured = torch.ones(len(slope), dtype=torch.bool)
-    theta = torch.full((len(slope),), THETA_OFF)
-    return Curves("refine", 4096, BlockShape(64, 64), theta, ("meansim",) * len(slope), 1 - x, error, x * 0.9, measured)
+    return Curves("refine", 4096, SparseCall.uniform(len(slope), KEEP_ALL), 1 - x, error, x * 0.9, measured)
 
 
 def crossed(curves: Curves) -> Crossing:

@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 
-from afbs_compile.calibration import calibrate, record_programs
+from afbs_compile.calibration import calibrate
 from afbs_compile.errors import OptionError
-from afbs_compile.kernels.op import sparse_attention_with_counts
+from afbs_compile.kernels.attend.run import run as run_sparsely
+from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes.capture import SampleRun, capture, run_with
 from afbs_compile.passes.find import find
-from afbs_compile.tuner.end_to_end import EndToEnd, SiteThresholds, find_logits, next_tokens, output_change
-from afbs_compile.tuner.measure import KEPT
+from afbs_compile.passes.record import record_graphs
+from afbs_compile.tuner.end_to_end import EndToEnd, find_logits, next_tokens, output_change
+from afbs_compile.tuner.measure import LOCAL_KEPT, attend_sparsely
 from afbs_compile.tuner.site import tune_site
-from afbs_compile.tuner.space import Thresholds
 from tests.toy import HEADS, TOKENS, LanguageToy, always_faster, token_ids
 
 LENGTH = 512
@@ -24,14 +25,13 @@ LENGTH = 512
 @pytest.fixture
 def runs(fresh_dynamo):
     model = LanguageToy(LENGTH).eval()
-    (program,) = record_programs(model, [token_ids(LENGTH, seed=0), token_ids(LENGTH, seed=1)])
-    sites = find(program.gm, min_length=1)[0]
-    return model, [SampleRun(program.gm, sites, inputs) for inputs in program.samples]
+    (graph,) = record_graphs(model, [token_ids(LENGTH, seed=0), token_ids(LENGTH, seed=1)])
+    sites = find(graph.gm, min_length=1)[0]
+    return model, [SampleRun(graph.gm, sites, inputs) for inputs in graph.samples]
 
 
-def at(tau: float) -> SiteThresholds:
-    dense = Thresholds.dense(HEADS)
-    return SiteThresholds(Thresholds(torch.full((HEADS,), tau), dense.theta, dense.lam), 64, 64)
+def at(tau: float) -> SparseCall:
+    return SparseCall.uniform(HEADS, tau)
 
 
 def names(runs) -> list[str]:
@@ -67,20 +67,15 @@ def test_later_sites_are_captured_on_what_sparse_earlier_ones_make(runs):
     run = samples[:1]
 
     def sparse(name, operands):
-        return at(0.3).attend(operands) if name == names(samples)[0] else None
+        return attend_sparsely(operands, at(0.3)) if name == names(samples)[0] else None
 
     seen = {name: ops[0] for name, ops in capture(run, sparse)}
     plain = {name: ops[0] for name, ops in capture(run)}
     first, second = names(samples)
     assert torch.equal(seen[first].q, plain[first].q)
     assert not torch.allclose(seen[second].q, plain[second].q)
-    tau = [0.3] * HEADS
-    off = Thresholds.dense(HEADS)
-    o = plain[first]
-    by_hand, _ = sparse_attention_with_counts(
-        o.q, o.k, o.v, tau, off.theta.tolist(), off.lam.tolist(), causal=True, scale=o.scale
-    )
-    torch.testing.assert_close(at(0.3).attend(o), by_hand)
+    by_hand, _ = run_sparsely(plain[first], at(0.3))
+    torch.testing.assert_close(attend_sparsely(plain[first], at(0.3)), by_hand)
 
 
 def test_change_against_plain_formulas():
@@ -144,14 +139,14 @@ def test_a_calibration_captures_later_sites_on_what_sparse_earlier_ones_make(run
     recipe = calibrate(model, [token_ids(LENGTH, seed=0)], tolerance=0.3, min_length=1)
     (_, first), (second, _) = seen
     assert first.measured.sparsity.mean() > 0
-    here = SiteThresholds(first.thresholds, *first.shape, first.policy, kept=first.kept)
-    recorded = SiteThresholds.of(recipe.sites[0])
-    assert (recorded.block_q, recorded.block_k, recorded.policy, recorded.kept) == (*first.shape, first.policy, KEPT)
-    assert torch.allclose(recorded.thresholds.tau, first.thresholds.tau, atol=1e-6)
+    recorded = recipe.sites[0].calibrated
+    assert (recorded.shape, recorded.policy, recorded.kept) == (first.call.shape, first.call.policy, LOCAL_KEPT)
+    assert recorded.tau == pytest.approx(first.call.tau, abs=1e-6)
     expected = {
         name: operands[0]
         for name, operands in capture(
-            samples[:1], lambda name, operands: here.attend(operands) if name == names(samples)[0] else None
+            samples[:1],
+            lambda name, operands: attend_sparsely(operands, first.call) if name == names(samples)[0] else None,
         )
     }
     torch.testing.assert_close(second.q, expected[names(samples)[1]].q)

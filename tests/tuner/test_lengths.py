@@ -39,21 +39,21 @@ def test_inputs_of_several_lengths_span_the_range_and_one_alone_has_no_slope():
 
 def test_tau_rises_where_the_error_grows_and_never_falls():
     inside = (1024, 4096)
-    assert extrapolated_tau(0.9, 1.0, 0.5, inside, 2000) == 0.9
+    assert extrapolated_tau(0.9, (1.0, 0.5), inside, 2000) == 0.9
     # (1 - tau') = 0.1 * 4 ** -0.5
-    assert extrapolated_tau(0.9, 1.0, 0.5, inside, 16384) == pytest.approx(0.95)
-    assert extrapolated_tau(0.9, 2.0, 0.5, inside, 16384) == pytest.approx(1 - 0.1 * 4**-0.25)
-    assert extrapolated_tau(0.9, 1.0, -0.5, inside, 16384) == 0.9
-    assert extrapolated_tau(0.9, 1.0, -0.5, inside, 256) == pytest.approx(0.95)
-    assert extrapolated_tau(0.9, 0.0, 0.0, inside, 256) == 0.9
-    assert extrapolated_tau(0.9, 0.1, 2.0, inside, 10**6) == pytest.approx(0.995)
+    assert extrapolated_tau(0.9, (1.0, 0.5), inside, 16384) == pytest.approx(0.95)
+    assert extrapolated_tau(0.9, (2.0, 0.5), inside, 16384) == pytest.approx(1 - 0.1 * 4**-0.25)
+    assert extrapolated_tau(0.9, (1.0, -0.5), inside, 16384) == 0.9
+    assert extrapolated_tau(0.9, (1.0, -0.5), inside, 256) == pytest.approx(0.95)
+    assert extrapolated_tau(0.9, (0.0, 0.0), inside, 256) == 0.9
+    assert extrapolated_tau(0.9, (0.1, 2.0), inside, 10**6) == pytest.approx(0.995)
 
 
 def test_a_head_with_room_is_raised_only_for_what_exceeds_it():
     inside = (1024, 4096)
-    assert extrapolated_tau(0.0, 1.0, 0.5, inside, 16384, room=2.5) == 0.0, "the error doubles"
-    assert extrapolated_tau(0.9, 1.0, 0.5, inside, 16384, room=1.5) == pytest.approx(1 - 0.1 * 1.5 / 2)
-    assert extrapolated_tau(0.9, 2.0, 0.5, inside, 16384, room=1.5) == pytest.approx(1 - 0.1 * (1.5 / 2) ** 0.5)
+    assert extrapolated_tau(0.0, (1.0, 0.5), inside, 16384, room=2.5) == 0.0, "the error doubles"
+    assert extrapolated_tau(0.9, (1.0, 0.5), inside, 16384, room=1.5) == pytest.approx(1 - 0.1 * 1.5 / 2)
+    assert extrapolated_tau(0.9, (2.0, 0.5), inside, 16384, room=1.5) == pytest.approx(1 - 0.1 * (1.5 / 2) ** 0.5)
 
 
 def test_lengths_that_tell_nothing_are_validated_but_not_fitted():

@@ -9,17 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import reference
-from afbs_compile.kernels.policy import predict_mask
-from afbs_compile.kernels.reference import DIAGONAL_ONLY
-from afbs_compile.passes.capture import Operands
-from afbs_compile.tuner import paper, site, speed
-from afbs_compile.tuner.explore import CANDIDATES
-from afbs_compile.tuner.inputs import BlockShape, Inputs
-from afbs_compile.tuner.measure import KEPT, WINDOWS, Meter, low_fidelity, relative_l1, with_kept_blocks
-from afbs_compile.tuner.result import SiteResult
-from afbs_compile.tuner.site import TuneSettings, tune_site
-from afbs_compile.tuner.space import Thresholds, latent_to_thresholds
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import KEEP_ALL, LAMBDA_OFF, Kept, SparseCall
+from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.spec.attention import masked_attention
+from afbs_compile.kernels.spec.selection import live_blocks
+from afbs_compile.tuner import gp, paper, site, speed
+from afbs_compile.tuner.explore import candidates
+from afbs_compile.tuner.inputs import SiteInputs
+from afbs_compile.tuner.measure import LOCAL_KEPT, WINDOWS, Meter, low_fidelity, relative_l1
+from afbs_compile.tuner.settings import TuneSettings
+from afbs_compile.tuner.site import tune_site
+from afbs_compile.tuner.space import at_latent, dense_heads
 from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
 from tests.toy import HEAD_DIM, HEADS, drifting
 
@@ -30,55 +34,49 @@ MEASURE = SiteSpeed.measure
 
 
 SQUARE = (BlockShape(64, 64),)
+CAUSAL, FULL = Causal(), Full()
 
 
-def operands(seed: int = 0, length: int = LENGTH, batch: int = 1, causal: bool = True) -> Operands:
+def operands(seed: int = 0, length: int = LENGTH, batch: int = 1, mask: Mask = CAUSAL) -> Operands:
     """Four heads of growing sharpness over a drifting sequence."""
     x = drifting(length, batch, seed).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
     sharpness = torch.tensor([2.0, 4.0, 6.0, 9.0]).view(1, HEADS, 1, 1)
     values = torch.randn(batch, HEADS, length, HEAD_DIM, generator=torch.Generator().manual_seed(seed + 100))
-    return Operands(x * sharpness, x, x + values, HEAD_DIM**-0.5, causal)
+    return Operands(x * sharpness, x, x + values, mask, HEAD_DIM**-0.5)
 
 
-def errors_by_reference(
-    sample: Operands, thresholds: Thresholds, policy: tuple[str, ...] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Error and sparsity of each head, in float64 and without any of the tuner's code."""
-    shape = {"causal": sample.causal, "scale": sample.scale}
-    constants = thresholds.tau.tolist(), thresholds.theta.tolist()
-    live = predict_mask(sample.q, sample.k, *constants, policy, **shape, kept=KEPT if sample.causal else DIAGONAL_ONLY)
-    q, k, v = (t.double() for t in (sample.q, sample.k, sample.v))
-    out = reference.masked_attention(q, k, v, live, thresholds.lam, **shape)
-    everything = reference.visible_blocks(*live.shape[-2:], 64, 64, sample.causal, torch.device("cpu"))
-    dense = reference.masked_attention(q, k, v, everything.expand_as(live), [-1000.0] * HEADS, **shape)
+def errors_by_reference(sample: Operands, call: SparseCall) -> tuple[Tensor, Tensor]:
+    """Error and sparsity of each head in blocks of 64 x 64, in float64 and without any of the tuner's code."""
+    kept = LOCAL_KEPT if sample.mask == CAUSAL else Kept()
+    (shape,) = SQUARE
+    live = live_blocks(sample, replace(call, shape=shape, kept=kept))
+    exact = replace(sample, q=sample.q.double(), k=sample.k.double(), v=sample.v.double())
+    out = masked_attention(exact, live, call.lam, shape)
+    everything = sample.mask.visibility(sample.grid(shape), torch.device("cpu")).visible
+    dense = masked_attention(exact, everything.expand_as(live), [LAMBDA_OFF] * HEADS, shape)
     error = (out - dense).abs().sum((0, 2, 3)) / dense.abs().sum((0, 2, 3))
     return error, 1 - live.sum((0, 2, 3)) / (everything.sum() * live.shape[0])
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_every_head_holds_the_tolerance_on_every_sample(causal):
-    samples = [operands(seed, causal=causal) for seed in range(3)]
+@pytest.mark.parametrize("mask", [CAUSAL, FULL], ids=str)
+def test_every_head_holds_the_tolerance_on_every_sample(mask):
+    samples = [operands(seed, mask=mask) for seed in range(3)]
     result = tune_site(samples, TuneSettings(tolerance=0.05, shapes=SQUARE))
     assert result.measured.error.shape == (3, HEADS)
     for index, sample in enumerate(samples):
-        error, _ = errors_by_reference(sample, result.thresholds, result.policy)
+        error, _ = errors_by_reference(sample, result.call)
         assert (error <= 0.05 + 1e-4).all()
         assert result.measured.error[index].tolist() == pytest.approx(error.tolist(), abs=1e-4)
-    sparsity = torch.stack(
-        [errors_by_reference(sample, result.thresholds, result.policy)[1] for sample in samples]
-    ).mean(0)
+    sparsity = torch.stack([errors_by_reference(sample, result.call)[1] for sample in samples]).mean(0)
     assert result.measured.sparsity.tolist() == pytest.approx(sparsity.tolist(), abs=1e-6)
     assert (result.measured.sparsity > torch.tensor([0.0, 0.2, 0.4, 0.5])).all()
 
 
 def test_the_last_rows_of_causal_inputs_are_whole_and_local_keys_kept():
-    results = [tune_site([operands(causal=causal)], TuneSettings(shapes=SQUARE)) for causal in (True, False)]
-    assert [result.kept for result in results] == [KEPT, DIAGONAL_ONLY]
-    assert tune_site([operands()], TuneSettings(method="paper")).kept == DIAGONAL_ONLY  # Algorithm 1 as it is
-    dense = Thresholds.dense(HEADS)
-    thresholds = Thresholds(torch.zeros(HEADS), dense.theta, dense.lam)
-    shape = {"block_q": 64, "block_k": 64}
-    error = Meter(with_kept_blocks([operands()]), **shape, windows=16)(thresholds).error
+    results = [tune_site([operands(mask=mask)], TuneSettings(shapes=SQUARE)) for mask in (CAUSAL, FULL)]
+    assert [result.call.kept for result in results] == [LOCAL_KEPT, Kept()]
+    assert tune_site([operands()], TuneSettings(method="paper")).call.kept == Kept()  # Algorithm 1 as it is
+    error = Meter([operands()], windows=16)(SparseCall.uniform(HEADS, 0.0, kept=LOCAL_KEPT)).error
     assert (error[-1] < 1e-5).all()
     assert (error[4:-1, 0] > 0.02).all(), "the head that is not local errs elsewhere"
 
@@ -88,23 +86,20 @@ def test_the_last_rows_of_causal_inputs_are_whole_and_local_keys_kept():
 )
 def test_short_inputs_have_nothing_to_skip(length, reason):
     result = tune_site([operands(length=length)], TuneSettings(tolerance=0.9, shapes=SQUARE))
-    assert bool(result.thresholds.is_dense.all()) == (reason is not None)
+    assert result.call.is_dense == (reason is not None)
     assert reason is None or result.dense_reason == reason
 
 
 def test_errors_of_prefixes_are_those_of_shorter_inputs():
-    (sample,) = with_kept_blocks([operands(length=2 * LENGTH)])
-    shape, policy = SQUARE[0], ("meansim",) * HEADS
-    theta = Thresholds.dense(HEADS).theta
+    sample, call = operands(length=2 * LENGTH), SparseCall.uniform(HEADS, KEEP_ALL, kept=LOCAL_KEPT)
     tau = torch.tensor([0.3, 0.7, 0.9]).expand(HEADS, -1).contiguous()
-    prefixes = Inputs([sample]).curve(0, tau, theta, policy, shape).prefixes
+    prefixes = SiteInputs([sample]).curve(0, tau, call).prefixes
     assert set(prefixes) == {LENGTH // 2, LENGTH}
     for length, errors in prefixes.items():
         assert errors.max() > 0.01, "there must be something to err about"
         short = replace(sample, q=sample.q[:, :, :length], k=sample.k[:, :, :length], v=sample.v[:, :, :length])
         for column, value in enumerate(tau[0].tolist()):
-            thresholds = Thresholds(torch.full((HEADS,), value), theta, Thresholds.dense(HEADS).lam)
-            (expected,) = Meter([short], **shape._asdict(), windows=1)(thresholds).error
+            (expected,) = Meter([short], windows=1)(call.with_tau(torch.full((HEADS,), value))).error
             assert errors[:, column].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
@@ -118,11 +113,12 @@ def test_prefixes_that_are_mostly_kept_say_nothing_about_growth(length, tell):
 
 def test_heads_use_what_the_tolerance_allows():
     result = tune_site([operands(), operands(1)], TuneSettings(tolerance=0.05, shapes=SQUARE))
-    could = result.thresholds.tau > 0  # a sharp head has nothing left but what is always kept
+    tau = torch.tensor(result.call.tau)
+    could = tau > 0  # a sharp head has nothing left but what is always kept
     assert could.sum() >= 2
     for step in (0.97, 0.9):  # a step of the grid is a twentieth
-        bolder = Thresholds(1 - (1 - result.thresholds.tau) / step, result.thresholds.theta, result.thresholds.lam)
-        worst = torch.stack([errors_by_reference(operands(seed), bolder, result.policy)[0] for seed in (0, 1)]).amax(0)
+        bolder = result.call.with_tau(1 - (1 - tau) / step)
+        worst = torch.stack([errors_by_reference(operands(seed), bolder)[0] for seed in (0, 1)]).amax(0)
     assert (worst[could] > 0.05 * 0.93).all()
 
 
@@ -132,10 +128,10 @@ def test_an_input_that_is_harder_than_the_explored_one_decides(weight):
     hard.v[:, :, : LENGTH // 2] *= weight  # what far blocks hold counts for more
     without = tune_site([easy, easy], TuneSettings(tolerance=0.05, shapes=SQUARE))
     result = tune_site([easy, hard], TuneSettings(tolerance=0.05, shapes=SQUARE))
-    worst = errors_by_reference(hard, result.thresholds, result.policy)[0]
+    worst = errors_by_reference(hard, result.call)[0]
     assert (worst <= 0.05 + 1e-4).all()
-    assert not result.thresholds.is_dense.any()
-    stricter = result.thresholds.tau > without.thresholds.tau
+    assert not any(result.call.dense_heads)
+    stricter = torch.tensor(result.call.tau) > torch.tensor(without.call.tau)
     assert stricter.any(), "the test must make a head step back"
     assert result.deciding[1]
     assert (worst[stricter] > 0.05 / 2).all(), "no further back than the hard input asks for, in few and coarse blocks"
@@ -143,14 +139,15 @@ def test_an_input_that_is_harder_than_the_explored_one_decides(weight):
 
 def test_the_time_of_the_predictor_counts_in_the_choice_of_policy(monkeypatch):
     def chosen(**milliseconds: float) -> set[str]:
-        def predictor_ms(self, sample, tau, theta, policy, block_q, block_k):
-            return max(milliseconds.get(name, 0.0) for name in policy)
+        def predictor_ms(self, sample, call):
+            return max(milliseconds.get(name, 0.0) for name in call.policy)
 
         monkeypatch.setattr(Stopwatch, "predictor_ms", predictor_ms)
-        return set(tune_site([operands()], TuneSettings(tolerance=0.05, shapes=SQUARE)).policy)
+        return set(tune_site([operands()], TuneSettings(tolerance=0.05, shapes=SQUARE)).call.policy)
 
     monkeypatch.setattr(Stopwatch, "attention_ms", lambda self, *_: 1.0)
-    every = {name for name, _ in CANDIDATES}
+    every = {call.policy[0] for call in candidates(SiteInputs([operands()]), SQUARE[0])}
+    assert len(every) >= 3
     for name in every:
         assert chosen(**dict.fromkeys(every - {name}, 1.0)) == {name}, "all others take as long as dense attention"
 
@@ -160,7 +157,7 @@ def test_the_crossover_is_the_shortest_halving_that_pays(monkeypatch, pays_from)
     tried = []
 
     def times(self, sample, *_):
-        tried.append(sample.q.shape[2])
+        tried.append(sample.q_len)
         return 1.0, 0.5 if tried[-1] >= min(pays_from, 16384) else 2.0
 
     monkeypatch.setattr(Stopwatch, "dense_and_sparse_ms", times)
@@ -181,8 +178,8 @@ def test_the_crossover_is_the_shortest_halving_that_pays(monkeypatch, pays_from)
 
 
 def measured_speed(sparsity, stopwatch):
-    sample = Operands(*(torch.zeros(1, 1, 16384, 16) for _ in range(3)), 1.0, True)
-    return MEASURE(sample, Thresholds.dense(1), ("meansim",), sparsity, stopwatch, block_q=64, block_k=64)
+    sample = Operands(*(torch.zeros(1, 1, 16384, 16) for _ in range(3)), CAUSAL, 1.0)
+    return MEASURE(sample, SparseCall.uniform(1, KEEP_ALL), sparsity, stopwatch)
 
 
 def test_a_block_shape_that_loses_clearly_at_the_first_sites_is_not_explored_again():
@@ -200,11 +197,11 @@ def test_a_block_shape_that_loses_clearly_at_the_first_sites_is_not_explored_aga
 def test_sites_explore_the_contenders_only(monkeypatch):
     shapes = (BlockShape(64, 64), BlockShape(128, 64))
     times = {shapes[0]: 1.0, shapes[1]: 3.0}
-    monkeypatch.setattr(Stopwatch, "attention_ms", lambda self, sample, thresholds, policy, *shape: times[shape])
+    monkeypatch.setattr(Stopwatch, "attention_ms", lambda self, sample, call: times[call.shape])
     monkeypatch.setattr(Stopwatch, "predictor_ms", lambda self, *_: 0.0)
     stopwatch = Stopwatch()
     results = [tune_site([operands(seed)], TuneSettings(shapes=shapes), stopwatch=stopwatch) for seed in range(3)]
-    explored = [{c.shape for c in result.curves if c.stage == "explore"} for result in results]
+    explored = [{c.call.shape for c in result.curves if c.stage == "explore"} for result in results]
     assert explored == [set(shapes), set(shapes), {shapes[0]}]
 
 
@@ -230,9 +227,8 @@ def test_the_call_that_confirms_is_timed_again_only_where_it_was_slow(monkeypatc
     monkeypatch.setattr(speed, "clocked", lambda call, device: (None, lambda: 3.0))
     monkeypatch.setattr(Stopwatch, "dense_and_sparse_ms", lambda self, *_: (10.0, 9.9))
     for confirmed, taken in ((4.9, 4.9), (5.1, 3.0), (None, 3.0)):
-        thresholds = Thresholds(*(torch.zeros(HEADS) for _ in range(3)))
-        call = (operands(), thresholds, ["meansim"] * HEADS, 0.5, Stopwatch())
-        found = MEASURE(*call, block_q=64, block_k=64, dense_ms=10.0, sparse_ms=confirmed)
+        call = SparseCall.uniform(HEADS, 0.0, theta=0.0)
+        found = MEASURE(operands(), call, 0.5, Stopwatch(), dense_ms=10.0, sparse_ms=confirmed)
         assert (found.dense_ms, found.sparse_ms) == (10.0, taken)
 
 
@@ -246,13 +242,13 @@ def test_the_call_that_confirms_is_the_one_at_the_thresholds(monkeypatch):
     monkeypatch.setattr(site, "clocked", clocked)
     result = tune_site([operands()], TuneSettings(tolerance=0.05, shapes=SQUARE))
     assert result.confirmed_ms == 7.0
-    assert torch.equal(calls[-1].tau, result.thresholds.tau)
+    assert calls[-1].tau == result.call.tau
 
 
 def test_what_the_kernel_errs_is_what_is_recorded(monkeypatch):
     monkeypatch.setattr(site, "relative_l1", lambda *_: torch.full((1, HEADS), 0.0123))
     result = tune_site([operands(), operands(1)], TuneSettings(tolerance=0.05, shapes=SQUARE))
-    sparse = ~result.thresholds.is_dense
+    sparse = ~dense_heads(result.call)
     assert sparse.any()
     assert result.measured.error[0, sparse].tolist() == pytest.approx([0.0123] * int(sparse.sum()))
     assert 0.03 < result.measured.error[1].max() <= 0.05
@@ -271,9 +267,9 @@ def test_a_batch_is_as_many_inputs():
 
 def test_what_cannot_be_sparse_is_dense_and_says_why():
     sample = operands()
-    flat = Operands(torch.zeros_like(sample.q), sample.k, sample.v, sample.scale, True)
+    flat = replace(sample, q=torch.zeros_like(sample.q))
     result = tune_site([flat], TuneSettings())
-    assert result.thresholds.is_dense.all()
+    assert result.call.is_dense
     assert result.dense_reason == "no threshold keeps any head's error within 0.055"
     assert result.measured.sparsity.tolist() == [0.0] * HEADS
 
@@ -282,7 +278,7 @@ def test_a_nan_in_one_head_leaves_the_others_alone():
     sample = operands()
     sample.q[0, 1, 100] = torch.nan
     result = tune_site([sample], TuneSettings(tolerance=0.05, shapes=SQUARE))
-    assert result.thresholds.is_dense.tolist() == [False, True, False, False]
+    assert result.call.dense_heads == (False, True, False, False)
     assert result.measured.error.isfinite().all()
 
 
@@ -305,17 +301,13 @@ def test_relative_l1_of_nothing_is_zero():
 def test_paper_spends_what_algorithm_1_prints_and_less_after_a_warm_start():
     samples = [operands(seed) for seed in range(5)]
     counts = []
-    result: SiteResult | None = None
-    for earlier in (None, "first"):
-        meters = Meter(samples, block_q=64, block_k=64), None
-        low = low_fidelity(meters[0], windows=1)
-        outcome = paper.algorithm_1(
-            low, meters[0], 0.055, "corrected", earlier and result.posterior if earlier else None
-        )
-        counts.append((low.calls, meters[0].calls))
-        result = SiteResult(
-            outcome.thresholds, outcome.measured, SQUARE[0], (), None, None, 0.0, posterior=outcome.posterior
-        )
+    earlier: gp.Posterior | None = None
+    for _ in range(2):
+        meter = Meter(samples)
+        low = low_fidelity(meter, 64, windows=1)
+        space = paper.Space(SparseCall.uniform(HEADS, KEEP_ALL), 0.055, "corrected")
+        earlier = paper.algorithm_1(low, meter, space, earlier).posterior
+        counts.append((low.calls, meter.calls))
     (cold_low, cold_high), (warm_low, warm_high) = counts
     assert (cold_low, warm_low) == (15, 8)
     # At most two regions of 4 (3) binary steps, and 5 validations, repeated once after the fallback.
@@ -336,10 +328,10 @@ def test_regions_are_the_two_rightmost_runs_under_the_bound():
 @pytest.mark.parametrize("reading", ["corrected", "paper"])
 def test_paper_ends_on_the_diagonal_of_eq_2(reading):
     result = tune_site([operands()], TuneSettings(method="paper", parameterization=reading))
-    s = (0.85 - result.thresholds.theta) / 1.0
-    expected = latent_to_thresholds(s, reading)
-    torch.testing.assert_close(result.thresholds.tau, expected.tau, atol=1e-5, rtol=0)
-    torch.testing.assert_close(result.thresholds.lam, expected.lam, atol=1e-4, rtol=0)
+    s = (0.85 - torch.tensor(result.call.theta)) / 1.0
+    expected = at_latent(result.call, s, reading)
+    assert result.call.tau == pytest.approx(expected.tau, abs=1e-5)
+    assert result.call.lam == pytest.approx(expected.lam, abs=1e-4)
 
 
 def test_the_default_finds_more_than_the_paper():
