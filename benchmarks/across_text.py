@@ -10,7 +10,7 @@ blocks of a query block in the order in which tau lets them in, partial sums ove
 calibration always keeps comes first.
 
 Scores: the policies' own, and an oracle that knows the true mass of every block. Rules: "mass" and "share", see
-afbs_compile/kernels/policies/base.py, and "floor": "share" without the root of the number of blocks. "static" is block
+afbs_compile/kernels/policies/rules.py, and "floor": "share" without the root of the number of blocks. "static" is block
 means, mass, calibrated on the first text alone; which of its heads exceed the tolerance, and in which rows their errors
 lie, is said at the end.
 """
@@ -21,6 +21,7 @@ import argparse
 import math
 import sysconfig
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,16 @@ from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings
 from torch import Tensor
 from torch.nn.functional import pad
 
-from afbs_compile.kernels.policies import base
-from afbs_compile.kernels.policy import policy_named
-from afbs_compile.kernels.reference import kept_blocks, visible_blocks
-from afbs_compile.passes.capture import Operands, capture
-from afbs_compile.tuner.measure import KEPT
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.policies import rules
+from afbs_compile.kernels.policies.registry import policy_named
+from afbs_compile.kernels.spec.selection import kept_blocks
+from afbs_compile.passes.capture import capture
+from afbs_compile.tuner.measure import kept_for
 
 BLOCK = 64
+SHAPE = BlockShape(BLOCK, BLOCK)
 POINTS = 192
 SCORES = ("meansim", "cumulant", "antidiagonal", "vertical_slash", "oracle")
 RULES = ("mass", "share", "floor")
@@ -117,20 +121,22 @@ def measure(model: Any, windows: list[Tensor]) -> Curves:
 def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
     """For every score and rule of one site and window: its name and ``[3, H, POINTS]``; likewise :data:`BY_BLOCK`."""
     q, k, v = (x.float() for x in (sample.q, sample.k, sample.v))
-    count = q.shape[2] // BLOCK
-    visible = visible_blocks(count, count, BLOCK, BLOCK, True, q.device)
-    always = kept_blocks(q.shape[2], BLOCK, BLOCK, KEPT, q.device)
+    sample = replace(sample, q=q, k=k, v=v)
+    grid, count = sample.grid(SHAPE), q.shape[2] // BLOCK
+    visible = sample.mask.visibility(grid, q.device).visible
+    always = kept_blocks(sample.mask, grid, kept_for(sample.mask), q.device)
     weights_of = _row_softmax(q, k, sample.scale)
-    blocks = {"causal": True, "block_q": BLOCK, "block_k": BLOCK}
     levels: dict[str, dict[str, Tensor]] = {}
     for name in (*SCORES, "sink_window"):
         if name == "oracle":
             masses = [weights_of(block).unflatten(-1, (-1, BLOCK)).sum(-1).mean(1) for block in range(count)]
             scores = torch.stack([pad(mass, (0, count - mass.shape[1])) for mass in masses], 1).log()[None]
         else:
-            scores = policy_named(name).scores(q, k, scale=sample.scale, **blocks)
+            scores = policy_named(name).scores(sample, SHAPE)
         levels[name] = {
-            rule: torch.where(always, base.ALWAYS, levels_of(scores, rule, visible)).masked_fill(~visible, torch.inf)[0]
+            rule: torch.where(always, rules.ALWAYS, levels_of(scores, rule, visible)).masked_fill(~visible, torch.inf)[
+                0
+            ]
             for rule in (RULES if name in SCORES else ("strength",))
         }
     # All rules let blocks in by descending score: one order serves them.
@@ -148,10 +154,10 @@ def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
 
 
 def levels_of(scores: Tensor, rule: Any, visible: Tensor) -> Tensor:
-    """:func:`base.levels`, also of the rule "floor": keep block j when ``p_j > (1 - tau) / tau``."""
+    """:func:`rules.levels`, also of the rule "floor": keep block j when ``p_j > (1 - tau) / tau``."""
     if rule == "floor":
-        return base.levels(base.softmax(scores, visible).log(), "strength", visible)
-    return base.levels(scores, rule, visible)
+        return rules.levels(rules.softmax(scores, visible).log(), "strength", visible)
+    return rules.levels(scores, rule, visible)
 
 
 def _row_softmax(q: Tensor, k: Tensor, scale: float) -> Callable[[int], Tensor]:

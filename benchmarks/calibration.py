@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings, te
 from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
-from afbs_compile.passes.capture import Operands, capture
-from afbs_compile.tuner.end_to_end import SiteThresholds
-from afbs_compile.tuner.measure import Meter
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.passes.capture import capture
+from afbs_compile.tuner.measure import Meter, attend_sparsely
 
 LOOSE = 0.07
 
@@ -120,18 +119,15 @@ def errors_on(recipe: Recipe, model: Any, windows: Sequence[Tensor]) -> Tensor:
     Returns:
         ``[sites, windows, H]``.
     """
-    sites = {site.name: SiteThresholds.of(site) for site in recipe.sites if site.heads}
+    calls = {site.name: site.calibrated for site in recipe.sites if site.heads}
     rewritten = {site.name for site in recipe.sites if site.outcome == "sparse"}
 
     def as_it_runs(name: str, operands: Operands) -> Tensor | None:
-        return sites[name].attend(operands) if name in rewritten else None
+        return attend_sparsely(operands, calls[name]) if name in rewritten else None
 
     errors = []
     for name, operands in capture(sample_runs(model, windows), as_it_runs):
-        site = sites[name]
-        operands = [replace(sample, kept=site.kept) for sample in operands]
-        meter = Meter(operands, block_q=site.block_q, block_k=site.block_k, windows=1, policy=site.policy)
-        errors.append(meter(site.thresholds).error)
+        errors.append(Meter(operands, windows=1)(calls[name]).error)
     return torch.stack(errors)
 
 

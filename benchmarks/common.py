@@ -22,9 +22,9 @@ sys.modules["kernels"] = None  # type: ignore[assignment]  # else kernels.py her
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from afbs_compile.calibration import record_programs  # noqa: E402
 from afbs_compile.found import FoundGraph  # noqa: E402
 from afbs_compile.passes.capture import SampleRun  # noqa: E402
+from afbs_compile.passes.record import record_graphs  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,10 +50,10 @@ def text_windows(tokenizer: Any, source: str, length: int, count: int, device: s
 def sample_runs(model: Any, windows: Sequence[Tensor]) -> list[SampleRun]:
     """Each window as the graph with the model's attention calls sees it, in the order of the windows."""
     runs = []
-    for program in record_programs(model, list(windows)):
-        found = FoundGraph.of(program.gm, program.samples[0], min_length=1)
+    for graph in record_graphs(model, list(windows)):
+        found = FoundGraph.of(graph.gm, graph.samples[0], min_length=1)
         if found.sites:
-            runs += [SampleRun(found.gm, found.sites, inputs) for inputs in program.samples]
+            runs += [SampleRun(found.gm, found.sites, inputs) for inputs in graph.samples]
 
     def place(run: SampleRun) -> int:
         tensors = [x for x in run.inputs if isinstance(x, Tensor)]

@@ -25,13 +25,15 @@ from common import RESULTS, ROOT, SHIPPED_MODEL, load, sample_runs, save, settin
 from torch import Tensor
 
 from afbs_compile import Recipe, calibrate
-from afbs_compile.kernels.op import engine_name
-from afbs_compile.kernels.reference import DIAGONAL_ONLY, block_count, kept_blocks, select_blocks, visible_blocks
-from afbs_compile.passes.capture import Attention, Operands, SampleRun, run_with
+from afbs_compile.kernels.attend.engines import engines_on
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.policies.rules import levels
+from afbs_compile.kernels.spec.selection import kept_blocks
+from afbs_compile.passes.capture import Attention, SampleRun, run_with
 from afbs_compile.tuner import measure
-from afbs_compile.tuner.end_to_end import SiteThresholds, find_logits, next_tokens, output_change
-from afbs_compile.tuner.inputs import BlockShape
-from afbs_compile.tuner.site import BLOCK_SHAPES
+from afbs_compile.tuner.end_to_end import find_logits, next_tokens, output_change
 
 sys.path.append(str(ROOT / "examples"))
 import passkey
@@ -41,6 +43,7 @@ BUDGETS = (0.0025, 0.005, 0.0075, 0.01, 0.02, 0.05)
 RISES = (0.005, 0.01, 0.02, 0.05)
 MASSES = (0.995, 0.99, 0.98, 0.96, 0.93, 0.88, 0.8, 0.7)
 BLOCK = 64
+SHAPE = BlockShape(BLOCK, BLOCK)
 
 
 def main() -> None:
@@ -55,7 +58,10 @@ def main() -> None:
     parser.add_argument("--passkeys", type=int, default=50, help="prompts at each length")
     parser.add_argument("--blocks", metavar="QxK", help="this block shape only, by default the fastest at each site")
     parser.add_argument(
-        "--local-keys", type=int, default=measure.KEPT.local_keys, help="keys before a query block that are always kept"
+        "--local-keys",
+        type=int,
+        default=measure.LOCAL_KEPT.local_keys,
+        help="keys before a query block that are always kept",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -64,9 +70,9 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.blocks:
-        block_q, block_k = map(int, arguments.blocks.split("x"))
-        BLOCK_SHAPES[engine_name(torch.device(device))] = (BlockShape(block_q, block_k),)
-    measure.KEPT = measure.KEPT._replace(local_keys=arguments.local_keys)
+        for engine in engines_on(torch.device(device)):
+            type(engine).shapes = (BlockShape(*map(int, arguments.blocks.split("x"))),)
+    measure.LOCAL_KEPT = measure.LOCAL_KEPT._replace(local_keys=arguments.local_keys)
     model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
     count, unseen = arguments.windows, arguments.test_windows
     if arguments.test is None:
@@ -109,13 +115,13 @@ def main() -> None:
     )
 
 
-def sites_of(recipe: Recipe) -> dict[str, SiteThresholds]:
-    """The recipe's thresholds, whether or not the site was faster."""
-    return {site.name: SiteThresholds.of(site) for site in recipe.sites if site.heads}
+def calls_of(recipe: Recipe) -> dict[str, SparseCall]:
+    """The recipe's calls, whether or not they were faster."""
+    return {site.name: site.calibrated for site in recipe.sites if site.heads}
 
 
-def sparse_with(sites: Mapping[str, SiteThresholds]) -> Attention:
-    return lambda name, operands: sites[name].attend(operands) if name in sites else None
+def sparse_with(calls: Mapping[str, SparseCall]) -> Attention:
+    return lambda name, operands: measure.attend_sparsely(operands, calls[name]) if name in calls else None
 
 
 def point(
@@ -123,7 +129,7 @@ def point(
 ) -> dict[str, Any]:
     """One setting measured on the unseen text."""
     if recipe is not None:
-        attention = sparse_with(sites_of(recipe))
+        attention = sparse_with(calls_of(recipe))
         sparsity = float(np.mean([head.sparsity for site in recipe.sites for head in site.heads]))
     else:
         oracle = Oracle(mass)
@@ -136,7 +142,7 @@ def point(
     row["kl"] = float(np.mean([c.kl for c in changes]))
     if recipe is not None:
         row["calibration_seconds"] = sum(graph.seconds for graph in recipe.graphs)
-        row["blocks"] = dict(Counter(f"{site.block_q}x{site.block_k}" for site in recipe.sites if site.heads))
+        row["blocks"] = dict(Counter(str(call.shape) for call in calls_of(recipe).values()))
     rise = f"perplexity {row['perplexity_rise']:+.2%}  KL {row['kl']:.5f}"
     blocks = ", ".join(f"{sites} sites {shape}" for shape, sites in row.get("blocks", {}).items())
     print(f"{name:>8} {setting:<6g} sparsity {sparsity:6.1%}  {rise}  {blocks}")
@@ -163,30 +169,24 @@ class Oracle:
 
     def __call__(self, name: str, operands: Operands) -> Tensor:
         """A site's output ``[B, H, N, D]``."""
-        groups = operands.q.shape[1] // operands.k.shape[1]
-        outputs = []
-        for head in range(operands.q.shape[1]):  # one N x N matrix at a time
-            q, k, v = operands.q[:, [head]], operands.k[:, [head // groups]], operands.v[:, [head // groups]]
-            outputs.append(self._attend(q, k, v, operands))
-        return torch.cat(outputs, 1)
+        heads = range(operands.heads)  # one N x N matrix at a time
+        return torch.cat([self._attend(operands.taken([head])) for head in heads], 1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Tensor:
-        length, blocks = q.shape[2], block_count(q.shape[2], BLOCK)
-        scores = (q.float() @ k.float().transpose(-1, -2)) * operands.scale
-        if operands.causal:
-            scores.masked_fill_(torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    def _attend(self, operands: Operands) -> Tensor:
+        q, k, v, device = operands.q, operands.k, operands.v, operands.device
+        grid, length = operands.grid(SHAPE), operands.q_len
+        blocks = grid.count_k
+        seen = operands.mask.matrix(length, operands.k_len, device)
+        scores = ((q.float() @ k.float().transpose(-1, -2)) * operands.scale).masked_fill_(~seen, -torch.inf)
         probability = torch.nn.functional.pad(scores.softmax(-1), (0, blocks * BLOCK - length) * 2)
         mass = probability.unflatten(-1, (blocks, BLOCK)).sum(-1).unflatten(-2, (blocks, BLOCK)).mean(-2)
         mass = mass / mass.sum(-1, keepdim=True)
-        visible = visible_blocks(blocks, blocks, BLOCK, BLOCK, operands.causal, q.device)
-        live = select_blocks(mass, torch.full((1, 1, 1), self._mass, device=q.device))
-        kept = kept_blocks(length, BLOCK, BLOCK, measure.KEPT if operands.causal else DIAGONAL_ONLY, q.device)
-        live = (live | kept) & visible
+        visible = operands.mask.visibility(grid, device).visible
+        kept = kept_blocks(operands.mask, grid, measure.kept_for(operands.mask), device)
+        live = ((levels(mass.log(), "mass", visible) < self._mass) | kept) & visible
         self._sparsities.append(1 - float(live.sum() / visible.sum() / len(live)))
         allowed = live.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :length, :length]
-        if operands.causal:
-            allowed = allowed.tril()
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, scale=operands.scale)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed & seen, scale=operands.scale)
 
 
 def sparsity_at(points: Sequence[Mapping[str, float]], rise: float) -> float | None:
@@ -202,7 +202,7 @@ def passkeys(
     model: Any, tokenizer: Any, recipe: Recipe, arguments: argparse.Namespace, device: str
 ) -> list[dict[str, float]]:
     """Recall dense and sparse, with keys hidden in the calibration text, at each length."""
-    rows, attention = [], sparse_with(sites_of(recipe))
+    rows, attention = [], sparse_with(calls_of(recipe))
     for length in arguments.passkey_lengths:
         (filler,) = text_windows(tokenizer, arguments.calibrate, length, 1, device)
         tests = passkey.prompts(tokenizer, filler[0].tolist(), length, arguments.passkeys)

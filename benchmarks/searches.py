@@ -8,15 +8,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.reference import LAMBDA_OFF, THETA_OFF
+from afbs_compile.kernels.call import KEEP_ALL, LAMBDA_OFF, THETA_OFF, Kept, SparseCall
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.measure import Measurement, Meter, low_fidelity
-from afbs_compile.tuner.paper import GRID, algorithm_1, stage_1
-from afbs_compile.tuner.space import LAMBDA_RANGE, TAU_RANGE, THETA_RANGE, Thresholds, latent_to_thresholds
+from afbs_compile.tuner.paper import GRID, Space, algorithm_1, stage_1
+from afbs_compile.tuner.space import LAMBDA_RANGE, TAU_RANGE, THETA_RANGE, at_latent
 
 X_MIN = math.log(5e-4)
 """Searches over tau run in x = log(1 - tau), from here to 0."""
@@ -28,43 +29,41 @@ class Search:
     """Evaluates thresholds on a site and keeps each head's sparsest that hold the tolerance.
 
     Attributes:
-        best: thresholds, DENSE where none held; sparsity: ``[H]``, what they skip.
+        best: the call with the best thresholds, DENSE where none held; sparsity: ``[H]``, what they skip.
         path: (sparse calls, dense equivalents, mean best sparsity, mean error tried) after each evaluation.
     """
 
-    def __init__(self, meter: Meter, tolerance: float) -> None:
+    def __init__(self, meter: Meter, kept: Kept, tolerance: float) -> None:
         self.meter, self.tolerance = meter, tolerance
-        self.best, self.sparsity = Thresholds.dense(meter.heads), torch.zeros(meter.heads)
+        self.best, self.sparsity = SparseCall.uniform(meter.heads, KEEP_ALL, kept=kept), torch.zeros(meter.heads)
         self.path: list[tuple[float, float, float, float]] = []
 
-    def __call__(self, thresholds: Thresholds) -> Measurement:
+    def at(self, tau: Tensor, theta: Tensor | float = THETA_OFF, lam: Tensor | float = LAMBDA_OFF) -> SparseCall:
+        """The call at some thresholds, ``[H]`` or one number."""
+        columns = (torch.as_tensor(values).expand(self.meter.heads).tolist() for values in (tau, theta, lam))
+        tau, theta, lam = map(tuple, columns)
+        return replace(self.best, tau=tau, theta=theta, lam=lam)
+
+    def __call__(self, call: SparseCall) -> Measurement:
         """Measure on every input."""
-        measured = self.meter(thresholds)
-        self.keep(thresholds, measured)
+        measured = self.meter(call)
+        self.keep(call, measured)
         return measured
 
-    def keep(self, thresholds: Thresholds, measured: Measurement) -> None:
+    def keep(self, call: SparseCall, measured: Measurement) -> None:
         """Count an evaluation and take it over where it is feasible and sparser."""
         better = (measured.worst <= self.tolerance) & (measured.sparsity > self.sparsity)
-        self.best = thresholds.where(better, self.best)
+        self.best = call.where(better.tolist(), self.best)
         self.sparsity = torch.where(better, measured.sparsity, self.sparsity)
         self.path.append(
             (self.meter.calls, self.meter.evaluations, float(self.sparsity.mean()), float(measured.worst.mean()))
         )
 
 
-def _all(search: Search, *values: float) -> Thresholds:
-    return Thresholds(*(torch.full((search.meter.heads,), value) for value in values))
-
-
-def _tau(x: Tensor, theta: float = THETA_OFF) -> Thresholds:
-    return Thresholds(1 - torch.exp(x), torch.full_like(x, theta), torch.full_like(x, LAMBDA_OFF))
-
-
 def exhaustive(search: Search, points: int = 64) -> None:
     """Every tau of a fine grid, theta and lambda off: what a search over tau could reach."""
     for x in torch.linspace(X_MIN, 0, points):
-        search(_tau(x.expand(search.meter.heads).clone()))
+        search(search.at(1 - torch.exp(x)))
 
 
 def _bisect(search: Search, theta: float, tolerance: float, steps: int) -> Tensor:
@@ -73,7 +72,7 @@ def _bisect(search: Search, theta: float, tolerance: float, steps: int) -> Tenso
     high = torch.zeros_like(low)
     for _ in range(steps):
         x = (low + high) / 2
-        good = search(_tau(x, theta)).worst <= tolerance
+        good = search(search.at(1 - torch.exp(x), theta)).worst <= tolerance
         low, high = torch.where(good, x, low), torch.where(good, high, x)
     return low
 
@@ -93,7 +92,7 @@ def sparge_grid(search: Search) -> None:
         low, high = torch.full_like(x, LAMBDA_RANGE[0]), torch.zeros_like(x)
         for _ in range(SPARGE_STEPS):
             lam = (low + high) / 2
-            good = search(Thresholds(1 - torch.exp(x), torch.full_like(x, theta), lam)).worst <= search.tolerance
+            good = search(search.at(1 - torch.exp(x), theta, lam)).worst <= search.tolerance
             low, high = torch.where(good, lam, low), torch.where(good, high, lam)
 
 
@@ -101,7 +100,7 @@ def grid_175(search: Search) -> None:
     """The paper's grid of 175. It prints no axes: 7 tau x 5 theta x 5 lambda over the ranges of Eq. 2."""
     axes = zip((TAU_RANGE, THETA_RANGE, LAMBDA_RANGE), (7, 5, 5), strict=True)
     for values in itertools.product(*(torch.linspace(*bounds, count).tolist() for bounds, count in axes)):
-        search(_all(search, *values))
+        search(search.at(*values))
 
 
 def random_50(search: Search) -> None:
@@ -110,7 +109,7 @@ def random_50(search: Search) -> None:
     for _ in range(50):
         draws = torch.rand(3, search.meter.heads, generator=generator)
         bounds = (TAU_RANGE, THETA_RANGE, LAMBDA_RANGE)
-        search(Thresholds(*(low + draw * (high - low) for draw, (low, high) in zip(draws, bounds, strict=True))))
+        search(search.at(*(low + draw * (high - low) for draw, (low, high) in zip(draws, bounds, strict=True))))
 
 
 def level_set(search: Search, steps: int = 12) -> None:
@@ -126,27 +125,27 @@ def level_set(search: Search, steps: int = 12) -> None:
         if step >= 2:
             belief = gp.fit(torch.stack(points, -1), torch.stack(values, -1), GRID, prior)
             points.append(GRID[(1.96 * belief.deviation - belief.mean.abs()).argmax(-1)])
-        error = search(_tau(X_MIN * (1 - points[step]))).worst
+        error = search(search.at(1 - torch.exp(X_MIN * (1 - points[step])))).worst
         values.append(torch.log(error.clamp_min(1e-6) / search.tolerance).nan_to_num(nan=8.0).clamp(-8, 8))
 
 
 def _algorithm_1(search: Search, reading: str, stages: str) -> None:
     """Algorithm 1, or its stage 1 alone with the best trial validated. Its low fidelity is not counted as feasible."""
-    low = low_fidelity(search.meter, windows=1)
+    low = low_fidelity(search.meter, search.best.shape.q, windows=1)
     if stages == "bo":
-        posterior = stage_1(low.heads, lambda s: low(latent_to_thresholds(s, reading)), search.tolerance, None)
+        posterior = stage_1(low.heads, lambda s: low(at_latent(search.best, s, reading)), search.tolerance, None)
         holds = posterior.mean <= search.tolerance
         s = torch.where(holds, GRID.double(), 0.0).amax(-1).float()
-        search(latent_to_thresholds(s, reading))
+        search(at_latent(search.best, s, reading))
     else:
-        result = algorithm_1(low, search.meter, search.tolerance, reading, None)
+        result = algorithm_1(low, search.meter, Space(search.best, search.tolerance, reading), None)
         for trial in result.trials:
             if trial.stage == "refine":
                 search.path.append(
                     (*_spent(search, low), float(search.sparsity.mean()), float(trial.measured.worst.mean()))
                 )
         # What it ends with is its answer, within the tolerance or not.
-        search.best, search.sparsity = result.thresholds, result.measured.sparsity
+        search.best, search.sparsity = result.call, result.measured.sparsity
         search.path.append((*_spent(search, low), float(search.sparsity.mean()), float(result.measured.worst.mean())))
     search.meter.calls += low.calls * (low.length / search.meter.length) ** 2
     search.meter.evaluations += low.evaluations * (low.length / search.meter.length) ** 2

@@ -30,12 +30,14 @@ from searches import PEERS, Search
 from torch import Tensor
 
 from afbs_compile.found import FoundGraph
-from afbs_compile.passes.capture import Operands, SampleRun, capture
-from afbs_compile.passes.rewrite import SiteConstants, rewrite
-from afbs_compile.tuner.inputs import Inputs
-from afbs_compile.tuner.measure import Meter, with_kept_blocks
-from afbs_compile.tuner.site import TuneSettings, search_curves
-from afbs_compile.tuner.space import Thresholds
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.passes.capture import SampleRun, capture
+from afbs_compile.passes.rewrite import rewrite
+from afbs_compile.tuner.inputs import SiteInputs
+from afbs_compile.tuner.measure import Meter, kept_for
+from afbs_compile.tuner.settings import TuneSettings
+from afbs_compile.tuner.site import search_curves
 from afbs_compile.tuner.speed import Stopwatch
 
 ONE_PASS = "one pass (default)"
@@ -48,7 +50,7 @@ class Outcome:
     Attributes:
         seconds: wall-clock time of the search; evaluations, calls: per site, the latter None for passes.
         sparsity: per head; unseen: ``[sites, windows, H]`` errors on unseen text.
-        constants: of each site; paths: :attr:`Search.path` of each; perplexity: relative change on unseen text.
+        constants: each site's call; paths: :attr:`Search.path` of each; perplexity: relative change on unseen text.
     """
 
     seconds: float = 0.0
@@ -56,7 +58,7 @@ class Outcome:
     calls: list[float] = field(default_factory=list)
     sparsity: list[Tensor] = field(default_factory=list)
     unseen: list[Tensor] = field(default_factory=list)
-    constants: list[SiteConstants] = field(default_factory=list)
+    constants: list[SparseCall] = field(default_factory=list)
     paths: list[list[tuple[float, float, float, float]]] = field(default_factory=list)
     perplexity: float = 0.0
 
@@ -102,18 +104,13 @@ def compare(
     stopwatch = Stopwatch()
     with closing(capture(runs)) as walk:
         for number, (_, operands) in enumerate(walk):
-            operands = with_kept_blocks(operands)
             given, tests = operands[: len(windows)], operands[len(windows) :]
             for name, outcome in outcomes.items():
                 # Compiling is not the search, and what the pass compiles depends on the policy that it chooses.
                 if number == 0 or name == ONE_PASS:
                     _search(name, given, tolerance, Outcome(), Stopwatch())
                 _search(name, given, tolerance, outcome, stopwatch)
-                constants = outcome.constants[-1]
-                shape = {"block_q": constants.block_q, "block_k": constants.block_k}
-                meter = Meter(tests, **shape, windows=1, policy=constants.policy or None)
-                chosen = Thresholds(*(torch.tensor(x) for x in (constants.tau, constants.theta, constants.lam)))
-                outcome.unseen.append(meter(chosen).error)
+                outcome.unseen.append(Meter(tests, windows=1)(outcome.constants[-1]).error)
     tests = runs[len(windows) :]
     dense = loss(model, [run.gm for run in tests], tests, unseen)
     for outcome in outcomes.values():
@@ -122,7 +119,7 @@ def compare(
     return outcomes
 
 
-def rewritten(runs: Sequence[SampleRun], constants: Sequence[SiteConstants]) -> list[Any]:
+def rewritten(runs: Sequence[SampleRun], constants: Sequence[SparseCall]) -> list[Any]:
     """The graph of each run with its attention calls made sparse."""
     graphs = []
     for run in runs:
@@ -136,22 +133,20 @@ def rewritten(runs: Sequence[SampleRun], constants: Sequence[SiteConstants]) -> 
 def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outcome, stopwatch: Stopwatch) -> None:
     began = now()
     if name == ONE_PASS:
-        result = search_curves(Inputs(operands), TuneSettings(tolerance=tolerance), stopwatch)
-        thresholds, sparsity, shape = result.thresholds, result.measured.sparsity, result.shape
-        policy, evaluations, calls = result.policy, result.evaluations, math.nan
+        result = search_curves(SiteInputs(operands), TuneSettings(tolerance=tolerance), stopwatch)
+        chosen, sparsity, evaluations, calls = result.call, result.measured.sparsity, result.evaluations, math.nan
         path = [(math.nan, evaluations, float(sparsity.mean()), float(result.measured.worst.mean()))]
     else:
-        search = Search(Meter(operands, block_q=64, block_k=64), tolerance)
+        search = Search(Meter(operands), kept_for(operands[0].mask), tolerance)
         PEERS[name](search)
-        thresholds, sparsity, shape, policy = search.best, search.sparsity, (64, 64), ()
+        chosen, sparsity = search.best, search.sparsity
         evaluations, calls, path = search.meter.evaluations, search.meter.calls, search.path
     outcome.seconds += now() - began
     outcome.evaluations.append(evaluations)
     outcome.calls.append(calls)
     outcome.sparsity.append(sparsity)
     outcome.paths.append(path)
-    columns = (tuple(x.tolist()) for x in (thresholds.tau, thresholds.theta, thresholds.lam))
-    outcome.constants.append(SiteConstants(*columns, *shape, min_length=0, policy=policy, kept=operands[0].kept))
+    outcome.constants.append(chosen)
 
 
 def now() -> float:
@@ -203,7 +198,7 @@ def table(found: dict[str, Outcome], length: int, tolerance: float) -> list[dict
             "share_within_tolerance": float((errors <= tolerance).float().mean()),
             "perplexity_change": outcome.perplexity,
             "policies": dict(Counter(name for c in outcome.constants for name in c.policy)),
-            "block_shapes": sorted({f"{c.block_q}x{c.block_k}" for c in outcome.constants}),
+            "block_shapes": sorted({str(c.shape) for c in outcome.constants}),
         }
         print(
             f"{name:24} {row['dense_equivalents_per_site']:10.1f} {row['sparse_calls_per_site']:13.1f} "

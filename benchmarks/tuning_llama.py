@@ -28,8 +28,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tuning import now
 
-from afbs_compile.passes.capture import Operands, capture
-from afbs_compile.tuner.site import TuneSettings, tune_site
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.passes.capture import capture
+from afbs_compile.tuner.settings import TuneSettings
+from afbs_compile.tuner.site import tune_site
 from afbs_compile.tuner.speed import Stopwatch
 
 LLAMA_HEADS, LLAMA_DIM, LLAMA_LENGTH = 32, 128, 32768
@@ -127,11 +129,10 @@ def enlarged(operands: Operands, seed: int) -> Operands:
     same, other = (
         torch.linalg.qr(torch.randn(LLAMA_HEADS, LLAMA_DIM, dim, generator=generator)).Q.mT for _ in range(2)
     )
-    repeat = operands.q.shape[1] // operands.k.shape[1]
-    k, v = (x.repeat_interleave(repeat, 1) for x in (operands.k, operands.v))
+    k, v = (x.repeat_interleave(operands.groups, 1) for x in (operands.k, operands.v))
     size = (operands.scale * LLAMA_DIM**0.5) ** 0.5
     return Operands(
-        mapped(operands.q, same, size), mapped(k, same, size), mapped(v, other, 1.0), LLAMA_DIM**-0.5, operands.causal
+        mapped(operands.q, same, size), mapped(k, same, size), mapped(v, other, 1.0), operands.mask, LLAMA_DIM**-0.5
     )
 
 

@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import afbs_compile
 from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
-from afbs_compile.kernels.reference import DIAGONAL_ONLY
+from afbs_compile.kernels.call import Kept
 from afbs_compile.tuner import site as tuner_site
 from tests.toy import HEAD_DIM, HEADS, WIDTH, Attention, Toy, always_faster, drifting
 
@@ -312,7 +312,7 @@ def test_recipe_from_calibrate_is_used_as_it_is(never_calibrates, tmp_path):
     torch._dynamo.reset()
     sparse = compiled(Toy().eval(), recipe=tmp_path / "toy.json")
     assert torch.equal(sparse(x), from_object)
-    tau = recipe.sites[0].heads[0].tau
+    tau = recipe.sites[0].calibrated.tau[0]
     assert f"{tau:.6g}" in afbs_compile.explain(sparse).after[0]
 
 
@@ -346,10 +346,19 @@ def test_a_damaged_cache_is_reported_and_calibration_runs():
 @torch.no_grad()
 def test_recipes_that_keep_other_blocks_are_not_taken_from_the_cache(monkeypatch):
     compiled(Toy().eval())(drifting(LENGTH))
-    monkeypatch.setattr("afbs_compile.backend.KEPT", DIAGONAL_ONLY)
+    monkeypatch.setattr("afbs_compile.tuner.measure.LOCAL_KEPT", Kept())
     torch._dynamo.reset()
     compiled(Toy().eval())(drifting(LENGTH))
     assert len(list(Path(os.environ["AFBS_CACHE_DIR"]).iterdir())) == 2
+
+
+@torch.no_grad()
+def test_recipes_of_another_version_are_not_taken_from_the_cache(monkeypatch, calibrations):
+    compiled(Toy().eval())(drifting(LENGTH))
+    monkeypatch.setattr("afbs_compile.backend.__version__", "0.0")  # it may know other candidates
+    torch._dynamo.reset()
+    compiled(Toy().eval())(drifting(LENGTH))
+    assert len(calibrations) == 2
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def test_tau_rises_at_a_length_at_which_the_error_is_known_to_grow():
     sparse(drifting(2 * LENGTH))
     head = recipe.sites[0].heads[0]
     assert head.error > 0.055 / 2, "twice its error is more than the tolerance"
-    tau = 1 - (1 - head.tau) * 0.055 / (2 * head.error)
+    tau = 1 - (1 - recipe.sites[0].calibrated.tau[0]) * 0.055 / (2 * head.error)
     assert f"{tau:.6g}" in afbs_compile.explain(sparse).after[0]
 
 

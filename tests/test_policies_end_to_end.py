@@ -10,11 +10,13 @@ import torch.nn.functional as F
 
 import afbs_compile
 from afbs_compile.errors import RecipeError
+from afbs_compile.kernels.call import LAMBDA_OFF, THETA_OFF
 from tests.toy import Toy, drifting
 
 LENGTH = 1024
-NAMES = ["cumulant", "meanshare", "sink_window", "meansim"]
-TAU = [0.95, 0.93, 0.1, 0.7]
+NAMES = ("cumulant", "meanshare", "sink_window", "meansim")
+TAU = (0.95, 0.93, 0.1, 0.7)
+THETA, LAM = (THETA_OFF,) * 4, (LAMBDA_OFF,) * 4
 
 
 @pytest.fixture
@@ -24,11 +26,8 @@ def recipe(fresh_dynamo, sparse_is_faster):
         replace(
             site,
             outcome="sparse",
-            min_length=None,
-            heads=tuple(
-                replace(head, outcome="sparse", policy=name, tau=tau, theta=-1.0, lam=-1000.0)
-                for head, name, tau in zip(site.heads, NAMES, TAU, strict=True)
-            ),
+            call=replace(site.calibrated, tau=TAU, theta=THETA, lam=LAM, policy=NAMES, min_length=0),
+            heads=tuple(replace(head, outcome="sparse") for head in site.heads),
         )
         for site in calibrated.sites
     ]
@@ -44,10 +43,10 @@ def test_policies_of_a_recipe_stand_in_the_graph_and_run(recipe, tmp_path, monke
         Toy().eval(), backend="afbs", fullgraph=True, options={"min_length": 128, "recipe": tmp_path / "toy.json"}
     )
     out = sparse(x)
-    assert str(NAMES).replace('"', "'") in afbs_compile.explain(sparse).after[0].replace('"', "'")
+    assert str(list(NAMES)).replace('"', "'") in afbs_compile.explain(sparse).after[0].replace('"', "'")
 
     def by_hand(q, k, v, is_causal):
-        constants = (TAU, [-1.0] * 4, [-1000.0] * 4, is_causal)
+        constants = (TAU, THETA, LAM, "causal" if is_causal else "full")
         return torch.ops.afbs.sparse_attention(q, k, v, *constants, policy=NAMES, last_rows=64, local_keys=128)
 
     dense = Toy().eval()(x)
@@ -60,5 +59,5 @@ def test_an_unknown_policy_is_refused(recipe, tmp_path):
     recipe.save(tmp_path / "toy.json")
     text = (tmp_path / "toy.json").read_text()
     (tmp_path / "toy.json").write_text(text.replace('"sink_window"', '"median"'))
-    with pytest.raises(RecipeError, match="policy is 'median', not one of 'meansim'"):
+    with pytest.raises(RecipeError, match="policy is 'median'; accepted: meansim"):
         afbs_compile.Recipe.load(tmp_path / "toy.json")
