@@ -1,13 +1,16 @@
 """Paths, damaged files, wrong arguments: one sentence each."""
 
+import json
+import types
 import zipfile
 
 import pytest
 import torch
 
 from afbs_compile.errors import ExportError, OptionError
-from afbs_compile.export import load, to_onnx, to_pt2, to_tensorrt
-from afbs_compile.export.files import Note, as_written
+from afbs_compile.export import load, tensorrt, to_onnx, to_pt2, to_tensorrt
+from afbs_compile.export.files import NOTE, Note, as_written
+from afbs_compile.export.pt2 import load_pt2
 from afbs_compile.export.runner import Runner
 from tests.export.helpers import Grouped, recipe_for, wandering
 
@@ -59,6 +62,40 @@ class TestLoad:
         (tmp_path / "half.pt2").write_bytes((tmp_path / "whole.pt2").read_bytes()[:5000])
         with pytest.raises(ExportError, match="cannot be loaded"):
             load(tmp_path / "half.pt2")
+
+
+class TestFilesOfVersion01:
+    """Their operator had other arguments; what they say of themselves has a recipe of schema version 3."""
+
+    @pytest.fixture
+    def old(self, model_and_recipe, tmp_path):
+        """A file as version 0.1 wrote it: other arguments in its program, and its note."""
+        to_pt2(*model_and_recipe, wandering(130), tmp_path / "new.pt2")
+        with zipfile.ZipFile(tmp_path / "new.pt2") as new, zipfile.ZipFile(tmp_path / "old.pt2", "w") as old:
+            for name in new.namelist():
+                content = new.read(name).replace(b'"mask"', b'"is_causal"')
+                if name.endswith(NOTE):
+                    note = json.loads(content)
+                    note["recipe"]["schema_version"] = 3
+                    content = json.dumps(note).encode()
+                old.writestr(name, content)
+        return tmp_path / "old.pt2"
+
+    @pytest.mark.parametrize("suffix", [".pt2", ".ep"])
+    def test_they_are_refused_in_a_sentence_that_says_what_to_do(self, old, monkeypatch, suffix):
+        monkeypatch.setattr(tensorrt, "extra", lambda *_: [types.SimpleNamespace()])
+        monkeypatch.setattr(tensorrt, "register_plugin", lambda: None)
+        old = old.rename(old.with_suffix(suffix))
+        with pytest.raises(ExportError, match=r"old\.\w+ was written by afbs-compile 0\.1, .*: export the model again"):
+            load(old)
+
+    def test_a_compiled_package_too(self, model_and_recipe, tmp_path, monkeypatch):
+        note = json.loads(Note(("x",), 1, as_written(model_and_recipe[1], ())).to_json())
+        note["recipe"]["schema_version"] = 3
+        package = types.SimpleNamespace(get_metadata=lambda: {NOTE: json.dumps(note)})
+        monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: package)
+        with pytest.raises(ExportError, match="export the model again with this version"):
+            load_pt2(tmp_path / "model.pt2", ["model/data/aotinductor/model/x.so"])
 
 
 def test_the_note_survives(model_and_recipe):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import types
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,14 @@ import torch
 from afbs_compile.errors import ExportError, OptionError
 from afbs_compile.export import load, to_onnx
 from afbs_compile.export.files import NOTE
-from afbs_compile.export.onnx import OPSETS, POLICIES, no_form
-from afbs_compile.kernels.reference import PREDICTOR_VERSION
+from afbs_compile.export.onnx import NO_BOUND, OPSETS
+from afbs_compile.export.onnx_function import VERSION
+from afbs_compile.export.onnx_predict import policy_codes
+from afbs_compile.kernels.masks.base import Band
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.policies.base import OnnxBody, Policy
+from afbs_compile.kernels.policies.registry import POLICIES
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from tests.export.helpers import Grouped, all_left_alone, recipe_for, reference_by_hand, relative_difference, wandering
 
 onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
@@ -48,7 +53,7 @@ def test_every_opset(tmp_path, opset):
     with reference_by_hand(recipe):
         assert relative_difference(out, model(x)) < TOLERANCE
     model = onnx.load(tmp_path / "model.onnx")
-    assert {entry.domain: entry.version for entry in model.opset_import} == {"": opset, "afbs": 1}
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": opset, "afbs": VERSION}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def test_one_file_for_every_batch_and_length(causal_file, batch, length):
         assert relative_difference(out, dense) > 0.01, "nothing was skipped, so nothing was tested"
 
 
-@pytest.mark.parametrize("names", [list(POLICIES)[:4], list(POLICIES)[-4:]], ids=["first", "last"])
+@pytest.mark.parametrize("names", [list(policy_codes())[:4], list(policy_codes())[-4:]], ids=["first", "last"])
 def test_heads_of_several_policies(tmp_path, names):
     model, names = Grouped().eval(), (names * 2)[:4]
     recipe = recipe_for(model, wandering(130), tau=[0.7, 0.8, 0.85, 0.75], policy=names)
@@ -81,6 +86,56 @@ def test_heads_of_several_policies(tmp_path, names):
             assert relative_difference(out, model(x)) < TOLERANCE
     with torch.no_grad():
         assert relative_difference(out, model(x)) > 0.01, "nothing was skipped, so nothing was tested"
+
+
+class ByFirst(Policy):
+    """A policy from outside the package: the first query of a block against the first key of a block."""
+
+    name = "by_first"
+    rule = "share"
+
+    def __init__(self, onnx):
+        self.onnx = onnx
+
+    def scores(self, operands, shape):
+        keys = operands.k[:, :, :: shape.k].repeat_interleave(operands.groups, 1)
+        return operands.q[:, :, :: shape.q] @ keys.transpose(-1, -2) * operands.scale
+
+
+SCORE_BY_FIRST = """
+ScoreByFirst <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+{
+    first = Constant <value = int64 {0}> ()
+    size_q = Constant <value_int: int = @block_q> ()
+    size_k = Constant <value_int: int = @block_k> ()
+    scaling = Constant <value_float: float = @scale> ()
+    q_blocks, q_sizes = afbs.InBlocks (q, size_q)
+    k_blocks, k_sizes = afbs.InBlocks (k, size_k)
+    rows = Gather <axis = 3> (q_blocks, first)
+    cols = Gather <axis = 3> (k_blocks, first)
+    columns = Transpose <perm = [0, 1, 3, 2]> (cols)
+    products = MatMul (rows, columns)
+    scores = Mul (products, scaling)
+}
+"""
+
+
+def test_a_policy_from_outside_brings_its_body(tmp_path, monkeypatch, grouped):
+    monkeypatch.setitem(POLICIES, "by_first", ByFirst(OnnxBody("ScoreByFirst", (SCORE_BY_FIRST,))))
+    recipe = recipe_for(grouped, wandering(130), tau=[0.5, 0.6, 0.7, 0.8], policy=["by_first", "meanshare"] * 2)
+    written = to_onnx(grouped, recipe, wandering(130), tmp_path / "model.onnx", dynamic=True)
+    assert [row.outcome for row in written.rows] == ["sparse"]
+    for length in (65, 300, 577):
+        x = wandering(length, batch=2, seed=1)
+        (out,) = load(tmp_path / "model.onnx")(x)
+        with reference_by_hand(recipe):
+            assert relative_difference(out, grouped(x)) < TOLERANCE
+    with torch.no_grad():
+        assert relative_difference(out, grouped(x)) > 0.01, "nothing was skipped, so nothing was tested"
+    (node,) = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.domain == "afbs"]
+    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    assert given["policy_code"] == [6, 1, 6, 1]
+    assert given["upper"] == (0 if grouped.causal else NO_BOUND)
 
 
 def test_all_dense_is_the_original_model(tmp_path, grouped):
@@ -106,7 +161,8 @@ def test_one_node_for_each_call_that_says_how_to_claim_it(causal_file):
     assert given["predictor_version"] == PREDICTOR_VERSION
     assert given["tau"] == pytest.approx([0.6] * 4)
     assert given["theta"] == pytest.approx([0.3] * 4)
-    assert (given["is_causal"], given["block_q"], given["block_k"], given["min_length"]) == (1, 64, 64, 64)
+    assert (given["mask"], given["upper"], given["offset"]) == (b"causal", 0, 0)
+    assert (given["block_q"], given["block_k"], given["min_length"], given["max_length"]) == (64, 64, 64, 0)
     assert given["scale"] == pytest.approx(0.25)
     assert not [n for n in model.graph.node if n.op_type == "Softmax"], "no attention outside of the node"
     assert "SparseAttention" in [function.name for function in model.functions]
@@ -158,10 +214,27 @@ class TestRefusals:
         with pytest.raises(OptionError, match="opset: got .*; accepted: 18 to 23"):
             to_onnx(Grouped().eval(), None, wandering(130), tmp_path / "model.onnx", opset=opset)
 
-    def test_a_policy_without_a_form_stays_dense(self):
-        assert no_form(types.SimpleNamespace(policy=tuple(POLICIES))) is None
-        reason = no_form(types.SimpleNamespace(policy=("meansim", "of_tomorrow")))
-        assert reason == f"no form in ONNX: policy of_tomorrow; {', '.join(POLICIES)} have one"
+    def test_a_policy_without_a_form_stays_dense(self, causal_file, tmp_path, monkeypatch):
+        having = list(POLICIES)
+        assert len(having) == 6
+        monkeypatch.setitem(POLICIES, "of_tomorrow", ByFirst(None))
+        model, x = causal_file[0], wandering(130)
+        recipe = recipe_for(model, x, policy=["meansim", "of_tomorrow"] * 2)
+        (row,) = to_onnx(model, recipe, x, tmp_path / "model.onnx").rows
+        sentence = f"no form in ONNX: policy of_tomorrow; {', '.join(having)} have one"
+        assert (row.outcome, row.reason) == ("dense", sentence)
+        (out,) = load(tmp_path / "model.onnx")(x)
+        with torch.no_grad():
+            assert relative_difference(out, model(x)) < 1e-5
+
+    @pytest.mark.parametrize("band", [None, "of the length"])
+    def test_a_mask_that_the_body_cannot_compute_stays_dense(self, causal_file, tmp_path, monkeypatch, band):
+        model, x = causal_file[0], wandering(130)
+        recipe = recipe_for(model, x)
+        monkeypatch.setattr(Causal, "band", lambda _, q_len, k_len: band and Band(q_len // 2))
+        (row,) = to_onnx(model, recipe, x, tmp_path / "model.onnx").rows
+        sentence = "no form in ONNX: mask causal; masks that are the same band at every length have one"
+        assert (row.outcome, row.reason) == ("dense", sentence)
 
     def test_without_the_extra_it_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)

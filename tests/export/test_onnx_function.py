@@ -5,15 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
+from afbs_compile.export.onnx import attributes
 from afbs_compile.export.onnx_function import DOMAIN, VERSION, function_protos
-from afbs_compile.kernels import reference
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.policies import rules
+from afbs_compile.kernels.policies.statistics import block_means
+from afbs_compile.kernels.spec import attention as specification
+from afbs_compile.kernels.spec.selection import live_blocks, near_blocks
 
 onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
 
-TAU = [0.3, 0.6, 0.9, 1.0]
-THETA = [-1.0, 0.2, 0.5, -1.0]
-LAM = [-1000.0] * 4
+TAU = (0.3, 0.6, 0.9, 1.0)
+THETA = (-1.0, 0.2, 0.5, -1.0)
+LAM = (-1000.0,) * 4
+SCALE = 0.25
+EACH_MASK = pytest.mark.parametrize("mask", [Causal(), Full()], ids=["causal", "bidirectional"])
 OPSET = 18
 FLOAT, HALF, BOOL = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BOOL"))
 
@@ -46,22 +57,21 @@ def run(made, **tensors):
     return [torch.from_numpy(x) for x in made.run(None, {name: x.numpy() for name, x in tensors.items()})]
 
 
-def settings(causal, block_q, block_k, min_length=0, max_length=0):
-    return {
-        "tau": TAU, "theta": THETA, "policy_code": [0] * 4, "is_causal": int(causal), "scale": 0.25,
-        "block_q": block_q, "block_k": block_k, "min_length": min_length, "max_length": max_length,
-    }  # fmt: skip
+def call_of(tau=TAU, theta=THETA, policy=("meansim",) * 4, blocks=(64, 64), **other):
+    return SparseCall(tuple(tau), tuple(theta), LAM, tuple(policy), BlockShape(*blocks), **other)
 
 
-def predictor(causal, block_q, block_k):
-    return session("PredictMask", ["q", "k"], ["live"], settings(causal, block_q, block_k), {"live": BOOL})
+def predictor(call, mask, **options):
+    """A session of the function that selects."""
+    unused = ("lam", "policy", "mask", "predictor_version")
+    given = {name: value for name, value in attributes(call, mask, SCALE).items() if name not in unused}
+    return session("PredictMask", ["q", "k"], ["live"], given, {"live": BOOL}, **options)
 
 
-def attention(causal, block_q, block_k, kind=None, **limits):
-    attributes = settings(causal, block_q, block_k, **limits)
-    attributes.update(lam=LAM, policy=["meansim"] * 4, predictor_version=1)
+def attention(call, mask, kind=None):
+    """A session of the whole node."""
     kinds = dict.fromkeys(("q", "k", "v", "out"), kind or FLOAT)
-    return session("SparseAttention", ["q", "k", "v"], ["out"], attributes, kinds)
+    return session("SparseAttention", ["q", "k", "v"], ["out"], attributes(call, mask, SCALE), kinds)
 
 
 def operands(length, *, batch=1, kv_heads=2, seed=0, dim=16):
@@ -70,30 +80,29 @@ def operands(length, *, batch=1, kv_heads=2, seed=0, dim=16):
     return [3 * walk + torch.randn(batch, heads, length, dim) for heads in (4, kv_heads, kv_heads)]
 
 
-def expected_mask(q, k, causal, block_q, block_k):
-    return reference.predict_mask(q, k, TAU, THETA, causal=causal, scale=0.25, block_q=block_q, block_k=block_k)
+def expected_mask(q, k, call, mask):
+    return live_blocks(Operands(q, k, k, mask, SCALE), call)
 
 
-def expected_output(q, k, v, causal, block_q, block_k):
-    return reference.sparse_attention(
-        q, k, v, TAU, THETA, LAM, causal=causal, scale=0.25, block_q=block_q, block_k=block_k
-    )
+def expected_output(q, k, v, call, mask):
+    return specification.sparse_attention(Operands(q, k, v, mask, SCALE), call)
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (128, 64), (32, 16), (128, 128)])
-def test_the_same_blocks_and_the_same_output(causal, block_q, block_k):
-    masks, outputs = predictor(causal, block_q, block_k), attention(causal, block_q, block_k)
+@EACH_MASK
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16), (128, 128)])
+def test_the_same_blocks_and_the_same_output(mask, blocks):
+    call = call_of(blocks=blocks)
+    masks, outputs = predictor(call, mask), attention(call, mask)
     skipped = 0
     for seed, (batch, length, kv_heads) in enumerate(
         [(1, 1, 2), (1, 63, 4), (2, 64, 1), (1, 65, 2), (2, 300, 2), (1, 777, 4), (1, 1024, 2)]
     ):
         q, k, v = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
-        live = expected_mask(q, k, causal, block_q, block_k)
+        live = expected_mask(q, k, call, mask)
         (found,) = run(masks, q=q, k=k)
         assert torch.equal(found, live)
         (out,) = run(outputs, q=q, k=k, v=v)
-        torch.testing.assert_close(out, expected_output(q, k, v, causal, block_q, block_k), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, expected_output(q, k, v, call, mask), rtol=1e-4, atol=1e-5)
         skipped += int((~live).sum())
     assert skipped > 50
 
@@ -101,33 +110,28 @@ def test_the_same_blocks_and_the_same_output(causal, block_q, block_k):
 def test_blocks_that_are_equally_probable_stay_or_go_together():
     """A tie of all: every block has the same mean, so every block is needed to reach any mass."""
     q, k = torch.ones(1, 4, 512, 16), torch.ones(1, 2, 512, 16)
-    (found,) = run(predictor(True, 64, 64), q=q, k=k)
-    assert torch.equal(found, expected_mask(q, k, True, 64, 64))
+    (found,) = run(predictor(call_of(), Causal()), q=q, k=k)
+    assert torch.equal(found, expected_mask(q, k, call_of(), Causal()))
     assert torch.equal(found[0, 0], torch.ones(8, 8, dtype=torch.bool).tril())
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_heads_that_select_by_share(causal):
+@EACH_MASK
+def test_heads_that_select_by_share(mask):
     """Keep block j when p_j * sqrt(n) > (1 - tau) / tau, n the visible blocks; diagonal ones always."""
-    tau = [0.3, 0.5, 0.6, 1.0]
-    attributes = settings(causal, 64, 64) | {"tau": tau, "theta": [-1.0] * 4, "policy_code": [1, 1, 0, 1]}
-    made = session("PredictMask", ["q", "k"], ["live"], attributes, {"live": BOOL})
-    q, k, _ = operands(777)
-    (found,) = run(made, q=q, k=k)
-    mean_q, mean_k = (reference.block_statistics(x, 64)[0] for x in (q, k))
-    visible = reference.visible_blocks(13, 13, 64, 64, causal, q.device)
-    diagonal = reference.diagonal_blocks(13, 13, 64, 64, q.device)
-    p = reference.block_probabilities(mean_q, mean_k, visible, scale=0.25)
-    taus = reference.per_head(tau, q)
+    tau, share, mass = (0.3, 0.5, 0.6, 1.0), "meanshare", "meansim"
+    call = call_of(tau, (-1.0,) * 4, (share, share, mass, share))
+    q, k, v = operands(777)
+    (found,) = run(predictor(call, mask), q=q, k=k)
+    grid = Operands(q, k, v, mask, SCALE).grid(call.shape)
+    visible, diagonal = mask.visibility(grid, q.device).visible, near_blocks(mask, grid, q.device)
+    scores = block_means(q, 64) @ block_means(k, 64).repeat_interleave(2, 1).transpose(-1, -2) * SCALE
+    p = rules.softmax(scores, visible)
+    taus = torch.tensor(tau)[:, None, None]
     by_share = p * visible.sum(-1, keepdim=True).sqrt() > (1 - taus) / taus
     expected = (by_share | diagonal | (taus >= 1)) & visible
-    expected[:, 2] = expected_mask_of(q, k, [tau[2]] * 4, causal)[:, 2]
+    expected[:, 2] = expected_mask(q, k, call_of((tau[2],) * 4, (-1.0,) * 4), mask)[:, 2]
     assert torch.equal(found, expected)
     assert (~found & visible).sum() > 50
-
-
-def expected_mask_of(q, k, tau, causal):
-    return reference.predict_mask(q, k, tau, [-1.0] * 4, causal=causal, scale=0.25)
 
 
 @pytest.mark.parametrize("fill", [0.0, 1e-30, 1e30])
@@ -135,12 +139,12 @@ def test_rows_without_a_direction_or_with_a_huge_one(fill):
     q, k, _ = operands(300)
     k[:, :, 70:200] = fill
     q[:, :, 5] = 0
-    (found,) = run(predictor(False, 64, 64), q=q, k=k)
-    assert torch.equal(found, expected_mask(q, k, False, 64, 64))
+    (found,) = run(predictor(call_of(), Full()), q=q, k=k)
+    assert torch.equal(found, expected_mask(q, k, call_of(), Full()))
 
 
 def test_no_token_of_the_future_is_seen():
-    made = attention(True, 64, 64)
+    made = attention(call_of(), Causal())
     q, k, v = operands(256)
     (before,) = run(made, q=q, k=k, v=v)
     for x in (q, k, v):
@@ -157,18 +161,18 @@ def test_no_token_of_the_future_is_seen():
 )
 def test_outside_its_lengths_everything_is_kept(limits, dense):
     q, k, v = operands(200)
-    (out,) = run(attention(True, 64, 64, **limits), q=q, k=k, v=v)
+    (out,) = run(attention(call_of(**limits), Causal()), q=q, k=k, v=v)
     if not dense:
-        torch.testing.assert_close(out, expected_output(q, k, v, True, 64, 64), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, expected_output(q, k, v, call_of(), Causal()), rtol=1e-4, atol=1e-5)
         return
     k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
     torch.testing.assert_close(out, expected)
 
 
 def test_half_precision_is_computed_in_single():
     q, k, v = (x.half() for x in operands(300))
-    (out,) = run(attention(True, 64, 64, HALF), q=q, k=k, v=v)
+    (out,) = run(attention(call_of(), Causal(), HALF), q=q, k=k, v=v)
     assert out.dtype == torch.float16
-    expected = expected_output(q.float(), k.float(), v.float(), True, 64, 64)
+    expected = expected_output(q.float(), k.float(), v.float(), call_of(), Causal())
     torch.testing.assert_close(out.float(), expected, rtol=2e-3, atol=2e-3)

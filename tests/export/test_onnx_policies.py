@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from afbs_compile.export.onnx import OPSETS, POLICIES
-from afbs_compile.kernels import policy
-from afbs_compile.kernels.reference import Kept
+from afbs_compile.export.onnx import OPSETS, attributes
+from afbs_compile.export.onnx_predict import policy_codes
+from afbs_compile.kernels.call import Kept
+from afbs_compile.kernels.masks.base import Band, BandMask
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.op import arguments_of
 from tests.export.test_onnx_function import (
-    BOOL,
     DOMAIN,
+    EACH_MASK,
     FLOAT,
     HALF,
-    LAM,
+    SCALE,
+    attention,
+    call_of,
+    expected_mask,
+    expected_output,
     onnx,
     operands,
+    predictor,
     run,
-    session,
     session_of,
-    settings,
 )  # fmt: skip
 
-OFF = [-1.0] * 4
+POLICIES = list(policy_codes())
 TAU = {
     "meansim": [0.6, 0.8, 0.95, 1.0],
     "meanshare": [0.6, 0.75, 0.85, 1.0],
@@ -37,53 +45,39 @@ SIZES = [(1, 1, 2), (1, 15, 4), (2, 64, 1), (1, 65, 2), (2, 300, 2), (1, 777, 4)
 """Batch, length, key heads."""
 
 EACH_POLICY = pytest.mark.parametrize("name", POLICIES)
-EACH_DIRECTION = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def attributes_of(names, tau, causal, block_q=64, block_k=64, **limits):
-    codes = [POLICIES[name] for name in names]
-    return settings(causal, block_q, block_k, **limits) | {"tau": tau, "theta": OFF, "policy_code": codes}
+def of_policies(names, tau, **other):
+    """A call whose heads have these policies."""
+    return call_of(tau, (-1.0,) * 4, names, **other)
 
 
-def predictor(names, tau, *call, **options):
-    return session("PredictMask", ["q", "k"], ["live"], attributes_of(names, tau, *call), {"live": BOOL}, **options)
+def of_policy(name, **other):
+    """A call whose heads are all of one policy, and skip a good part of the blocks."""
+    return of_policies([name] * 4, TAU[name], **other)
 
 
-def attention_attributes(names, tau, *call):
-    return attributes_of(names, tau, *call) | {"lam": LAM, "policy": list(names), "predictor_version": 1}
-
-
-def attention(names, tau, *call, kind=FLOAT):
-    attributes = attention_attributes(names, tau, *call)
-    return session("SparseAttention", ["q", "k", "v"], ["out"], attributes, dict.fromkeys(("q", "k", "v", "out"), kind))
-
-
-def expected_mask(q, k, names, tau, causal, block_q=64, block_k=64):
-    return policy.predict_mask(
-        q, k, tau, OFF, names, causal=causal, scale=0.25, block_q=block_q, block_k=block_k
-    )  # fmt: skip
-
-
-def expected_output(q, k, v, names, tau, causal, block_q=64, block_k=64):
-    return torch.ops.afbs.sparse_attention(q, k, v, tau, OFF, LAM, causal, 0.25, block_q, block_k, policy=names)
+def by_operator(q, k, v, call, mask):
+    """What the torch operator computes."""
+    return torch.ops.afbs.sparse_attention(q, k, v, **arguments_of(call, mask, SCALE))
 
 
 @EACH_POLICY
-@EACH_DIRECTION
-@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (128, 64), (32, 16), (128, 128)])
-def test_the_same_blocks_and_the_same_output(name, causal, block_q, block_k):
-    call = ([name] * 4, TAU[name], causal, block_q, block_k)
-    masks, outputs = predictor(*call), attention(*call)
+@EACH_MASK
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16), (128, 128)])
+def test_the_same_blocks_and_the_same_output(name, mask, blocks):
+    call = of_policy(name, blocks=blocks)
+    masks, outputs = predictor(call, mask), attention(call, mask)
     live = skipped = 0
     for seed, (batch, length, kv_heads) in enumerate(SIZES):
         q, k, v = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
-        expected = expected_mask(q, k, *call)
+        expected = expected_mask(q, k, call, mask)
         (found,) = run(masks, q=q, k=k)
         assert torch.equal(found, expected)
         (out,) = run(outputs, q=q, k=k, v=v)
-        torch.testing.assert_close(out, expected_output(q, k, v, *call), rtol=1e-4, atol=1e-5)
-        rows = torch.arange(found.shape[2])[:, None] * block_q
-        distant = torch.arange(found.shape[3]) * block_k + block_k <= rows  # behind the diagonal
+        torch.testing.assert_close(out, by_operator(q, k, v, call, mask), rtol=1e-4, atol=1e-5)
+        rows = torch.arange(found.shape[2])[:, None] * blocks[0]
+        distant = torch.arange(found.shape[3]) * blocks[1] + blocks[1] <= rows  # behind the diagonal
         live += int((found[:, :3] & distant).sum())
         skipped += int((~found[:, :3] & distant).sum())
     assert live > 5
@@ -91,52 +85,85 @@ def test_the_same_blocks_and_the_same_output(name, causal, block_q, block_k):
 
 
 @EACH_POLICY
-@EACH_DIRECTION
-def test_local_keys_and_last_rows_keep_blocks(name, causal):
-    attributes = attributes_of([name] * 4, TAU[name], causal, 64, 32) | {"last_rows": 100, "local_keys": 30}
-    masks = session("PredictMask", ["q", "k"], ["live"], attributes, {"live": BOOL})
+@EACH_MASK
+def test_local_keys_and_last_rows_keep_blocks(name, mask):
+    call = of_policy(name, blocks=(64, 32), kept=Kept(100, 30))
+    masks = predictor(call, mask)
     for seed, (batch, length, kv_heads) in enumerate(SIZES):
         q, k, _ = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
-        call = {"causal": causal, "scale": 0.25, "block_q": 64, "block_k": 32}
         (found,) = run(masks, q=q, k=k)
-        assert torch.equal(found, policy.predict_mask(q, k, TAU[name], OFF, [name] * 4, kept=Kept(100, 30), **call))
+        assert torch.equal(found, expected_mask(q, k, call, mask))
 
 
-@EACH_DIRECTION
-@pytest.mark.parametrize("names", [list(POLICIES)[:4], list(POLICIES)[:1:-1]], ids=["first", "last"])
-def test_each_head_of_a_call_has_its_own_policy(causal, names):
-    tau = [0.5, 0.6, 1.0, 0.7]
-    masks, outputs = predictor(names, tau, causal), attention(names, tau, causal)
+@EACH_MASK
+@pytest.mark.parametrize("names", [POLICIES[:4], POLICIES[:1:-1]], ids=["first", "last"])
+def test_each_head_of_a_call_has_its_own_policy(mask, names):
+    call = of_policies(names, (0.5, 0.6, 1.0, 0.7))
+    masks, outputs = predictor(call, mask), attention(call, mask)
     for seed, (batch, length, kv_heads) in enumerate(SIZES):
         q, k, v = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
         (found,) = run(masks, q=q, k=k)
-        assert torch.equal(found, expected_mask(q, k, names, tau, causal))
+        assert torch.equal(found, expected_mask(q, k, call, mask))
         (out,) = run(outputs, q=q, k=k, v=v)
-        torch.testing.assert_close(out, expected_output(q, k, v, names, tau, causal), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, by_operator(q, k, v, call, mask), rtol=1e-4, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Shifted(BandMask):
+    """Row r sees the keys up to r + upper and lies at position r + at."""
+
+    name = "shifted"
+    words = "shifted"
+    local = True
+    upper: int
+    at: int
+
+    def offset(self, q_len, k_len):
+        return self.at
+
+    def sees(self, positions, keys):
+        return keys <= positions - self.at + self.upper
+
+    def band(self, q_len, k_len):
+        return Band(self.upper)
+
+
+@EACH_POLICY
+@pytest.mark.parametrize(("upper", "at"), [(70, 0), (40, 40), (5, 130)])
+def test_every_mask_that_is_a_band_has_a_form(name, upper, at):
+    call, mask = of_policy(name, kept=Kept(20, 30)), Shifted(upper, at)
+    masks, outputs = predictor(call, mask), attention(call, mask)
+    for seed, (batch, length, kv_heads) in enumerate(SIZES):
+        q, k, v = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
+        (found,) = run(masks, q=q, k=k)
+        assert torch.equal(found, expected_mask(q, k, call, mask))
+        pairs = found.repeat_interleave(64, 2).repeat_interleave(64, 3)[..., :length, :length]
+        if (pairs & mask.matrix(length, length, q.device)).any(-1).all():  # else there is no answer
+            (out,) = run(outputs, q=q, k=k, v=v)
+            torch.testing.assert_close(out, expected_output(q, k, v, call, mask), rtol=1e-4, atol=1e-5)
 
 
 @EACH_POLICY
 def test_calls_of_a_model_may_divide_their_heads_differently(name):
     """onnxruntime lets tensors share memory whose shapes it takes to be equal."""
     other = "cumulant" if name != "cumulant" else "antidiagonal"
-    calls = [[name] * n + [other] * (4 - n) for n in (1, 3, 4, 2, 1)]
-    tau = [0.5, 0.6, 0.7, 0.8]
+    calls = [of_policies([name] * n + [other] * (4 - n), (0.5, 0.6, 0.7, 0.8)) for n in (1, 3, 4, 2, 1)]
     nodes = [
         onnx.helper.make_node(
             "SparseAttention",
             ["q", "k", f"v{i}"],
             [f"v{i + 1}"],
             domain=DOMAIN,
-            **attention_attributes(names, tau, True),
+            **attributes(call, Causal(), SCALE),
         )
-        for i, names in enumerate(calls)
+        for i, call in enumerate(calls)
     ]
     last = f"v{len(calls)}"
     made = session_of(nodes, ["q", "k", "v0"], [last], dict.fromkeys(("q", "k", "v0", last), FLOAT))
     q, k, v = operands(512, kv_heads=4)
     (out,) = run(made, q=q, k=k, v0=v)
-    for names in calls:
-        v = expected_output(q, k, v, names, tau, True)
+    for call in calls:
+        v = by_operator(q, k, v, call, Causal())
     torch.testing.assert_close(out, v, rtol=1e-4, atol=1e-5)
 
 
@@ -144,14 +171,14 @@ def test_calls_of_a_model_may_divide_their_heads_differently(name):
 @pytest.mark.parametrize("opset", OPSETS)
 def test_every_opset(name, opset):
     q, k, _ = operands(300)
-    (found,) = run(predictor([name] * 4, TAU[name], True, opset=opset), q=q, k=k)
-    assert torch.equal(found, expected_mask(q, k, [name] * 4, TAU[name], True))
+    (found,) = run(predictor(of_policy(name), Causal(), opset=opset), q=q, k=k)
+    assert torch.equal(found, expected_mask(q, k, of_policy(name), Causal()))
 
 
 @pytest.mark.parametrize(("names", "loops"), [(["meansim", "meanshare"], 0), (["meansim", "cumulant"], 1)])
 def test_what_no_head_uses_is_not_computed(tmp_path, names, loops):
     """onnxruntime drops the predictors of other policies when it loads the file; that of cumulant is a loop."""
-    predictor(names * 2, [0.5] * 4, True, optimized=tmp_path / "optimized.onnx")
+    predictor(of_policies(names * 2, (0.5,) * 4), Causal(), optimized=tmp_path / "optimized.onnx")
     nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
     kinds = [node.op_type for node in nodes]
     assert kinds.count("Loop") == loops
@@ -159,20 +186,21 @@ def test_what_no_head_uses_is_not_computed(tmp_path, names, loops):
 
 
 @EACH_POLICY
-@EACH_DIRECTION
-def test_rows_that_see_nan_or_infinity_keep_everything(name, causal):
-    made = predictor([name] * 4, [0.3] * 4, causal)
+@EACH_MASK
+def test_rows_that_see_nan_or_infinity_keep_everything(name, mask):
+    call = of_policies([name] * 4, (0.3,) * 4)
+    made = predictor(call, mask)
     for bad in (float("nan"), float("inf")):
         q, k, _ = operands(500)
         k[:, 0, 200, 3] = bad
         q[:, 3, 333] = bad
         (found,) = run(made, q=q, k=k)
-        assert torch.equal(found, expected_mask(q, k, [name] * 4, [0.3] * 4, causal))
+        assert torch.equal(found, expected_mask(q, k, call, mask))
 
 
 @EACH_POLICY
 def test_no_token_of_the_future_is_seen(name):
-    made = attention([name] * 4, TAU[name], True)
+    made = attention(of_policy(name), Causal())
     q, k, v = operands(400)
     (before,) = run(made, q=q, k=k, v=v)
     for fill in (50.0, float("nan")):
@@ -185,7 +213,7 @@ def test_no_token_of_the_future_is_seen(name):
 @EACH_POLICY
 def test_half_precision_is_computed_in_single(name):
     q, k, v = (x.half() for x in operands(300))
-    (out,) = run(attention([name] * 4, TAU[name], True, kind=HALF), q=q, k=k, v=v)
+    (out,) = run(attention(of_policy(name), Causal(), HALF), q=q, k=k, v=v)
     assert out.dtype == torch.float16
-    expected = expected_output(q.float(), k.float(), v.float(), [name] * 4, TAU[name], True)
+    expected = by_operator(q.float(), k.float(), v.float(), of_policy(name), Causal())
     torch.testing.assert_close(out.float(), expected, rtol=2e-3, atol=2e-3)

@@ -7,12 +7,12 @@ No TensorRT runs here. What stands below torch-tensorrt's calls is replaced: ``t
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -63,20 +63,11 @@ def test_the_program_that_the_library_gets(library, tmp_path, grouped):
     program = torch.export.load(tmp_path / "model.ep")
     (node,) = program.graph.find_nodes(op="call_function", target=OPERATOR)
     assert node.kwargs == {}, "the generated converter reads positional arguments only"
-    assert node.args[3:] == (
-        "0.3,0.6,0.9,1.0",
-        "0.3,0.3,0.3,0.3",
-        node.args[5],
-        grouped.causal,
-        0.25,
-        64,
-        64,
-        64,
-        0,
-        "",
-        0,
-        0,
-    )
+    (text,) = node.args[3:]
+    assert json.loads(text) == {
+        "tau": [0.3, 0.6, 0.9, 1.0], "theta": [0.3] * 4, "lam": [-1000.0] * 4, "scale": 0.25, "block_q": 64,
+        "block_k": 64, "min_length": 64, "mask": "causal" if grouped.causal else "full",
+    }  # fmt: skip
     run = load(tmp_path / "model.ep")
     assert run.recipe == recipe
     for batch, length in ((2, 130), (1, 64), (1, 20)):
@@ -102,21 +93,22 @@ def test_a_program_of_fixed_size(library, tmp_path):
     assert vars(library["kwarg_inputs"]["x"]) == {"shape": (1, 130, 64), "dtype": torch.float32, "name": "x"}
 
 
-def test_the_operator_is_the_sparse_one_with_its_thresholds_as_text():
+def test_the_operator_is_the_sparse_one_with_its_arguments_as_text():
     q, k, v = (torch.randn(1, heads, 200, 16) for heads in (4, 2, 2))
-    tau, theta, lam = [0.1 + 0.2, 1 / 3, 0.9, 1.0], [-1.0, 0.2, 0.3, 1e-7], [-1000.0] * 4
-    texts = [tensorrt.as_text(values) for values in (tau, theta, lam)]
-    assert [tensorrt.from_text(text) for text in texts] == [tau, theta, lam]
-    out = OPERATOR(q, k, v, *texts, True, 0.25, 64, 64, 0)
+    given = {"tau": [0.1 + 0.2, 1 / 3, 0.9, 1.0], "theta": [-1.0, 0.2, 0.3, 1e-7], "lam": [-1000.0] * 4}
+    given |= {"mask": "causal", "scale": 0.1 + 0.2}
+    text = json.dumps(given)
+    assert json.loads(text) == given
+    out = OPERATOR(q, k, v, text)
     assert out.is_contiguous()
-    assert torch.equal(out, sparse_attention(q, k, v, tau, theta, lam, True, 0.25))
-    torch.library.opcheck(OPERATOR, (q, k, v, *texts, True, 0.25, 64, 64, 0))
+    assert torch.equal(out, sparse_attention(q, k, v, **given))
+    torch.library.opcheck(OPERATOR, (q, k, v, text))
 
 
 def test_every_argument_of_a_call_reaches_the_operator():
     q, k, v = (torch.randn(1, heads, 200, 16) for heads in (4, 2, 2))
     given = {
-        "tau": [0.3, 0.3, 0.3, 0.9], "theta": [0.2, -1.0, -1.0, -1.0], "lam": [-1000.0] * 4, "is_causal": True,
+        "tau": [0.3, 0.3, 0.3, 0.9], "theta": [0.2, -1.0, -1.0, -1.0], "lam": [-1000.0] * 4, "mask": "causal",
         "scale": 0.3, "block_q": 32, "block_k": 16, "min_length": 5, "max_length": 250,
         "policy": ["meansim", "cumulant", "sink_window", "meanshare"], "last_rows": 20, "local_keys": 40,
     }  # fmt: skip
@@ -138,7 +130,7 @@ def test_every_argument_of_a_call_reaches_the_operator():
     seen = [converted()]
     assert torch.equal(seen[0], sparse_attention(q, k, v, **given))
     for changed in (
-        {"tau": [0.9, 0.3, 0.3, 0.3]}, {"theta": [-1.0] * 4}, {"is_causal": False}, {"scale": 0.2}, {"block_q": 16},
+        {"tau": [0.9, 0.3, 0.3, 0.3]}, {"theta": [-1.0] * 4}, {"mask": "full"}, {"scale": 0.2}, {"block_q": 16},
         {"block_k": 32}, {"min_length": 201}, {"max_length": 199}, {"policy": ["meansim"] * 4, "theta": [-1.0] * 4},
         {"last_rows": 0},
         {"local_keys": 0},
@@ -150,7 +142,7 @@ def test_every_argument_of_a_call_reaches_the_operator():
 
 def test_heads_in_fp8_are_refused():
     graph = torch.fx.Graph()
-    constants = {"tau": [0.5], "theta": [-1.0], "lam": [-1000.0], "is_causal": True, "scale": 0.3}
+    constants = {"tau": [0.5], "theta": [-1.0], "lam": [-1000.0], "mask": "causal", "scale": 0.3}
     operands = tuple(graph.placeholder(name) for name in "qkv")
     graph.call_function(torch.ops.afbs.sparse_attention.default, operands, {**constants, "precision": ["fp8"]})
     with pytest.raises(ExportError, match="the plugin takes no heads in FP8"):
@@ -202,9 +194,9 @@ class TestGenerator:
         generator.generate_plugin(tensorrt.PLUGIN)
         described = recorder.described[tensorrt.PLUGIN]
         inputs = [Descriptor(["b", heads, "n", 64]) for heads in (4, 2, 2)]
-        (out,) = described(*inputs, "0.5", "-1.0", "-1000.0", *map(np.asarray, (True, 0.25, 64, 64, 0, 0)), "")
+        (out,) = described(*inputs, "{}")
         assert list(out.shape_expr) == ["b", 4, "n", 64]
-        assert described.__annotations__["tau"] is str
+        assert described.__annotations__["arguments"] is str
         assert tensorrt.PLUGIN in recorder.implemented
 
     def test_it_refuses_the_operator_of_the_graphs(self, generated):
