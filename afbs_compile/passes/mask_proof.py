@@ -18,16 +18,13 @@ from afbs_compile.kernels.blocks import chunks
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.masks.registry import MASKS
 from afbs_compile.passes.constants import ConstantTensors, NotConstantError, run
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.mask_symbolic import attended_distances
 
 CHUNK = 2**24
 """Mask elements that are compared at once."""
-
-
-KNOWN: tuple[Mask, ...] = (Full(), Causal())
-"""The masks that are recognised, in the order in which they are compared."""
 
 
 class MaskProver:
@@ -95,9 +92,12 @@ def classify(tensor: Tensor, q_len: int, k_len: int) -> Mask | None:
         The mask that every slice is, or None. A mask of one row and key that is true hides nothing.
     """
     slices = list(_distinct_slices(tensor.expand(*tensor.shape[:-2], q_len, k_len)))
-    for mask in KNOWN:
+    if not slices:
+        return None
+    seen, _ = _attended_and_hidden(slices[0])
+    for mask in (mask for kind in MASKS.values() for mask in kind.proposed(seen)):
         accepted = tensor.dtype == torch.bool or not mask.hides_nothing
-        if slices and accepted and all(_is(part, mask) for part in slices):
+        if accepted and all(_is(part, mask) for part in slices):
             return mask
     return None
 

@@ -10,6 +10,7 @@ operator, the recipe and a reader know them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -63,6 +64,15 @@ class Mask(ABC):
         Returns:
             bool, of their common shape.
         """
+
+    @classmethod
+    def proposed(cls, seen: Tensor) -> Iterable[Mask]:
+        """The masks of the kind that a matrix may be, to be compared with it element by element.
+
+        Args:
+            seen: bool ``[q_len, k_len]``.
+        """
+        return () if fields(cls) else (cls(),)
 
     def offset(self, q_len: int, k_len: int) -> int:
         """Position of row 0 among the keys."""
