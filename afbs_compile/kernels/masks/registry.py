@@ -22,6 +22,9 @@ def mask_of(text: str) -> Mask:
     """
     kind, _, parameters = text.partition("(")
     try:
-        return MASKS[kind](*map(int, re.findall(r"-?\d+", parameters)))
+        mask = MASKS[kind](*map(int, re.findall(r"-?\d+", parameters)))
     except (KeyError, TypeError):
-        raise ValueError(f"mask is {text!r}; accepted: {', '.join(MASKS)}") from None
+        mask = None
+    if mask is None or str(mask) != text:
+        raise ValueError(f"mask is {text!r}; accepted: {', '.join(MASKS)}")
+    return mask

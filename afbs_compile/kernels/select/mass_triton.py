@@ -24,42 +24,16 @@ from afbs_compile.kernels.select.lists_triton import Limits, near_blocks, select
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
+# One compilation for most sizes and limits: it takes half a second, and a calibration meets many.
 @triton.jit(
-    do_not_specialize=[
-        "heads",
-        "groups",
-        "q_len",
-        "k_len",
-        "upper",
-        "position",
-        "count_q",
-        "programs_q",
-        "local_keys",
-        "first_whole",
-    ]
-)
+    do_not_specialize=["heads", "groups", "q_len", "k_len", "upper", "position", "count_q", "programs_q", "local_keys",
+                       "first_whole"]
+)  # fmt: skip
 def _select_kernel(
-    lists,
-    whole_counts,
-    partial_counts,
-    similarity,
-    thresholds,
-    heads,
-    groups,
-    q_len,
-    k_len,
-    upper,
-    position,
-    count_q,
-    count_k,
-    programs_q,
-    local_keys,
-    first_whole,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    COUNT_PAD: tl.constexpr,
-):
+    lists, whole_counts, partial_counts, similarity, thresholds, heads, groups, q_len, k_len, upper, position, count_q,
+    count_k, programs_q, local_keys, first_whole,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, COUNT_PAD: tl.constexpr,
+):  # fmt: skip
     """One query block: read its scores from ``lists``, decide, and overwrite them with the live blocks."""
     program = tl.program_id(0)
     block = program % count_q

@@ -21,25 +21,10 @@ from afbs_compile.kernels.select.lists_triton import Limits, near_blocks, select
 
 @triton.jit(do_not_specialize=["heads", "q_len", "k_len", "upper", "position", "count_q", "local_keys", "first_whole"])
 def _select_kernel(
-    lists,
-    whole_counts,
-    partial_counts,
-    odds,
-    heads,
-    q_len,
-    k_len,
-    upper,
-    position,
-    count_q,
-    count_k,
-    local_keys,
+    lists, whole_counts, partial_counts, odds, heads, q_len, k_len, upper, position, count_q, count_k, local_keys,
     first_whole,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    SHARE: tl.constexpr,
-    COUNT_PAD: tl.constexpr,
-):
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, SHARE: tl.constexpr, COUNT_PAD: tl.constexpr,
+):  # fmt: skip
     """One query block: read its scores from ``lists``, decide, and overwrite them with the live blocks."""
     program = tl.program_id(0)
     block = program % count_q

@@ -34,37 +34,11 @@ from afbs_compile.kernels.attend.hopper.producer import producer
 # One compilation for all sizes; strides stay apart, for stores are wide only where they are multiples of 16.
 @gluon.jit(do_not_specialize=["q_len", "k_len", "upper", "heads", "groups", "planes", "section", "count_q", "count_k"])
 def forward_kernel(
-    query_desc,
-    key_desc,
-    value_desc,
-    out,
-    whole,
-    partial,
-    indices,
-    counter,
-    scale,
-    steep,
-    stride_out_batch,
-    stride_out_head,
-    stride_out_row,
-    q_len,
-    k_len,
-    upper,
-    heads,
-    groups,
-    planes,
-    section,
-    count_q,
-    count_k,
-    BOUNDED: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    MORE_MASKS: gl.constexpr,
-    STAGES: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
-):
+    query_desc, key_desc, value_desc, out, whole, partial, indices, counter, scale, steep, stride_out_batch,
+    stride_out_head, stride_out_row, q_len, k_len, upper, heads, groups, planes, section, count_q, count_k,
+    BOUNDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    MORE_MASKS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
     """Tiles drawn from ``counter``, which starts at zero, until there are none."""
     DTYPE: gl.constexpr = query_desc.dtype
     PIECES: gl.constexpr = STAGES * (STEP // BLOCK_K) * (HEAD_DIM // CHUNK)

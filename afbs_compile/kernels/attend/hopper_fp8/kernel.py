@@ -21,35 +21,12 @@ from afbs_compile.kernels.attend.hopper_fp8.producer import producer
 # One compilation for all sizes; strides stay apart, for stores are wide only where they are multiples of 16.
 @gluon.jit(do_not_specialize=["q_len", "k_len", "upper", "heads", "groups", "planes", "section", "count_q", "count_k"])
 def forward_kernel(
-    query_desc,
-    key_desc,
-    value_desc,
-    query_scales,
-    key_scales,
-    value_scales,
-    out,
-    whole,
-    partial,
-    indices,
-    counter,
-    stride_out_batch,
-    stride_out_head,
-    stride_out_row,
-    q_len,
-    k_len,
-    upper,
-    heads,
-    groups,
-    planes,
-    section,
-    count_q,
+    query_desc, key_desc, value_desc, query_scales, key_scales, value_scales, out, whole, partial, indices, counter,
+    stride_out_batch, stride_out_head, stride_out_row, q_len, k_len, upper, heads, groups, planes, section, count_q,
     count_k,
-    BOUNDED: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
+    BOUNDED: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
-):
+):  # fmt: skip
     """Tiles drawn from ``counter``, which starts at zero, until there are none."""
     FP8: gl.constexpr = query_desc.dtype
     query_smem = gl.allocate_shared_memory(FP8, [2 * QUERY_STAGES, 1, 1, STEP // 2, HEAD_DIM], query_desc.layout)

@@ -17,29 +17,10 @@ from afbs_compile.kernels.masks.band_triton import sees
 
 @triton.jit
 def _attend_tile(
-    acc,
-    total,
-    peak,
-    query,
-    key,
-    value,
-    rows,
-    start,
-    stride_key_row,
-    stride_value_row,
-    scale,
-    q_len,
-    k_len,
-    upper,
-    lam,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    TILE_K: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    MASKED: tl.constexpr,
-    HAS_LAMBDA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, total, peak, query, key, value, rows, start, stride_key_row, stride_value_row, scale, q_len, k_len, upper, lam,
+    HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, TILE_K: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Fold keys ``start .. start + TILE_K`` into the running softmax.
 
     ``scale`` (c below) is positive and turns scores into log2 units; ``peak`` (m) is in units of the scores.
@@ -88,45 +69,14 @@ def _attend_tile(
 
 @triton.jit
 def forward_kernel(
-    query,
-    key,
-    value,
-    out,
-    whole_counts,
-    partial_counts,
-    indices,
-    lam,
-    scale,
-    q_len,
-    k_len,
-    upper,
-    heads,
-    groups,
-    count_q,
-    count_k,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_row,
-    stride_value_batch,
-    stride_value_head,
-    stride_value_row,
-    stride_out_batch,
-    stride_out_head,
+    query, key, value, out, whole_counts, partial_counts, indices, lam, scale, q_len, k_len, upper, heads, groups,
+    count_q, count_k, stride_query_batch, stride_query_head, stride_query_row, stride_key_batch, stride_key_head,
+    stride_key_row, stride_value_batch, stride_value_head, stride_value_row, stride_out_batch, stride_out_head,
     stride_out_row,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    HAS_PARTIAL: tl.constexpr,
-    HAS_LAMBDA: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr, BOUNDED: tl.constexpr, HAS_PARTIAL: tl.constexpr, HAS_LAMBDA: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Rows ``tile * TILE_Q ..`` of one head."""
     SPLIT_Q: tl.constexpr = BLOCK_Q // TILE_Q
     SPLIT_K: tl.constexpr = BLOCK_K // TILE_K

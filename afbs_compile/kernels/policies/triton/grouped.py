@@ -28,26 +28,10 @@ ROWS, COLS = 64, 64
 
 @triton.jit
 def _logits(
-    base_q,
-    base_k,
-    rows,
-    cols,
-    rows_q,
-    rows_k,
-    scale,
-    stride_q_row,
-    stride_q_dim,
-    stride_k_row,
-    stride_k_dim,
-    HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    base_q, base_k, rows, cols, rows_q, rows_k, scale, stride_q_row, stride_q_dim, stride_k_row, stride_k_dim,
+    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """``scale * sum_t <q[a * parts + t'], k[b * parts + t]>`` for a tile of groups, zeros past the last rows."""
     product = tl.zeros([ROWS, COLS], tl.float32)
     depth = tl.arange(0, DEPTH)
@@ -73,42 +57,12 @@ def _logits(
 
 @triton.jit(do_not_specialize=["heads", "repeats", "rows_q", "rows_k", "groups_q", "groups_k", "upper", "count_q"])
 def _log_mass_kernel(
-    query,
-    key,
-    out,
-    scale,
-    heads,
-    repeats,
-    rows_q,
-    rows_k,
-    groups_q,
-    groups_k,
-    upper,
-    count_q,
-    count_k,
-    stride_q_batch,
-    stride_q_head,
-    stride_q_row,
-    stride_q_dim,
-    stride_k_batch,
-    stride_k_head,
-    stride_k_row,
-    stride_k_dim,
-    HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SPAN: tl.constexpr,
-    LAST: tl.constexpr,
-    GROUP: tl.constexpr,
-    PER_Q: tl.constexpr,
-    PER_K: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    query, key, out, scale, heads, repeats, rows_q, rows_k, groups_q, groups_k, upper, count_q, count_k, stride_q_batch,
+    stride_q_head, stride_q_row, stride_q_dim, stride_k_batch, stride_k_head, stride_k_row, stride_k_dim,
+    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, LAST: tl.constexpr,
+    GROUP: tl.constexpr, PER_Q: tl.constexpr, PER_K: tl.constexpr, BOUNDED: tl.constexpr, DEPTH: tl.constexpr,
+    CHUNKS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """The logarithm of the mass of every key block for ``ROWS`` query groups, as the bits of fp32 in int32."""
     tiles = tl.cdiv(groups_q, ROWS)
     program = tl.program_id(0)
@@ -167,21 +121,9 @@ def _log_mass_kernel(
 
 @triton.jit(do_not_specialize=["length", "heads", "groups"])
 def _moment_kernel(
-    x,
-    out,
-    scale,
-    length,
-    heads,
-    groups,
-    stride_batch,
-    stride_head,
-    stride_row,
-    stride_dim,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    GROUP: tl.constexpr,
-    OF_QUERIES: tl.constexpr,
-):
+    x, out, scale, length, heads, groups, stride_batch, stride_head, stride_row, stride_dim,
+    HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, GROUP: tl.constexpr, OF_QUERIES: tl.constexpr,
+):  # fmt: skip
     """Two rows of one group: the mean times ``scale``, and half its square (queries) or the variance (keys)."""
     program = tl.program_id(0)
     group = program % groups

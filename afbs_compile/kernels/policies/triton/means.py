@@ -32,24 +32,9 @@ STATISTICS_ELEMENTS = 2048
 
 @triton.jit
 def _block_statistics(
-    x,
-    mean,
-    similarity,
-    program,
-    block,
-    batch,
-    head,
-    length,
-    stride_batch,
-    stride_head,
-    stride_row,
-    stride_dim,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_THETA: tl.constexpr,
-):
+    x, mean, similarity, program, block, batch, head, length, stride_batch, stride_head, stride_row, stride_dim,
+    HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_THETA: tl.constexpr,
+):  # fmt: skip
     """One block of rows: its mean ``[DIM_PAD]`` (zeros past HEAD_DIM) and its self-similarity.
 
     Where no head asks for it the self-similarity is 1; either way it is NaN where an entry is not finite.
@@ -88,33 +73,12 @@ def _block_statistics(
 # stays apart, for rows that begin at a multiple of 16 are stored in wide pieces.
 @triton.jit(do_not_specialize=["q_len", "k_len", "heads", "heads_k", "count_q", "count_k", "programs_q"])
 def _statistics_kernel(
-    query,
-    key,
-    mean,
-    similarity,
-    q_len,
-    k_len,
-    heads,
-    heads_k,
-    count_q,
-    count_k,
-    programs_q,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_query_dim,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_row,
+    query, key, mean, similarity, q_len, k_len, heads, heads_k, count_q, count_k, programs_q, stride_query_batch,
+    stride_query_head, stride_query_row, stride_query_dim, stride_key_batch, stride_key_head, stride_key_row,
     stride_key_dim,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS_Q: tl.constexpr,
-    ROWS_K: tl.constexpr,
-    HAS_THETA: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS_Q: tl.constexpr,
+    ROWS_K: tl.constexpr, HAS_THETA: tl.constexpr,
+):  # fmt: skip
     """The statistics of all blocks: first those of q, then those of k."""
     program = tl.program_id(0)
     if program < programs_q:
@@ -136,22 +100,10 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["heads", "groups", "upper", "count_q", "programs_q"])
 def _score_kernel(
-    mean,
-    scores,
-    scale,
-    heads,
-    groups,
-    upper,
-    count_q,
-    count_k,
-    programs_q,
-    DIM_PAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    TILE: tl.constexpr,
+    mean, scores, scale, heads, groups, upper, count_q, count_k, programs_q,
+    DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, TILE: tl.constexpr,
     DEPTH: tl.constexpr,
-):
+):  # fmt: skip
     """A ``TILE x TILE`` part of one head's pooled scores, stored as the bits of fp32 in int32."""
     tiles_q = tl.cdiv(count_q, TILE)
     tiles_k = tl.cdiv(count_k, TILE)
