@@ -15,6 +15,7 @@ from afbs_compile.codec import DamagedError, decode, write
 from afbs_compile.errors import RecipeError
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall, fp8_constant_count
+from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.recipe_schema3 import VERSION as EARLIER_SCHEMA
 from afbs_compile.recipe_schema3 import upgraded
 
@@ -383,6 +384,10 @@ def _check_site(site: SiteRecipe) -> None:
         return
     if site.call is None or not site.heads or len(site.heads) != site.call.heads:
         raise DamagedError(f"{site.name} is {site.outcome} and has no heads, or no constants of them")
+    try:
+        mask_of(str(site.mask))
+    except ValueError as error:
+        raise DamagedError(f"{site.name}: {error}") from error
     count = fp8_constant_count(site.kv_heads or 0, site.head_dim or 0)
     if "fp8" in site.call.precision and len(site.call.fp8_constants) != count:
         raise DamagedError(f"{site.name} has heads in FP8 and not the constants of its key heads")

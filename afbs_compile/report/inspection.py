@@ -119,8 +119,9 @@ def provenance(recipe: Recipe) -> dict[str, str]:
     samples = [graph.samples for graph in recipe.graphs]
     seconds = sum(graph.seconds for graph in recipe.graphs)
     evaluations = sum(graph.evaluations for graph in recipe.graphs)
+    reading = recipe.options.get("parameterization") if recipe.method == "paper" else None
     return {
-        "method": recipe.method + (f", Eq. 2 {recipe.options['parameterization']}" if recipe.method == "paper" else ""),
+        "method": recipe.method + (f", Eq. 2 {reading}" if reading else ""),
         "device": f"{recipe.device}, engine {recipe.engine}",
         "samples": f"{', '.join(dict.fromkeys(s.source for s in samples))}: {max(s.count for s in samples)} of "
         f"{longest if shortest == longest else f'{shortest} to {longest}'} tokens",

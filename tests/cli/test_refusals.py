@@ -267,4 +267,16 @@ def test_a_recipe_with_an_unreadable_number(recipes, tmp_path, capsys):
     content = json.loads(Path(recipes["toy"]).read_text())
     content["options"]["tolerance"] = "much"
     (tmp_path / "r.json").write_text(json.dumps(content))
-    assert "recipe.tolerance is 'much', not float" in refused(capsys, "inspect", str(tmp_path / "r.json"))
+    sentence = f"recipe {tmp_path / 'r.json'} is damaged: tolerance is 'much'"
+    assert sentence in refused(capsys, "inspect", str(tmp_path / "r.json"))
+
+
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [("spiral", "mask is 'spiral'; accepted: full, causal"), (None, "mask is 'None'; accepted: full")],
+)
+def test_a_recipe_of_a_mask_that_is_not_known(mask, sentence, recipes, tmp_path, capsys):
+    content = json.loads(Path(recipes["toy"]).read_text())
+    content["graphs"][0]["sites"][1]["mask"] = mask
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    assert f"layers.1: {sentence}" in refused(capsys, "inspect", str(tmp_path / "r.json"))

@@ -22,7 +22,7 @@ function svg(tag, attributes = {}, ...children) {
 function shortNames(sites) {
   const names = sites.filter((site) => site.heads.length).map((site) => site.name);
   const parts = names.map((name) => name.split("."));
-  const shared = (at) => parts.every((p) => p.length > 1 && at(p) === at(parts[0]));
+  const shared = (at) => parts.length > 0 && parts.every((p) => p.length > 1 && at(p) === at(parts[0]));
   let front = 0;
   while (shared((p) => p[front]) && parts.every((p) => p.length > front + 1)) front++;
   let back = 0;
