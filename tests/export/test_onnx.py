@@ -167,7 +167,7 @@ def test_one_node_for_each_call_that_says_how_to_claim_it(causal_file):
     assert not [n for n in model.graph.node if n.op_type == "Softmax"], "no attention outside of the node"
     assert "SparseAttention" in [function.name for function in model.functions]
     note = json.loads({entry.key: entry.value for entry in model.metadata_props}[NOTE])
-    assert note["recipe"]["tolerance"] == recipe.tolerance
+    assert note["recipe"]["options"]["tolerance"] == recipe.tolerance
 
 
 def test_the_checker_and_the_shapes(causal_file):
