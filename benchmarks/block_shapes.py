@@ -18,15 +18,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
-from kernel_cases import Blocks
 from timing import times
 from torch import Tensor
 
-from afbs_compile.kernels.op import sparse_attention_with_counts
-from afbs_compile.kernels.reference import KEEP_ALL, LAMBDA_OFF, THETA_OFF, block_count, visible_blocks
+from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.operands import Operands, dense_attention
 
 BISECTIONS = 8
-Operands = tuple[Tensor, Tensor, Tensor]
 
 
 def main() -> None:
@@ -56,17 +57,16 @@ def main() -> None:
     plot(rows, arguments.out / f"{arguments.name}.png")
 
 
-def _blocks(name: str) -> Blocks:
-    block_q, block_k = map(int, name.split("x"))
-    return block_q, block_k
+def _blocks(name: str) -> BlockShape:
+    return BlockShape(*map(int, name.split("x")))
 
 
 def captured(model: Any, ids: Tensor) -> list[Operands]:
-    """q, k, v of every attention call of one forward pass."""
+    """The operands of every attention call of one forward pass, all of them causal."""
     plain, calls = F.scaled_dot_product_attention, []
 
     def record(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append((q, k, v))
+        calls.append(Operands(q, k, v, Causal(), q.shape[-1] ** -0.5))
         return plain(q, k, v, *args, **kwargs)
 
     F.scaled_dot_product_attention = record
@@ -77,29 +77,27 @@ def captured(model: Any, ids: Tensor) -> list[Operands]:
     return calls
 
 
-def measure(layers: list[Operands], blocks: Blocks, tolerance: float) -> dict[str, Any]:
+def measure(layers: list[Operands], shape: BlockShape, tolerance: float) -> dict[str, Any]:
     """Sparsity, error and time of all attention calls of the model with one block shape."""
     sparsities, errors, dense_ms, sparse_ms = [], [], 0.0, 0.0
-    for q, k, v in layers:
-        heads = q.shape[1]
-        dense = _dense(q, k, v)
+    for layer in layers:
+        heads, dense = layer.heads, dense_attention(layer)
         low, high = torch.zeros(heads).double(), torch.ones(heads).double()
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            fits = _error(_sparse(q, k, v, middle, blocks)[0], dense) <= tolerance
+            fits = _error(_sparse(layer, middle, shape)[0], dense) <= tolerance
             low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
         tau = torch.where(high < 1, high, KEEP_ALL)
-        out, counts = _sparse(q, k, v, tau, blocks)
-        count_q, count_k = (block_count(q.shape[2], block) for block in blocks)
-        valid = int(visible_blocks(count_q, count_k, *blocks, True, torch.device("cpu")).sum())
+        out, counts = _sparse(layer, tau, shape)
+        valid = int(layer.mask.visibility(layer.grid(shape), torch.device("cpu")).visible.sum())
         sparsities.append(1 - counts[0].sum(-1).double().cpu() / valid)
         errors.append(_error(out, dense))
-        measured = times(_calls(q, k, v, tau, blocks), rounds=5)
+        measured = times(_calls(layer, tau, shape), rounds=5)
         dense_ms += measured["dense"].median
         sparse_ms += measured["sparse"].median
     error = torch.cat(errors)
     row = {
-        "blocks": "{}x{}".format(*blocks),
+        "blocks": str(shape),
         "sparsity": float(torch.cat(sparsities).mean()),
         "mean_error": float(error.mean()),
         "worst_error": float(error.max()),
@@ -115,18 +113,12 @@ def measure(layers: list[Operands], blocks: Blocks, tolerance: float) -> dict[st
     return row
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def _sparse(layer: Operands, tau: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
+    return run(layer, SparseCall.uniform(layer.heads, 0.0, shape=shape).with_tau(tau))
 
 
-def _sparse(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    heads = q.shape[1]
-    constants = tau.tolist(), [THETA_OFF] * heads, [LAMBDA_OFF] * heads
-    return sparse_attention_with_counts(q, k, v, *constants, causal=True, block_q=blocks[0], block_k=blocks[1])
-
-
-def _calls(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, blocks: Blocks) -> dict[str, Any]:
-    return {"dense": lambda: _dense(q, k, v), "sparse": lambda: _sparse(q, k, v, tau, blocks)}
+def _calls(layer: Operands, tau: Tensor, shape: BlockShape) -> dict[str, Any]:
+    return {"dense": lambda: dense_attention(layer), "sparse": lambda: _sparse(layer, tau, shape)}
 
 
 def _error(out: Tensor, dense: Tensor) -> Tensor:

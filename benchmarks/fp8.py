@@ -16,30 +16,34 @@ from typing import Any
 
 import torch
 from common import RESULTS, save, settings
-from kernel_cases import Case, exact_rows, live_pairs, operands, relative_l1, thresholds_for
-from kernel_sections import off, ours, predict
+from kernel_cases import Case, exact_rows, live_pairs, operands, predicted, relative_l1, sparse, thresholds_for
+from kernel_sections import attention, ours
 from peers import dense_sdpa
 from timing import times
 
-from afbs_compile.kernels import fp8, hopper, hopper_fp8
-from afbs_compile.kernels.fp8_triton import quantise
+from afbs_compile.kernels.attend.hopper.engine import Hopper
+from afbs_compile.kernels.attend.hopper_fp8 import launch
+from afbs_compile.kernels.attend.hopper_fp8.rounding import quantise
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.operands import empty_output
+from afbs_compile.kernels.spec import fp8
 
 CASES = (
-    Case("full-32k", 32768, False, 0.7, precision="fp8"),
-    Case("causal-32k", 32768, True, 0.7, precision="fp8"),
-    Case("causal-128k", 131072, True, 0.7, precision="fp8"),
-    Case("full-32k-dense", 32768, False, 0.0, precision="fp8"),
-    Case("causal-8k", 8192, True, 0.7, precision="fp8"),
-    Case("d64-causal-32k", 32768, True, 0.7, heads=16, kv_heads=16, head_dim=64, precision="fp8"),
+    Case("full-32k", 32768, "full", 0.7, precision="fp8"),
+    Case("causal-32k", 32768, "causal", 0.7, precision="fp8"),
+    Case("causal-128k", 131072, "causal", 0.7, precision="fp8"),
+    Case("full-32k-dense", 32768, "full", 0.0, precision="fp8"),
+    Case("causal-8k", 8192, "causal", 0.7, precision="fp8"),
+    Case("d64-causal-32k", 32768, "causal", 0.7, heads=16, kv_heads=16, head_dim=64, precision="fp8"),
 )
-BLOCKS = (fp8.BLOCK, fp8.BLOCK)
+BLOCKS = BlockShape(fp8.BLOCK, fp8.BLOCK)
 
 
 def main() -> None:
     names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
-    parser.add_argument("--stages", nargs="+", type=int, default=[hopper_fp8.STAGES])
+    parser.add_argument("--stages", nargs="+", type=int, default=[launch.STAGES])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="fp8_h200", help="name of the result file")
@@ -51,31 +55,32 @@ def main() -> None:
 
 def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     """One case; prints a line for each part."""
-    q, k, v = operands(case, "cuda")
-    tau, lists = thresholds_for(case, q, k, BLOCKS)
-    truth = exact_rows(q, k, v, case, BLOCKS, lists)
-    constants = fp8.Constants.of([(k, v)]).packed()
-    call: dict[str, Any] = {"causal": case.causal, "block_q": fp8.BLOCK, "block_k": fp8.BLOCK}
-    lam = off(case)[1]
+    call = operands(case, "cuda")
+    tau, lists = thresholds_for(case, call, BLOCKS)
+    truth = exact_rows(call, case, BLOCKS, lists)
+    constants = fp8.Fp8Constants.of([(call.k, call.v)]).packed()
+    own = replace(case, precision="own")
 
-    def attend(stages: int, known: tuple[float, ...] | None) -> Any:
+    def attend(stages: int, known: tuple[float, ...]) -> Any:
         def run() -> torch.Tensor:
-            hopper_fp8.STAGES = stages
-            return hopper_fp8.attend(q, k, v, lists, lam, constants=known, **call)
+            launch.STAGES = stages
+            out = empty_output(call.q)
+            launch.attend(call, replace(sparse(case, tau, BLOCKS), fp8_constants=known), lists, out)
+            return out
 
         return run
 
     calls = {
-        "SDPA": dense_sdpa(q, k, v, case),
-        "operator, fp8": ours(q, k, v, case, tau, BLOCKS),
-        "operator, bf16": ours(q, k, v, replace(case, precision=None), tau, BLOCKS),
-        "predictor": lambda: predict(q, k, case, tau, BLOCKS),
-        "rounding": lambda: quantise(q, k, v, constants, None),
-        "hopper kernel, bf16": lambda: hopper.attend(q, k, v, lists, lam, **call),
-        "rounding and kernel": attend(hopper_fp8.STAGES, None),
-        "smoothed": attend(hopper_fp8.STAGES, constants),
+        "SDPA": dense_sdpa(call),
+        "operator, fp8": ours(call, case, tau, BLOCKS),
+        "operator, bf16": ours(call, own, tau, BLOCKS),
+        "predictor": lambda: predicted(call, case, tau, BLOCKS),
+        "rounding": lambda: quantise(call, constants),
+        "hopper kernel, bf16": attention(Hopper(), call, sparse(own, tau, BLOCKS), lists),
+        "rounding and kernel": attend(launch.STAGES, ()),
+        "smoothed": attend(launch.STAGES, constants),
     }
-    calls |= {f"{n} stages": attend(n, None) for n in arguments.stages}
+    calls |= {f"{n} stages": attend(n, ()) for n in arguments.stages}
     flops = 4 * case.head_dim * live_pairs(lists, case, BLOCKS)
     measured = times(calls, arguments.rounds)
     dense = measured["SDPA"].median

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import Blocks, Case, exact_rows, operands, relative_l1, sparsity_of, thresholds_for
+from kernel_cases import Case, exact_rows, operands, predicted, relative_l1, sparse, sparsity_of, thresholds_for
 from peers import dense_sdpa
 from timing import replayed, times
 from torch import Tensor, nn
 
 import afbs_compile
 from afbs_compile.backend import afbs
-from afbs_compile.kernels import flex
-from afbs_compile.kernels.op import sparse_attention_with_counts
-from afbs_compile.kernels.predict import BlockLists, lists_to_mask, predict_blocks
-from afbs_compile.kernels.reference import LAMBDA_OFF, THETA_OFF
-from afbs_compile.kernels.serving import SparseCall
+from afbs_compile.kernels.attend.engine import Engine
+from afbs_compile.kernels.attend.engines import engine_of, engines_on, family_on, kernel_of
+from afbs_compile.kernels.attend.run import run as run_call
+from afbs_compile.kernels.blocks import BlockLists, BlockShape
+from afbs_compile.kernels.call import LAMBDA_OFF, SparseCall
+from afbs_compile.kernels.operands import Operands, empty_output
 
 PREDICTOR_SHARES = {8192: 0.08, 32768: 0.04, 131072: 0.03}
 """Largest accepted share of the dense time, by length."""
 
 LARGEST_MEMORY_SHARE = 0.05
 SMALLEST_SHORT_RATIO = 0.97
-BLOCKS: tuple[Blocks, ...] = ((128, 128), (128, 64), (64, 64))
+BLOCKS = (BlockShape(128, 128), BlockShape(128, 64), BlockShape(64, 64))
 LAMBDAS = (-16.0, -10.0, -7.0)
 QUICK, LONG = 8, 131072
 
@@ -55,39 +55,30 @@ class Run:
         return replace(case, length=self.length(case.length))
 
 
-def off(case: Case) -> tuple[list[float], list[float]]:
-    """theta and lambda that switch their tests off."""
-    return [THETA_OFF] * case.heads, [LAMBDA_OFF] * case.heads
-
-
-def ours(q: Tensor, k: Tensor, v: Tensor, case: Case, tau: list[float], blocks: Blocks) -> Callable[[], Tensor]:
+def ours(call: Operands, case: Case, tau: list[float], shape: BlockShape) -> Callable[[], Tensor]:
     """The operator: predictor, lists and attention."""
-    call: dict[str, Any] = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
-    if case.precision is not None:
-        call["precision"] = case.precision
-    constants = tau, *off(case)
-    return lambda: sparse_attention_with_counts(q, k, v, *constants, **call)[0]
+    constants = sparse(case, tau, shape)
+    return lambda: run_call(call, constants)[0]
 
 
-def predict(q: Tensor, k: Tensor, case: Case, tau: list[float], blocks: Blocks) -> BlockLists:
-    """The predictor alone."""
-    return predict_blocks(q, k, tau, off(case)[0], causal=case.causal, block_q=blocks[0], block_k=blocks[1])
+def engines(device: torch.device) -> list[Engine]:
+    """The engines of this package that may run on the device and that share its predictor, the quickest last.
+
+    Always in the same order: a GPU limited by power runs a kernel the slower the hotter the one before it was.
+    """
+    return [engine for engine in reversed(engines_on(device)) if engine.family == family_on(device)]
 
 
-def engines(device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """The attention kernels of this package that may run on the device, by name."""
-    if device.type != "cuda":
-        return {"flex": _flex}
-    from afbs_compile.kernels import block_sparse
+def attention(engine: Engine, call: Operands, constants: SparseCall, lists: BlockLists) -> Callable[[], Tensor] | str:
+    """One engine's attention over given lists, or why it does not take the call."""
 
-    found: dict[str, Callable[..., Tensor]] = {"portable": block_sparse.attend}
-    if importlib.util.find_spec("afbs_compile.kernels.hopper"):
-        found["hopper"] = importlib.import_module("afbs_compile.kernels.hopper").attend
-    return found
+    def attend() -> Tensor:
+        out = empty_output(call.q)
+        engine.attend(call, constants, lists, out)
+        return out
 
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, lam: list[float], **call: Any) -> Tensor:
-    return flex.attend(q, k, v, lists_to_mask(lists, lists.indices.shape[-1]), **call)
+    reason = engine.refusal(call, constants)
+    return attend if reason is None else reason
 
 
 def _report(rows: Rows, line: str, **row: Any) -> None:
@@ -103,17 +94,17 @@ def predictor(run: Run) -> Rows:
     """
     rows: Rows = []
     for length in PREDICTOR_SHARES:
-        for causal in (False, True):
-            case = Case("predictor", run.length(length), causal, 0.7)
-            q, k, v = operands(case, run.device)
-            calls: dict[str, Callable[[], Any]] = {"dense": dense_sdpa(q, k, v, case)}
-            for blocks in BLOCKS:
-                tau, lists = thresholds_for(case, q, k, blocks)
-                call = _predictor_call(q, k, case, tau, blocks)
-                name = "{}x{}".format(*blocks)
-                calls[name], calls[name + " graph"] = call, replayed(call)
-                calls[name + " op"] = ours(q, k, v, case, tau, blocks)
-                calls[name + " attention"] = _attention(q, k, v, case, lists, blocks)
+        for mask in ("full", "causal"):
+            case = Case("predictor", run.length(length), mask, 0.7)
+            call = operands(case, run.device)
+            calls: dict[str, Callable[[], Any]] = {"dense": dense_sdpa(call)}
+            for shape in BLOCKS:
+                tau, lists = thresholds_for(case, call, shape)
+                select = _predictor_call(call, case, tau, shape)
+                name = str(shape)
+                calls[name], calls[name + " graph"] = select, replayed(select)
+                calls[name + " op"] = ours(call, case, tau, shape)
+                calls[name + " attention"] = _attention(call, case, lists, shape)
             measured = times(calls, run.rounds_at(case.length))
             dense = measured.pop("dense").median
             for name in [key for key in measured if " " not in key]:
@@ -121,11 +112,11 @@ def predictor(run: Run) -> Rows:
                 visible_ms = measured[name + " op"].median - measured[name + " attention"].median
                 _report(
                     rows,
-                    "{length:6} causal={causal!s:5} {blocks:8} adds {visible_ms:.3f} ms = {visible_share:.1%} of dense "
+                    "{length:6} {mask:6} {blocks:8} adds {visible_ms:.3f} ms = {visible_share:.1%} of dense "
                     "to a call; alone {ms:.3f} ms = {share:.1%}, on the device {device_ms:.3f} ms = "
                     "{device_share:.1%}; asked at most {asked:.0%}",
                     length=case.length,
-                    causal=causal,
+                    mask=mask,
                     blocks=name,
                     visible_ms=visible_ms,
                     visible_share=visible_ms / dense,
@@ -139,35 +130,40 @@ def predictor(run: Run) -> Rows:
     return rows
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, case: Case, lists: BlockLists, blocks: Blocks) -> Callable[[], Tensor]:
-    """The attention that the operator would run, over given lists: the last engine that takes the call."""
-    call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
-    for attend in reversed(engines(q.device).values()):
-        try:
-            attend(q, k, v, lists, off(case)[1], **call)
-        except ValueError:
-            continue
-        return lambda attend=attend: attend(q, k, v, lists, off(case)[1], **call)
-    raise ValueError(f"no engine takes {case}")
+def _attention(call: Operands, case: Case, lists: BlockLists, shape: BlockShape) -> Callable[[], Tensor]:
+    """The attention that the operator would run, over given lists."""
+    constants = sparse(case, [0.5] * case.heads, shape)
+    return _runs(attention(engine_of(call, constants)[0], call, constants, lists))
 
 
-def _predictor_call(q: Tensor, k: Tensor, case: Case, tau: list[float], blocks: Blocks) -> Callable[[], BlockLists]:
-    return lambda: predict(q, k, case, tau, blocks)
+def _runs(call: Callable[[], Tensor] | str) -> Callable[[], Tensor]:
+    """A call that is there.
+
+    Raises:
+        ValueError: it is refused.
+    """
+    if isinstance(call, str):
+        raise ValueError(call)
+    return call
+
+
+def _predictor_call(call: Operands, case: Case, tau: list[float], shape: BlockShape) -> Callable[[], BlockLists]:
+    return lambda: predicted(call, case, tau, shape)
 
 
 def imbalance(run: Run) -> Rows:
     """One head dense and one 95 % sparse in a launch, against the same live work spread evenly over the heads."""
     rows: Rows = []
     for heads, others in ((32, 0.7), (2, 0.7)):
-        case = Case("imbalance", run.length(32768), True, 0.7, heads=heads, kv_heads=heads)
-        q, k, v = operands(case, run.device)
+        case = Case("imbalance", run.length(32768), "causal", 0.7, heads=heads, kv_heads=heads)
+        call = operands(case, run.device)
         wanted = [0.0, 0.95, *[others] * (heads - 2)]
-        for blocks in ((128, 128), (64, 64)):
-            tau, lists = thresholds_for(case, q, k, blocks, wanted)
-            mean = float(sparsity_of(lists, case, blocks).mean())
-            even, even_lists = thresholds_for(case, q, k, blocks, [mean] * heads)
-            calls = {name: ours(q, k, v, case, t, blocks) for name, t in (("uneven", tau), ("even", even))}
-            error = relative_l1(calls["uneven"](), exact_rows(q, k, v, case, blocks, lists))
+        for shape in (BLOCKS[0], BLOCKS[2]):
+            tau, lists = thresholds_for(case, call, shape, wanted)
+            mean = float(sparsity_of(lists, case, shape).mean())
+            even, even_lists = thresholds_for(case, call, shape, [mean] * heads)
+            calls = {name: ours(call, case, t, shape) for name, t in (("uneven", tau), ("even", even))}
+            error = relative_l1(calls["uneven"](), exact_rows(call, case, shape, lists))
             measured = times(calls, run.rounds)
             live = [float(x.counts.sum()) for x in (lists, even_lists)]
             uneven_ms, even_ms = measured["uneven"].median, measured["even"].median
@@ -176,7 +172,7 @@ def imbalance(run: Run) -> Rows:
                 "{heads:2} heads {blocks:8} uneven {uneven_ms:.3f} ms, even {even_ms:.3f} ms: {cost:.3f} times per "
                 "live block, error {relative_l1:.1e}",
                 heads=heads,
-                blocks="{}x{}".format(*blocks),
+                blocks=str(shape),
                 mean_sparsity=mean,
                 uneven_ms=uneven_ms,
                 even_ms=even_ms,
@@ -192,16 +188,17 @@ def negligible_tiles(run: Run) -> Rows:
     The Hopper kernel takes no lambda: with and without it are compared on the portable kernel, and both with what the
     operator runs by default.
     """
-    case = Case("lambda", run.length(32768), True, 0.7)
-    q, k, v = operands(case, run.device)
+    case = Case("lambda", run.length(32768), "causal", 0.7)
+    call = operands(case, run.device)
+    portable = next(engine for engine in engines(call.device) if engine.name == "portable")
     rows: Rows = []
-    for blocks in ((128, 128), (64, 64)):
-        _, lists = thresholds_for(case, q, k, blocks)
-        truth = exact_rows(q, k, v, case, blocks, lists)
-        kernel = SparseCall(q, k, v, off(case)[1], case.causal, *blocks).kernel().name
-        calls = {"default": _attention(q, k, v, case, lists, blocks)}
+    for shape in (BLOCKS[0], BLOCKS[2]):
+        tau, lists = thresholds_for(case, call, shape)
+        truth = exact_rows(call, case, shape, lists)
+        kernel = kernel_of(call, sparse(case, tau, shape)).name
+        calls = {"default": _attention(call, case, lists, shape)}
         for lam in (LAMBDA_OFF, *LAMBDAS):
-            calls[str(lam)] = _portable(q, k, v, case, lists, blocks, lam)
+            calls[str(lam)] = _runs(attention(portable, call, sparse(case, tau, shape, lam), lists))
         measured = times(calls, run.rounds)
         for lam in (LAMBDA_OFF, *LAMBDAS):
             ms = measured[str(lam)].median
@@ -210,7 +207,7 @@ def negligible_tiles(run: Run) -> Rows:
                 "lambda {lam:7} {blocks:8} {ms:.3f} ms, {gain:.3f} times as fast as without, {overall:.3f} times as "
                 "fast as the default ({default}), error {relative_l1:.1e}",
                 lam=lam,
-                blocks="{}x{}".format(*blocks),
+                blocks=str(shape),
                 ms=ms,
                 gain=measured[str(LAMBDA_OFF)].median / ms,
                 overall=measured["default"].median / ms,
@@ -220,38 +217,28 @@ def negligible_tiles(run: Run) -> Rows:
     return rows
 
 
-def _portable(
-    q: Tensor, k: Tensor, v: Tensor, case: Case, lists: BlockLists, blocks: Blocks, lam: float
-) -> Callable[[], Tensor]:
-    """Attention over given lists on the kernel that knows lambda."""
-    from afbs_compile.kernels import block_sparse
-
-    call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
-    return lambda: block_sparse.attend(q, k, v, lists, [lam] * case.heads, **call)
-
-
 def memory(run: Run) -> Rows:
     """Peak memory of a call beyond q, k, v and the output, as a share of those four."""
     rows: Rows = []
-    for causal in (True, False):
-        case = Case("memory", run.length(131072), causal, 0.7)
-        q, k, v = operands(case, run.device)
-        for blocks in BLOCKS:
-            call = ours(q, k, v, case, [0.5] * case.heads, blocks)
-            call()
+    for mask in ("causal", "full"):
+        case = Case("memory", run.length(131072), mask, 0.7)
+        call = operands(case, run.device)
+        for shape in BLOCKS:
+            attend = ours(call, case, [0.5] * case.heads, shape)
+            attend()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            size = call().nbytes
+            size = attend().nbytes
             extra = torch.cuda.max_memory_allocated() - before - size
             _report(
                 rows,
-                "{length} causal={causal!s:5} {blocks:8} {extra_mib:.0f} MiB = {share:.1%}; asked at most {asked:.0%}",
+                "{length} {mask:6} {blocks:8} {extra_mib:.0f} MiB = {share:.1%}; asked at most {asked:.0%}",
                 length=case.length,
-                causal=causal,
-                blocks="{}x{}".format(*blocks),
+                mask=mask,
+                blocks=str(shape),
                 extra_mib=extra / 2**20,
-                share=extra / (q.nbytes + k.nbytes + v.nbytes + size),
+                share=extra / (call.q.nbytes + call.k.nbytes + call.v.nbytes + size),
                 asked=LARGEST_MEMORY_SHARE,
             )
     return rows
@@ -268,10 +255,12 @@ def short(run: Run) -> Rows:
     """At most 2K tokens through the backend, against inductor: the recipe comes from a longer, sparse sample."""
     gpu = run.device == "cuda"
     heads, dim, dtype = (32, 128, torch.bfloat16) if gpu else (4, 64, torch.float32)
-    longest = Case("short", 16384 if gpu else 8192, True, 0.7, heads=heads, kv_heads=heads, head_dim=dim, dtype=dtype)
-    sample = operands(longest, run.device)
+    longest = Case(
+        "short", 16384 if gpu else 8192, "causal", 0.7, heads=heads, kv_heads=heads, head_dim=dim, dtype=dtype
+    )
+    sample = _tensors(longest, run.device)
     model = _Attention().eval()
-    recipe = afbs_compile.calibrate(model, [tuple(sample)])
+    recipe = afbs_compile.calibrate(model, [sample])
     rows: Rows = []
     for dynamic in (False, True):
         torch._dynamo.reset()
@@ -279,7 +268,7 @@ def short(run: Run) -> Rows:
         sparse = torch.compile(model, backend=afbs, dynamic=dynamic, options={"recipe": recipe})
         sparse(*sample)
         for length in (512, 1024, 2048):
-            qkv = operands(replace(longest, length=length), run.device)
+            qkv = _tensors(replace(longest, length=length), run.device)
             measured = times({"dense": _call(dense, qkv), "sparse": _call(sparse, qkv)}, run.rounds)
             ratio = measured["dense"].median / measured["sparse"].median
             _report(
@@ -291,9 +280,14 @@ def short(run: Run) -> Rows:
                 sparse_ms=measured["sparse"].median,
                 ratio=ratio,
                 asked=SMALLEST_SHORT_RATIO,
-                sparse_from=[site.min_length for site in recipe.sites],
+                sparse_from=[site.call.min_length for site in recipe.sites],
             )
     return rows
+
+
+def _tensors(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    call = operands(case, device)
+    return call.q, call.k, call.v
 
 
 def _call(model: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> Callable[[], Tensor]:

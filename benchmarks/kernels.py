@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import multiprocessing
 import sys
 import time
@@ -30,20 +29,21 @@ from common import RESULTS, save, settings
 from kernel_cases import (
     CPU_CASES,
     GPU_CASES,
-    Blocks,
     Case,
     exact_rows,
     live_pairs,
     operands,
+    predicted,
     relative_l1,
+    sparse,
     sparsity_of,
     thresholds_for,
 )
-from kernel_sections import BLOCKS, Run, engines, off, ours
-from peers import dense_peers, dense_sdpa, sparse_peers
+from kernel_sections import BLOCKS, Run, attention, engines, ours
+from peers import SHAPE, dense_peers, dense_sdpa, sparse_peers
 from timing import matrix_tflops, times
 
-from afbs_compile.kernels.op import sparse_attention_with_counts
+from afbs_compile.kernels.blocks import BlockShape
 
 SECTIONS: dict[str, Callable[[Run], list[dict[str, Any]]]] = {
     "predictor": kernel_sections.predictor,
@@ -88,52 +88,38 @@ def main() -> None:
     save(arguments.name, arguments.out, result)
 
 
-def supported(case: Case) -> bool:
-    """Whether the operator has the case's precision."""
-    return case.precision is None or "precision" in inspect.signature(sparse_attention_with_counts).parameters
-
-
 def measure(run: Run, case: Case, rate: float, with_peers: bool) -> dict[str, Any]:
     """All engines on one case, as records; prints a line each."""
     record: dict[str, Any] = {**dataclasses.asdict(case), "dtype": str(case.dtype), "rows": []}
     print(f"\n{case.name}: {case.heads}/{case.kv_heads} heads, head_dim {case.head_dim}, {case.dtype}", flush=True)
-    if not supported(case):
-        print("  the operator has no such precision")
-        return record
-    q, k, v = operands(case, run.device)
-    scratch = Rows(run, case, rate, q, k, v)
-    dense = exact_rows(q, k, v, case, (128, 128), None)
-    scratch.add("SDPA (default)", dense_sdpa(q, k, v, case), dense, case.dense_flops)
+    call = operands(case, run.device)
+    scratch = Rows(run, case, rate)
+    dense = exact_rows(call, case, BLOCKS[0], None)
+    scratch.add("SDPA (default)", dense_sdpa(call), dense, case.dense_flops)
     if with_peers:
-        for name, call in dense_peers(q, k, v, case).items():
-            scratch.add(name, call, dense, case.dense_flops)
-    for blocks in BLOCKS:
-        tau, lists = thresholds_for(case, q, k, blocks)
-        truth = exact_rows(q, k, v, case, blocks, lists)
-        flops = 4 * case.head_dim * live_pairs(lists, case, blocks)
-        sparsity = float(sparsity_of(lists, case, blocks).mean())
-        shown = {"blocks": "{}x{}".format(*blocks), "sparsity": sparsity}
-        scratch.add("ours", ours(q, k, v, case, tau, blocks), truth, flops, **shown)
-        for name, attend in engines(q.device).items():
-            call = engine_call(attend, q, k, v, lists, case, blocks)
-            scratch.add(f"{name} kernel, no predictor", call, truth, flops, **shown)
-        if with_peers and blocks == (128, 128):
-            for name, peer in sparse_peers(q, k, v, case, lists).items():
+        for name, peer in dense_peers(call, case).items():
+            scratch.add(name, peer, dense, case.dense_flops)
+    for shape in BLOCKS:
+        tau, lists = thresholds_for(case, call, shape)
+        truth = exact_rows(call, case, shape, lists)
+        flops = 4 * case.head_dim * live_pairs(lists, case, shape)
+        sparsity = float(sparsity_of(lists, case, shape).mean())
+        shown = {"blocks": str(shape), "sparsity": sparsity}
+        scratch.add("ours", ours(call, case, tau, shape), truth, flops, **shown)
+        for engine in engines(call.device):
+            alone = attention(engine, call, sparse(case, tau, shape), lists)
+            scratch.add(f"{engine.name} kernel, no predictor", alone, truth, flops, **shown)
+        if with_peers and shape == SHAPE:
+            for name, peer in sparse_peers(call, case, lists).items():
                 scratch.add(name, peer, truth, flops, **shown)
     record["rows"] = scratch.timed()
     return record
 
 
-def engine_call(attend: Any, q: Any, k: Any, v: Any, lists: Any, case: Case, blocks: Blocks) -> Callable[[], Any]:
-    """One engine over given lists."""
-    call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
-    return lambda: attend(q, k, v, lists, off(case)[1], **call)
-
-
 class Rows:
     """Collects the calls of a case with what they should give, then times them in turns."""
 
-    def __init__(self, run: Run, case: Case, rate: float, q: Any, k: Any, v: Any) -> None:
+    def __init__(self, run: Run, case: Case, rate: float) -> None:
         self._run, self._case, self._rate = run, case, rate
         self._calls: dict[str, Callable[[], Any]] = {}
         self._rows: dict[str, dict[str, Any]] = {}
@@ -194,7 +180,7 @@ def print_verdict(cases: list[dict[str, Any]]) -> None:
 
 def compile_ahead(cases: list[Case], with_peers: bool) -> None:
     """Fill Triton's and inductor's caches from several processes: one alone takes longer than the measurements."""
-    jobs = [(case, blocks, with_peers) for case in cases if supported(case) for blocks in BLOCKS]
+    jobs = [(case, shape, with_peers) for case in cases for shape in BLOCKS]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(COMPILERS, max(len(jobs), 1)), mp_context=context) as pool:
         for done in [pool.submit(_compile_one, *job) for job in jobs]:
@@ -202,23 +188,22 @@ def compile_ahead(cases: list[Case], with_peers: bool) -> None:
                 print(f"compiling ahead failed: {done.exception()}", file=sys.stderr)
 
 
-def _compile_one(case: Case, blocks: Blocks, with_peers: bool) -> None:
+def _compile_one(case: Case, shape: BlockShape, with_peers: bool) -> None:
     """Run every call of a case once, on noise; what fails here fails again, and is reported, where it is timed."""
-    heads = (case.heads, case.kv_heads, case.kv_heads)
-    q, k, v = (
-        torch.randn(1, case.length, h, case.head_dim, dtype=case.dtype, device="cuda").transpose(1, 2) for h in heads
-    )
-    calls = [ours(q, k, v, case, [0.5] * case.heads, blocks)]
-    lists = kernel_sections.predict(q, k, case, [0.5] * case.heads, blocks)
-    calls += [engine_call(attend, q, k, v, lists, case, blocks) for attend in engines(q.device).values()]
-    if with_peers and blocks == (128, 128):
-        calls += [call for call in sparse_peers(q, k, v, case, lists).values() if not isinstance(call, str)]
+    there = operands(dataclasses.replace(case, noise=True), "cuda")
+    tau = [0.5] * case.heads
+    lists = predicted(there, case, tau, shape)
+    found = [ours(there, case, tau, shape)]
+    found += [attention(engine, there, sparse(case, tau, shape), lists) for engine in engines(lists.whole.device)]
+    if with_peers and shape == SHAPE:
+        found += sparse_peers(there, case, lists).values()
+    calls = [call for call in found if not isinstance(call, str)]
     with torch.no_grad():
         for call in calls:
             try:
                 call()
             except Exception as error:
-                print(f"{case.name} {blocks}: {type(error).__name__}", file=sys.stderr)
+                print(f"{case.name} {shape}: {type(error).__name__}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,41 +13,44 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from afbs_compile.kernels.predict import BlockLists, lists_to_mask, mask_to_lists
-from afbs_compile.kernels.reference import diagonal_blocks
+from afbs_compile.kernels.blocks import BlockLists, BlockShape
+from afbs_compile.kernels.operands import Operands
 
 Peer = Callable[[], Tensor] | str
 
+SHAPE = BlockShape(128, 128)
+"""Of the sparse peers."""
 
-def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Callable[[], Tensor]:
+
+def dense_sdpa(operands: Operands) -> Callable[[], Tensor]:
     """PyTorch's default on this device."""
-    return lambda: F.scaled_dot_product_attention(
-        q, k, v, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads
-    )
+    q, k, v = operands.q, operands.k, operands.v
+    mask = operands.mask.sdpa_arguments(operands.q_len, operands.k_len, operands.device)
+    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=operands.groups > 1, **mask)
 
 
-def dense_peers(q: Tensor, k: Tensor, v: Tensor, case: Case) -> dict[str, Peer]:
+def dense_peers(operands: Operands, case: Case) -> dict[str, Peer]:
     """Dense attention by other backends and packages."""
 
     def torch_flash() -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return dense_sdpa(q, k, v, case)()
+            return dense_sdpa(operands)()
 
-    if q.device.type != "cuda":
+    if operands.device.type != "cuda":
         return {}
     return {
         "torch flash": torch_flash,
-        "flash_attn 2": _package_call("flash_attn", "flash_attn_func", q, k, v, causal=case.causal),
-        "flash_attn 4": _package_call("flash_attn.cute", "flash_attn_func", q, k, v, causal=case.causal),
+        "flash_attn 2": _package_call("flash_attn", "flash_attn_func", operands, causal=case.mask == "causal"),
+        "flash_attn 4": _package_call("flash_attn.cute", "flash_attn_func", operands, causal=case.mask == "causal"),
     }
 
 
-def sparse_peers(q: Tensor, k: Tensor, v: Tensor, case: Case, lists: BlockLists) -> dict[str, Peer]:
-    """Attention over the same live 128 x 128 blocks, predictor not included; SpargeAttn brings its own."""
-    peers: dict[str, Peer] = {"flex_attention": _flex(q, k, v, case, lists)}
-    if q.device.type == "cuda":
-        peers["flash_attn 4 block-sparse"] = _flash_attn_4(q, k, v, case, lists)
-        peers["SpargeAttn, predictor included"] = _sparge(q, k, v, case)
+def sparse_peers(operands: Operands, case: Case, lists: BlockLists) -> dict[str, Peer]:
+    """Attention over the same live blocks of :data:`SHAPE`, predictor not included; SpargeAttn brings its own."""
+    peers: dict[str, Peer] = {"flex_attention": _flex(operands, lists)}
+    if operands.device.type == "cuda":
+        peers["flash_attn 4 block-sparse"] = _flash_attn_4(operands, case, lists)
+        peers["SpargeAttn, predictor included"] = _sparge(operands, case)
     return peers
 
 
@@ -60,48 +63,51 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, case: Case, lists: BlockLists) -> Peer:
-    full = lists
-    count = lists.indices.shape[-1]
-    partial = BlockLists(torch.zeros_like(lists.counts), torch.zeros_like(lists.indices))
-    if case.causal:
-        live = lists_to_mask(lists, count)
-        masked = live & diagonal_blocks(lists.indices.shape[-2], count, 128, 128, q.device)
-        partial, full = mask_to_lists(masked), mask_to_lists(live & ~masked)
+def _flex(operands: Operands, lists: BlockLists) -> Peer:
+    whole, partial, indices = lists
+    place = torch.arange(indices.shape[-1], device=indices.device) + whole[..., None]
     mask = BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=(128, 128), mask_mod=_causal, seq_lengths=(case.length,) * 2, compute_q_blocks=False
+        partial,
+        indices.gather(-1, place.clamp_max(indices.shape[-1] - 1)),
+        whole,
+        indices,
+        BLOCK_SIZE=SHAPE,
+        mask_mod=_causal,
+        seq_lengths=(operands.q_len, operands.k_len),
+        compute_q_blocks=False,
     )
-    return lambda: _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=case.heads != case.kv_heads)
+    q, k, v, gqa = operands.q, operands.k, operands.v, operands.groups > 1
+    return lambda: _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=gqa)
 
 
-def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor, case: Case, lists: BlockLists) -> Peer:
+def _flash_attn_4(operands: Operands, case: Case, lists: BlockLists) -> Peer:
     try:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     except ImportError:
         return "not installed"
-    if case.causal:
+    if case.mask == "causal":
         return "its blocks on the diagonal need a mask written in CuTe"
     none = torch.zeros_like(lists.counts), torch.zeros_like(lists.indices)
-    blocks = BlockSparseTensorsTorch(*none, lists.counts, lists.indices, block_size=(128, 128))
-    return _package_call("flash_attn.cute", "flash_attn_func", q, k, v, block_sparse_tensors=blocks)
+    blocks = BlockSparseTensorsTorch(*none, lists.counts, lists.indices, block_size=SHAPE)
+    return _package_call("flash_attn.cute", "flash_attn_func", operands, block_sparse_tensors=blocks)
 
 
-def _sparge(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Peer:
+def _sparge(operands: Operands, case: Case) -> Peer:
     try:
         from spas_sage_attn import spas_sage2_attn_meansim_topk_cuda
     except ImportError:
         return "not installed"
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    return lambda: spas_sage2_attn_meansim_topk_cuda(q, k, v, topk=1 - case.sparsity, is_causal=case.causal)
+    q, k, v = (x.contiguous() for x in (operands.q, operands.k, operands.v))
+    return lambda: spas_sage2_attn_meansim_topk_cuda(q, k, v, topk=1 - case.sparsity, is_causal=case.mask == "causal")
 
 
-def _package_call(package: str, name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Peer:
+def _package_call(package: str, name: str, operands: Operands, **options: Any) -> Peer:
     """A function of the flash_attn family: operands and result are ``[B, N, H, D]``."""
     try:
         function = getattr(__import__(package, fromlist=[name]), name)
     except (ImportError, AttributeError):
         return "not installed"
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (operands.q, operands.k, operands.v))
 
     def call() -> Tensor:
         out = function(q, k, v, **options)

@@ -15,20 +15,23 @@ from typing import Any
 
 import torch
 from common import RESULTS, save, settings
-from kernel_cases import Blocks, Case, exact_rows, live_pairs, operands, relative_l1, thresholds_for
-from kernel_sections import BLOCKS, off, predict
+from kernel_cases import Case, exact_rows, live_pairs, operands, predicted, relative_l1, sparse, thresholds_for
+from kernel_sections import BLOCKS, attention
 from peers import dense_sdpa
 from timing import times
 from torch import Tensor
 
-from afbs_compile.kernels import block_sparse, tiling
-from afbs_compile.kernels.predict import BlockLists
+from afbs_compile.kernels.attend.portable import launch, tiling
+from afbs_compile.kernels.attend.portable.engine import Portable
+from afbs_compile.kernels.blocks import BlockLists, BlockShape
+from afbs_compile.kernels.launcher import padded
+from afbs_compile.kernels.operands import Operands
 
 CASES = [
-    Case("d128-causal", 16384, True, 0.7),
-    Case("d128-full", 16384, False, 0.7),
-    Case("d64-causal", 16384, True, 0.7, head_dim=64),
-    Case("d256-causal", 16384, True, 0.7, heads=8, kv_heads=8, head_dim=256),
+    Case("d128-causal", 16384, "causal", 0.7),
+    Case("d128-full", 16384, "full", 0.7),
+    Case("d64-causal", 16384, "causal", 0.7, head_dim=64),
+    Case("d256-causal", 16384, "causal", 0.7, heads=8, kv_heads=8, head_dim=256),
 ]
 WIDER = ((128, 128, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3))
 """Launch shapes that are timed beside those the rule admits: it must be seen to be right."""
@@ -62,41 +65,46 @@ def compile_ahead(cases: list[Case]) -> None:
                 print(f"{job}: {done.exception()}", flush=True)
 
 
-def _compile_one(case: Case, blocks: Blocks, shape: tiling.LaunchShape) -> None:
-    heads = (case.heads, case.kv_heads, case.kv_heads)
-    q, k, v = (torch.randn(1, h, 4096, case.head_dim, dtype=case.dtype, device="cuda") for h in heads)
-    lists = predict(q, k, case, [0.5] * case.heads, blocks)
-    _only(shape, portable(q, k, v, case, lists, blocks))()
+def _compile_one(case: Case, blocks: BlockShape, shape: tiling.LaunchShape) -> None:
+    call = operands(replace(case, length=4096, noise=True), "cuda")
+    lists = predicted(call, case, [0.5] * case.heads, blocks)
+    _only(shape, portable(call, case, lists, blocks))()
 
 
-def shapes_of(case: Case, blocks: Blocks) -> list[tiling.LaunchShape]:
+def shapes_of(case: Case, blocks: BlockShape) -> list[tiling.LaunchShape]:
     """What the rule admits and, after that, wider tiles."""
     shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
-    sizes = *blocks, 1 << (case.head_dim - 1).bit_length(), case.dtype.itemsize
+    sizes = blocks, padded(case.head_dim), case.dtype.itemsize
     shapes = dict.fromkeys(tiling.candidates(*sizes, tiling.Chip(shared, hopper=True)))
-    fit = [shape for shape in WIDER if blocks[0] % shape[0] == 0 and blocks[1] % shape[1] == 0]
+    fit = [shape for shape in WIDER if blocks.q % shape[0] == 0 and blocks.k % shape[1] == 0]
     return list(shapes | dict.fromkeys(tiling.LaunchShape(*shape) for shape in fit))
 
 
-def portable(q: Tensor, k: Tensor, v: Tensor, case: Case, lists: BlockLists, blocks: Blocks) -> Callable[[], Tensor]:
-    """The portable kernel over given lists."""
-    call = {"causal": case.causal, "block_q": blocks[0], "block_k": blocks[1]}
-    return lambda: block_sparse.attend(q, k, v, lists, off(case)[1], **call)
+def portable(call: Operands, case: Case, lists: BlockLists, blocks: BlockShape) -> Callable[[], Tensor]:
+    """The portable kernel over given lists.
+
+    Raises:
+        ValueError: it does not take them.
+    """
+    found = attention(Portable(), call, sparse(case, [0.5] * case.heads, blocks), lists)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
     """All launch shapes of all block shapes on one case."""
-    q, k, v = operands(case, "cuda")
+    call = operands(case, "cuda")
     records = []
     for blocks in BLOCKS:
-        lists = thresholds_for(case, q, k, blocks)[1]
-        truth = exact_rows(q, k, v, case, blocks, lists)
+        lists = thresholds_for(case, call, blocks)[1]
+        truth = exact_rows(call, case, blocks, lists)
         flops = 4 * case.head_dim * live_pairs(lists, case, blocks)
-        calls = {"dense": dense_sdpa(q, k, v, case)}
+        calls = {"dense": dense_sdpa(call)}
         shapes = {}
         for shape in shapes_of(case, blocks):
             name = "{}x{} w{} s{}".format(*shape)
-            calls[name] = _only(shape, portable(q, k, v, case, lists, blocks))
+            calls[name] = _only(shape, portable(call, case, lists, blocks))
             try:
                 shapes[name] = relative_l1(calls[name](), truth)
             except Exception as error:
@@ -107,7 +115,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
             ms = measured[name].median
             ratio, tflops = measured["dense"].median / ms, flops / ms / 1e9
             print(
-                f"{case.name:12} {blocks[0]}x{blocks[1]:<4} {name:15} {ms:8.3f} ms {ratio:5.2f}x {tflops:4.0f} TFLOP/s "
+                f"{case.name:12} {blocks!s:8} {name:15} {ms:8.3f} ms {ratio:5.2f}x {tflops:4.0f} TFLOP/s "
                 f"error {error:.1e}",
                 flush=True,
             )
@@ -120,11 +128,11 @@ def _only(shape: tiling.LaunchShape, call: Callable[[], Tensor]) -> Callable[[],
     """The call with one launch shape."""
 
     def run() -> Tensor:
-        choose, block_sparse.choose = block_sparse.choose, lambda *_: shape
+        choose, launch.choose = launch.choose, lambda *_: shape
         try:
             return call()
         finally:
-            block_sparse.choose = choose
+            launch.choose = choose
 
     return run
 

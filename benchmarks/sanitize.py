@@ -15,35 +15,39 @@ import os
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
-from typing import Any
-
 import torch
-from kernel_sections import engines
 from torch import Tensor
 
-from afbs_compile.kernels import fp8, hopper_fp8, reference
-from afbs_compile.kernels.predict import BlockLists, lists_to_mask, mask_to_lists
-from afbs_compile.kernels.predict_triton import predict_blocks
+from afbs_compile.kernels.attend.engine import Engine
+from afbs_compile.kernels.attend.hopper.engine import Hopper
+from afbs_compile.kernels.attend.hopper_fp8.engine import HopperFp8
+from afbs_compile.kernels.attend.portable.engine import Portable
+from afbs_compile.kernels.blocks import BlockLists, BlockShape, lists_of, live_of
+from afbs_compile.kernels.call import LAMBDA_OFF, THETA_OFF, SparseCall
+from afbs_compile.kernels.masks.registry import mask_of
+from afbs_compile.kernels.operands import Operands, empty_output
+from afbs_compile.kernels.select import triton
+from afbs_compile.kernels.spec.attention import masked_attention
+from afbs_compile.kernels.spec.fp8 import BLOCK
+from afbs_compile.kernels.spec.selection import near_blocks
 
 HEADS, KV_HEADS = 4, 2
-TAU, THETA, LAM = [0.4, 0.7, 0.9, 1.0], [reference.THETA_OFF, 0.1, 0.2, reference.THETA_OFF], [-1000.0, -8.0, 0.0, -2.0]
+TAU, OFF = (0.4, 0.7, 0.9, 1.0), (THETA_OFF,) * HEADS
+THETA, LAM = (THETA_OFF, 0.1, 0.2, THETA_OFF), (LAMBDA_OFF, -8.0, 0.0, -2.0)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-OFF = [reference.LAMBDA_OFF] * HEADS
 CALLS = (
-    # length, head_dim, dtype, causal, block_q, block_k, lambda on
-    (300, 128, torch.bfloat16, True, 128, 128, False),
-    (300, 64, torch.float16, False, 128, 64, True),
-    (257, 128, torch.bfloat16, True, 64, 64, True),
-    (200, 80, torch.float16, True, 128, 64, False),
-    (200, 64, torch.float32, True, 64, 64, False),
+    # length, head_dim, dtype, mask, blocks, lambda on
+    (300, 128, torch.bfloat16, "causal", BlockShape(128, 128), False),
+    (300, 64, torch.float16, "full", BlockShape(128, 64), True),
+    (257, 128, torch.bfloat16, "causal", BlockShape(64, 64), True),
+    (200, 80, torch.float16, "causal", BlockShape(128, 64), False),
+    (200, 64, torch.float32, "causal", BlockShape(64, 64), False),
 )
-
-
 HOPPER_CALLS = tuple(
-    (length, dim, dtype, causal, block_k)
+    (length, dim, dtype, mask, BlockShape(128, block_k))
     for dim in (64, 128)
     for block_k in (128, 64)
-    for length, dtype, causal in ((513, torch.bfloat16, True), (300, torch.float16, False))
+    for length, dtype, mask in ((513, torch.bfloat16, "causal"), (300, torch.float16, "full"))
 )
 """Every kernel that Hopper's can become: head_dim, block shape and mask; each compiles for some seconds."""
 
@@ -53,47 +57,54 @@ FP8_TOLERANCE = 4e-2
 
 def main() -> None:
     torch.manual_seed(0)
-    for length, dim, dtype, causal, block_q, block_k, uses_lambda in CALLS:
-        q, k, v = (_with_gaps(h, length, dim, dtype) for h in (HEADS, KV_HEADS, KV_HEADS))
-        call = {"causal": causal, "block_q": block_q, "block_k": block_k}
-        for theta in (THETA, [reference.THETA_OFF] * HEADS):
-            lists = predict_blocks(q, k, TAU, theta, **call)
-        _compare("portable", q, k, v, lists, LAM if uses_lambda else OFF, **call)
-    hopper = engines(torch.device("cuda")).get("hopper")
-    if hopper is None or torch.cuda.get_device_capability()[0] != 9:
+    for length, dim, dtype, mask, shape, uses_lambda in CALLS:
+        operands = _operands(length, dim, dtype, mask)
+        for theta in (THETA, OFF):
+            call = _call(shape, theta, LAM if uses_lambda else (LAMBDA_OFF,) * HEADS)
+            lists = triton.select(operands, call)
+        _compare(Portable(), operands, call, lists)
+    if torch.cuda.get_device_capability()[0] != 9:
         print("no Hopper GPU: its kernel was not run")
         return
-    for length, dim, dtype, causal, block_k in HOPPER_CALLS:
-        q, k, v = (_with_gaps(h, length, dim, dtype) for h in (HEADS, KV_HEADS, KV_HEADS))
-        call = {"causal": causal, "block_q": 128, "block_k": block_k}
-        lists = mask_to_lists(_half(length, **call))
-        _compare("hopper", q, k, v, lists, OFF, **call)
-        if block_k == fp8.BLOCK:
-            _compare("fp8", q, k, v, lists, OFF, **call)
+    for length, dim, dtype, mask, shape in HOPPER_CALLS:
+        operands, call = _operands(length, dim, dtype, mask), _call(shape, OFF, (LAMBDA_OFF,) * HEADS)
+        lists = _half(operands, shape)
+        _compare(Hopper(), operands, call, lists)
+        if shape.k == BLOCK:
+            _compare(HopperFp8(), operands, call, lists)
 
 
-def _compare(name: str, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, lam: list[float], **call: Any) -> None:
+def _call(shape: BlockShape, theta: tuple[float, ...], lam: tuple[float, ...]) -> SparseCall:
+    return SparseCall(TAU, theta, lam, ("meansim",) * HEADS, shape)
+
+
+def _compare(engine: Engine, operands: Operands, call: SparseCall, lists: BlockLists) -> None:
     """Run one kernel against the reference over the same blocks.
 
     Raises:
-        AssertionError: they differ by more than rounding.
+        AssertionError: they differ by more than rounding, or the engine does not take the call.
     """
-    live = lists_to_mask(lists, lists.indices.shape[-1])
-    truth = reference.masked_attention(q, k, v, live, lam, **call)
-    attend = hopper_fp8.attend if name == "fp8" else engines(q.device)[name]
-    off = float((attend(q, k, v, lists, lam, **call) - truth).float().abs().mean())
-    kind = "causal={causal} {block_q}x{block_k}".format(**call)
-    print(f"{name:9} {q.shape[2]} x {q.shape[3]} {q.dtype} {kind}: {off:.1e}", flush=True)
-    assert off <= (FP8_TOLERANCE if name == "fp8" else TOLERANCE[q.dtype])
+    reason = engine.refusal(operands, call)
+    assert reason is None, reason
+    q, out = operands.q, empty_output(operands.q)
+    engine.attend(operands, call, lists, out)
+    off = float((out - masked_attention(operands, live_of(lists), call.lam, call.shape)).float().abs().mean())
+    print(f"{engine.name:9} {q.shape[2]} x {q.shape[3]} {q.dtype} {operands.mask} {call.shape}: {off:.1e}", flush=True)
+    assert off <= (FP8_TOLERANCE if engine.precision == "fp8" else TOLERANCE[q.dtype])
 
 
-def _half(length: int, causal: bool, block_q: int, block_k: int) -> Tensor:
+def _half(operands: Operands, shape: BlockShape) -> BlockLists:
     """Random blocks of every head and those on the diagonal: lists without the predictor and its compilation."""
-    counts = [reference.block_count(length, block) for block in (block_q, block_k)]
-    shape = (*counts, block_q, block_k)
-    live = torch.rand(1, HEADS, *counts, device="cuda") < 0.5
-    live |= reference.diagonal_blocks(*shape, live.device)
-    return live & reference.visible_blocks(*shape, causal, live.device)
+    grid = operands.grid(shape)
+    live = torch.rand(1, HEADS, grid.count_q, grid.count_k, device="cuda") < 0.5
+    live |= near_blocks(operands.mask, grid, live.device)
+    visible, whole = operands.mask.visibility(grid, live.device)
+    return lists_of(live & visible, whole)
+
+
+def _operands(length: int, dim: int, dtype: torch.dtype, mask: str) -> Operands:
+    q, k, v = (_with_gaps(heads, length, dim, dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return Operands(q, k, v, mask_of(mask), dim**-0.5)
 
 
 def _with_gaps(heads: int, length: int, dim: int, dtype: torch.dtype) -> Tensor:

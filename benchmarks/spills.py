@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import RESULTS, save, settings
 from kernel_sections import BLOCKS
 
-from afbs_compile.kernels.tiling import candidates
+from afbs_compile.kernels.attend.portable.tiling import candidates
 from tests.kernels.targets import TARGETS, TOLERATED_SPILLS, Job, compile_one
 
 DIMS = (64, 128, 256)
@@ -45,17 +45,17 @@ def report(name: str) -> list[dict[str, object]]:
     chip = TARGETS[name].chip
     for dtype, itemsize in ITEMSIZES.items():
         for dim in DIMS:
-            for block_q, block_k in BLOCKS:
-                for rank, shape in enumerate(candidates(block_q, block_k, dim, itemsize, chip)):
+            for blocks in BLOCKS:
+                for rank, shape in enumerate(candidates(blocks, dim, itemsize, chip)):
                     if (dtype, dim, shape) in seen:
                         continue
                     seen.add((dtype, dim, shape))
-                    record = compile_one(Job(name, block_q, block_k, dim, dtype, True, False, *shape))
+                    record = compile_one(Job(name, *blocks, dim, dtype, True, False, *shape))
                     too_large = record["shared_memory"] > chip.shared_memory
                     spills = record["spilled_bytes"] > TOLERATED_SPILLS and (dtype, dim) != ("fp32", 256)
                     record["refused"] = rank == 0 and (too_large or spills)
                     print(
-                        f"{name:17} {dtype} d{dim:<3} {block_q}x{block_k:<3} tile {shape.tile_q}x{shape.tile_k:<3} "
+                        f"{name:17} {dtype} d{dim:<3} {blocks!s:7} tile {shape.tile_q}x{shape.tile_k:<3} "
                         f"{shape.warps} warps {shape.stages} stages: {record['registers']:3} registers, "
                         f"{record['spilled_bytes']:4} bytes spilled, {record['shared_memory'] >> 10} of "
                         f"{chip.shared_memory >> 10} KiB{'  REFUSED' if record['refused'] else ''}",

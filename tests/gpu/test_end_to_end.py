@@ -9,7 +9,11 @@ from torch import nn
 
 import afbs_compile
 from afbs_compile.backend import afbs
-from afbs_compile.kernels.serving import SparseCall
+from afbs_compile.kernels.attend.engines import kernel_of
+from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.tuner import site as tuner_site
 from tests.toy import Toy, drifting
 
@@ -94,6 +98,7 @@ def test_a_call_that_stays_dense_runs_without_its_causal_mask(monkeypatch):
 def test_the_kernel_that_is_told_is_one_of_this_gpu(dim, kernel):
     q, k, v = (torch.randn(1, 2, 2048, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     expected = kernel if torch.cuda.get_device_capability()[0] == 9 else "portable"
-    told = SparseCall(q, k, v, [-1000.0] * 2, True, 128, 128).kernel()
+    operands = Operands(q, k, v, Causal(), dim**-0.5)
+    told = kernel_of(operands, SparseCall.uniform(2, 0.5, shape=BlockShape(128, 128)))
     assert told.name.startswith(f"{expected} 128x128" if expected == "hopper" else "portable ")
     assert (told.reason is None) == (expected == "hopper")

@@ -10,8 +10,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import block_sparse, fp8, fp8_triton, hopper, hopper_fp8, op, precision, predict, reference
-from tests.kernels.helpers import NO_SKIP, Shape, all_blocks, exact, inputs, some_blocks
+from afbs_compile.kernels.attend.hopper.engine import HEAD_DIMS, Hopper
+from afbs_compile.kernels.attend.hopper_fp8 import launch, rounding
+from afbs_compile.kernels.attend.hopper_fp8.engine import HopperFp8
+from afbs_compile.kernels.attend.portable import engine as portable
+from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.blocks import BlockLists
+from afbs_compile.kernels.call import PRECISIONS
+from afbs_compile.kernels.operands import Operands, empty_output
+from afbs_compile.kernels.spec import fp8
+from afbs_compile.kernels.spec.fp8 import Fp8Constants
+from tests.kernels.helpers import (
+    MASKS,
+    NO_SKIP,
+    TRITON,
+    Shape,
+    all_blocks,
+    every_block,
+    exact,
+    inputs,
+    listed,
+    operands_of,
+    some_blocks,
+    sparse_call,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,10 +43,10 @@ pytestmark = [
 ]
 
 CONFIGURATIONS = [
-    Shape(1, dim, heads=6, kv_heads=2, batch=2, dtype=dtype, causal=causal, block_q=128, block_k=128, layout="bnhd")
-    for dtype, dim, causal in itertools.product((torch.bfloat16, torch.float16), hopper.HEAD_DIMS, (True, False))
+    Shape(1, dim, heads=6, kv_heads=2, batch=2, dtype=dtype, mask=mask, blocks=(128, 128), layout="bnhd")
+    for dtype, dim, mask in itertools.product((torch.bfloat16, torch.float16), HEAD_DIMS, MASKS)
 ]
-PLAIN = Shape(1500, 128, heads=4, kv_heads=2, dtype=torch.bfloat16, block_q=128, block_k=128)
+PLAIN = Shape(1500, 128, heads=4, kv_heads=2, dtype=torch.bfloat16, blocks=(128, 128))
 
 OF_THE_SPECIFICATION = 6e-3
 """Relative L1: the output's own rounding, weights that fall on the other side of a tie, 14-bit sums within a step."""
@@ -47,18 +69,21 @@ def relative_l1(out: Tensor, truth: Tensor) -> float:
     return float(off.nan_to_num(torch.inf))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, live: Tensor, shape: Shape, constants: tuple[float, ...] | None = None
-) -> Tensor:
-    """The kernels over a mask."""
-    lists = predict.mask_to_lists(live)
-    return hopper_fp8.attend(q, k, v, lists, [NO_SKIP] * shape.heads, constants=constants, **shape.call)
+def attend(operands: Operands, live: Tensor, shape: Shape, constants: tuple[float, ...] = ()) -> Tensor:
+    """The kernels over live blocks."""
+    return attend_lists(operands, listed(live, operands, shape.blocks), shape, constants)
 
 
-def specification(
-    q: Tensor, k: Tensor, v: Tensor, live: Tensor, shape: Shape, constants: tuple[float, ...] | None = None
-) -> Tensor:
-    return fp8.attend(fp8.quantise(q, k, v, constants, shape.scale), live, causal=shape.causal)
+def attend_lists(operands: Operands, lists: BlockLists, shape: Shape, constants: tuple[float, ...] = ()) -> Tensor:
+    """The kernels over lists."""
+    out = empty_output(operands.q)
+    launch.attend(operands, replace(every_block(shape), fp8_constants=constants), lists, out)
+    return out
+
+
+def specification(operands: Operands, live: Tensor, constants: tuple[float, ...] = ()) -> Tensor:
+    seen = operands.mask.matrix(operands.q_len, operands.k_len, operands.device)
+    return fp8.attend(fp8.quantise(operands, constants), live, seen)
 
 
 def same(x: Tensor, y: Tensor) -> bool:
@@ -76,12 +101,12 @@ def test_operands_are_rounded_as_specified(shape: Shape, layout: str) -> None:
         for x in (q, k, v):
             x[:, :, length // 2, 3] = torch.tensor([torch.nan, torch.inf], device="cuda", dtype=x.dtype)[:, None]
             x[:, :, length // 3] *= 300
-        for constants in (None, fp8.Constants.of([(k, v)]).packed()):
-            expected = fp8.quantise(q, k, v, constants, case.scale)
-            found = fp8_triton.quantise(q, k, v, constants, case.scale)
+        operands = case.of(q, k, v)
+        for constants in ((), Fp8Constants.of([(k, v)]).packed()):
+            expected, found = fp8.quantise(operands, constants), rounding.quantise(operands, constants)
             for name, x, y in zip(expected._fields, found, expected, strict=True):
                 cut = length if name == "q_scale" else None
-                assert same(x[:, :, :cut], y[:, :, :cut]), (name, length, constants is None)
+                assert same(x[:, :, :cut], y[:, :, :cut]), (name, length, not constants)
 
 
 @pytest.mark.parametrize("shape", CONFIGURATIONS, ids=str)
@@ -90,55 +115,62 @@ def test_every_configuration_is_the_specification(shape: Shape) -> None:
         case = replace(shape, length=length)
         q, k, v = inputs(case, "cuda")
         live = some_blocks(case, "cuda", seed=length, share=share)
-        out = attend(q, k, v, live, case)
+        out = attend(case.of(q, k, v), live, case)
         assert out.transpose(1, 2).is_contiguous()
-        assert relative_l1(out, specification(q, k, v, live, case)) <= OF_THE_SPECIFICATION, (length, share)
-        assert relative_l1(out, exact(q, k, v, live, case)) <= OF_THE_TRUTH, (length, share)
+        assert relative_l1(out, specification(case.of(q, k, v), live)) <= OF_THE_SPECIFICATION, (length, share)
+        assert relative_l1(out, exact(case.of(q, k, v), live, case.blocks)) <= OF_THE_TRUTH, (length, share)
 
 
 @pytest.mark.parametrize("groups", [1, 4, 8])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_groups_layouts_and_constants(groups: int, causal: bool) -> None:
+@pytest.mark.parametrize("mask", MASKS)
+def test_groups_layouts_and_constants(groups: int, mask: str) -> None:
     for layout in ("bhnd", "gaps", "strided"):
-        shape = replace(PLAIN, length=1030, heads=8, kv_heads=8 // groups, batch=2, causal=causal, layout=layout)
+        shape = replace(PLAIN, length=1030, heads=8, kv_heads=8 // groups, batch=2, mask=mask, layout=layout)
         q, k, v = inputs(shape, "cuda")
         k += 3 * torch.randn(shape.kv_heads, 1, 128, device="cuda")
         v *= torch.rand(shape.kv_heads, 1, 1, device="cuda") * 50
         live = some_blocks(shape, "cuda", share=0.3)
-        constants = fp8.Constants.of([(k, v)]).packed()
-        out = attend(q, k, v, live, shape, constants)
-        assert relative_l1(out, specification(q, k, v, live, shape, constants)) <= OF_THE_SPECIFICATION
-        smoothed, plain = (relative_l1(x, exact(q, k, v, live, shape)) for x in (out, attend(q, k, v, live, shape)))
+        constants = Fp8Constants.of([(k, v)]).packed()
+        operands = shape.of(q, k, v)
+        out, truth = attend(operands, live, shape, constants), exact(operands, live, shape.blocks)
+        assert relative_l1(out, specification(operands, live, constants)) <= OF_THE_SPECIFICATION
+        smoothed, plain = (relative_l1(x, truth) for x in (out, attend(operands, live, shape)))
         assert smoothed < plain
         assert smoothed <= OF_THE_TRUTH
 
 
 def test_heads_of_very_different_work_in_one_launch() -> None:
-    for causal in (True, False):
-        shape = replace(PLAIN, length=3001, heads=8, kv_heads=8, causal=causal)
+    for mask in MASKS:
+        shape = replace(PLAIN, length=3001, heads=8, kv_heads=8, mask=mask)
         q, k, v = inputs(shape, "cuda")
         live = some_blocks(shape, "cuda", share=0.05)
         live[:, 5] = all_blocks(shape, "cuda")[:, 5]
         live[:, 6] = some_blocks(shape, "cuda", share=0.0)[:, 6]
-        assert relative_l1(attend(q, k, v, live, shape), specification(q, k, v, live, shape)) <= OF_THE_SPECIFICATION
+        assert (
+            relative_l1(attend(shape.of(q, k, v), live, shape), specification(shape.of(q, k, v), live))
+            <= OF_THE_SPECIFICATION
+        )
 
 
 def test_blocks_of_very_different_size() -> None:
     """Scales differ from block to block, both ways: the running sum changes its unit."""
-    shape = replace(PLAIN, length=2000, causal=False)
+    shape = replace(PLAIN, length=2000, mask="full")
     q, k, v = inputs(shape, "cuda")
     sizes = 2.0 ** torch.randint(-9, 10, (16,), device="cuda").repeat_interleave(128)[:2000, None]
     v = (v * sizes).to(v.dtype)
     live = some_blocks(shape, "cuda", share=0.5)
-    assert relative_l1(attend(q, k, v, live, shape), specification(q, k, v, live, shape)) <= OF_THE_SPECIFICATION
+    assert (
+        relative_l1(attend(shape.of(q, k, v), live, shape), specification(shape.of(q, k, v), live))
+        <= OF_THE_SPECIFICATION
+    )
 
 
 def test_error_does_not_grow_along_a_row() -> None:
     """Sums of 14 bits over all of 65,536 keys would lose the small ones."""
-    shape = replace(PLAIN, length=65536, heads=1, kv_heads=1, causal=False)
+    shape = replace(PLAIN, length=65536, heads=1, kv_heads=1, mask="full")
     q, k, v = inputs(shape, "cuda")
     v = v + 1  # a mean, or the output is next to nothing
-    out = attend(q, k, v, all_blocks(shape, "cuda"), shape)
+    out = attend(shape.of(q, k, v), all_blocks(shape, "cuda"), shape)
     few = slice(1000, 1256)
     truth = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q[:, :, few], k, v)))
     found = relative_l1(out[:, :, few], truth)
@@ -146,29 +178,29 @@ def test_error_does_not_grow_along_a_row() -> None:
 
 
 def test_nothing_else_is_read() -> None:
-    shape = replace(PLAIN, length=1000, causal=False)
+    shape = replace(PLAIN, length=1000, mask="full")
     tensors = inputs(shape, "cuda")
     live = some_blocks(replace(shape, heads=1), "cuda").expand(1, shape.heads, -1, -1).clone()
     live[..., 5] = False
-    expected = attend(*tensors, live, shape)
+    expected = attend(shape.of(*tensors), live, shape)
     padded = [torch.full((*x.shape[:2], 1300, 128), torch.nan, dtype=x.dtype, device="cuda") for x in tensors]
     for x, wide in zip(tensors, padded, strict=True):
         wide[:, :, :1000] = x
     q, k, v = (wide[:, :, :1000] for wide in padded)
     k[:, :, 5 * 128 : 6 * 128] = v[:, :, 5 * 128 : 6 * 128] = torch.nan
-    assert torch.equal(attend(q, k, v, live, shape), expected)
+    assert torch.equal(attend(shape.of(q, k, v), live, shape), expected)
 
 
 @pytest.mark.parametrize("constants", [False, True])
 def test_future_tokens_change_nothing(constants: bool) -> None:
     for token in (0, 127, 128, 700):
         q, k, v = inputs(PLAIN, "cuda")
-        known = fp8.Constants.of([(k, v)]).packed() if constants else None
+        known = Fp8Constants.of([(k, v)]).packed() if constants else ()
         live = some_blocks(PLAIN, "cuda", share=0.6)
-        before = attend(q, k, v, live, PLAIN, known)
+        before = attend(PLAIN.of(q, k, v), live, PLAIN, known)
         for x, seed in ((q, 11), (k, 12), (v, 13)):
             x[:, :, token + 1 :] = 1000 * inputs(PLAIN, "cuda", seed)[0][:, : x.shape[1], token + 1 :]
-        after = attend(q, k, v, live, PLAIN, known)
+        after = attend(PLAIN.of(q, k, v), live, PLAIN, known)
         assert torch.equal(before[:, :, : token + 1], after[:, :, : token + 1])
         assert not torch.equal(before[:, :, token + 1 :], after[:, :, token + 1 :])
 
@@ -178,11 +210,11 @@ def test_a_future_that_is_not_finite_changes_nothing(poison: float) -> None:
     for token in (0, 127, 700):
         q, k, v = inputs(PLAIN, "cuda")
         live = some_blocks(PLAIN, "cuda", share=0.6)
-        before = attend(q, k, v, live, PLAIN)
+        before = attend(PLAIN.of(q, k, v), live, PLAIN)
         q[:, :, token + 1 :] = k[:, :, token + 1 :] = poison
         # Values of a row's own block are multiplied by zero, as in every engine: those of later blocks are not.
         v[:, :, (token // 128 + 1) * 128 :] = poison
-        assert torch.equal(before[:, :, : token + 1], attend(q, k, v, live, PLAIN)[:, :, : token + 1])
+        assert torch.equal(before[:, :, : token + 1], attend(PLAIN.of(q, k, v), live, PLAIN)[:, :, : token + 1])
 
 
 @pytest.mark.parametrize("poisoned", ["q", "k", "v"])
@@ -191,9 +223,9 @@ def test_poison_is_seen_and_stays_in_its_head_and_batch(poisoned: str, poison: f
     shape = replace(PLAIN, length=300, kv_heads=4, batch=2)
     q, k, v = inputs(shape, "cuda")
     live = all_blocks(shape, "cuda")
-    clean = attend(q, k, v, live, shape)
+    clean = attend(shape.of(q, k, v), live, shape)
     {"q": q, "k": k, "v": v}[poisoned][1, 2, 200, 7] = poison
-    out = attend(q, k, v, live, shape)
+    out = attend(shape.of(q, k, v), live, shape)
     touched = torch.zeros(2, 4, dtype=torch.bool)
     touched[1, 2] = True
     assert torch.equal(out[~touched], clean[~touched])
@@ -210,8 +242,8 @@ def test_poison_is_seen_and_stays_in_its_head_and_batch(poisoned: str, poison: f
 def test_constant_inputs_are_the_mean_of_the_values(fill: float) -> None:
     q, k, v = inputs(PLAIN, "cuda")
     live = some_blocks(PLAIN, "cuda")
-    out = attend(q.fill_(fill), k.fill_(abs(fill)), v, live, PLAIN)
-    assert relative_l1(out, exact(torch.zeros_like(q), k, v, live, PLAIN)) <= OF_THE_TRUTH
+    out = attend(PLAIN.of(q.fill_(fill), k.fill_(abs(fill)), v), live, PLAIN)
+    assert relative_l1(out, exact(PLAIN.of(torch.zeros_like(q), k, v), live, PLAIN.blocks)) <= OF_THE_TRUTH
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 0.3])
@@ -219,18 +251,18 @@ def test_any_scale(scale: float) -> None:
     shape = replace(PLAIN, scale=scale)
     q, k, v = inputs(shape, "cuda")
     live = some_blocks(shape, "cuda")
-    out = attend(q, k, v, live, shape)
-    assert relative_l1(out, specification(q, k, v, live, shape)) <= OF_THE_SPECIFICATION
+    out = attend(shape.of(q, k, v), live, shape)
+    assert relative_l1(out, specification(shape.of(q, k, v), live)) <= OF_THE_SPECIFICATION
 
 
 def test_same_bits_every_time_and_in_a_graph() -> None:
     shape = replace(PLAIN, length=5000, heads=8, kv_heads=2)
-    q, k, v = inputs(shape, "cuda")
-    lists, lam = predict.mask_to_lists(some_blocks(shape, "cuda")), [NO_SKIP] * 8
-    outputs = [hopper_fp8.attend(q, k, v, lists, lam, **shape.call) for _ in range(10)]
+    operands = operands_of(shape, "cuda")
+    lists = listed(some_blocks(shape, "cuda"), operands, shape.blocks)
+    outputs = [attend_lists(operands, lists, shape) for _ in range(10)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = hopper_fp8.attend(q, k, v, lists, lam, **shape.call)
+        captured = attend_lists(operands, lists, shape)
     for _ in range(3):
         captured.zero_()
         graph.replay()
@@ -239,41 +271,31 @@ def test_same_bits_every_time_and_in_a_graph() -> None:
 
 
 def test_the_operator_runs_each_head_in_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["fp8", "own", "own", "fp8"]
+    names = ("fp8", "own", "own", "fp8")
     for kv_heads in (4, 2):
         shape = replace(PLAIN, kv_heads=kv_heads)
-        q, k, v = inputs(shape, "cuda")
-        known = fp8.Constants.of([(k, v)]).packed()
-        constants = ([0.9] * 4, [reference.THETA_OFF] * 4, [NO_SKIP] * 4)
-        whole = {
-            name: op.sparse_attention_with_counts(
-                q, k, v, *constants, precision=name, fp8_constants=known, **shape.call
-            )
-            for name in precision.PRECISIONS
-        }
-        out, counts = op.sparse_attention_with_counts(
-            q, k, v, *constants, precision=names, fp8_constants=known, **shape.call
-        )
+        operands = operands_of(shape, "cuda")
+        known = Fp8Constants.of([(operands.k, operands.v)]).packed()
+        call = sparse_call(shape, 0.9, precision=names, fp8_constants=known)
+        whole = {name: run(operands, replace(call, precision=(name,) * 4)) for name in PRECISIONS}
+        out, counts = run(operands, call)
         for head, name in enumerate(names):
             assert torch.equal(out[:, head], whole[name][0][:, head]), (head, name)
         assert torch.equal(counts, whole["own"][1])
         assert not torch.equal(whole["fp8"][0], whole["own"][0])
         # As a few heads at a time, each with its part of the constants.
-        monkeypatch.setattr(op, "LISTS_SHARE", 1e-9)
-        apart, _ = op.sparse_attention_with_counts(
-            q, k, v, *constants, precision=names, fp8_constants=known, **shape.call
-        )
-        assert torch.equal(apart, out)
+        monkeypatch.setattr(portable, "LISTS_SHARE", 1e-9)
+        assert torch.equal(run(operands, call)[0], out)
         monkeypatch.undo()
 
 
 def test_the_operator_compiles() -> None:
     q, k, v = inputs(PLAIN, "cuda")
-    known = fp8.Constants.of([(k, v)]).packed()
+    known = Fp8Constants.of([(k, v)]).packed()
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.ops.afbs.sparse_attention(
-            q, k, v, [0.9] * 4, [-1.0] * 4, [NO_SKIP] * 4, True, None, 128, 128, precision=["fp8"] * 4,
+            q, k, v, [0.9] * 4, [-1.0] * 4, [NO_SKIP] * 4, "causal", None, 128, 128, precision=["fp8"] * 4,
             fp8_constants=list(known),
         )  # fmt: skip
 
@@ -281,20 +303,14 @@ def test_the_operator_compiles() -> None:
 
 
 def test_what_it_does_not_take_is_refused() -> None:
-    shape = replace(PLAIN, block_k=64)
-    q, k, v = inputs(shape, "cuda")
-    constants = ([0.9] * 4, [reference.THETA_OFF] * 4, [NO_SKIP] * 4)
+    shape = replace(PLAIN, blocks=(128, 64))
     with pytest.raises(ValueError, match="precision is fp8, and blocks are 128x64; accepted: 128x128"):
-        op.sparse_attention_with_counts(q, k, v, *constants, precision="fp8", **shape.call)
+        run(operands_of(shape, "cuda"), sparse_call(shape, 0.9, precision=("fp8",) * 4))
 
 
 def test_the_portable_kernel_stays_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_fp8, "attend", None)
-    monkeypatch.setattr(hopper, "refusal", lambda *_: "not here")
-    q, k, v = inputs(PLAIN, "cuda")
-    constants = ([1.0] * 4, [reference.THETA_OFF] * 4, [NO_SKIP] * 4)
-    out, _ = op.sparse_attention_with_counts(q, k, v, *constants, precision="own", **PLAIN.call)
-    expected = block_sparse.attend(
-        q, k, v, predict.mask_to_lists(all_blocks(PLAIN, "cuda")), [NO_SKIP] * 4, **PLAIN.call
-    )
-    assert torch.equal(out, expected)
+    monkeypatch.setattr(HopperFp8, "attend", None)
+    monkeypatch.setattr(Hopper, "refusal", lambda *_: "not here")
+    operands = operands_of(PLAIN, "cuda")
+    out, _ = run(operands, every_block(PLAIN))
+    assert torch.equal(out, TRITON.attend(operands, all_blocks(PLAIN, "cuda"), every_block(PLAIN)))

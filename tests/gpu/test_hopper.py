@@ -10,8 +10,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import block_sparse, hopper, op, predict, reference
-from tests.kernels.helpers import NO_SKIP, Shape, all_blocks, error, exact, inputs, some_blocks, tolerance
+from afbs_compile.kernels.attend.hopper import launch
+from afbs_compile.kernels.attend.hopper.engine import HEAD_DIMS, Hopper
+from afbs_compile.kernels.attend.portable import launch as portable_launch
+from afbs_compile.kernels.attend.portable.engine import Portable
+from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.blocks import BlockLists, live_of
+from afbs_compile.kernels.call import Kept
+from afbs_compile.kernels.operands import Operands, empty_output
+from afbs_compile.kernels.select import triton
+from afbs_compile.kernels.spec.attention import masked_attention
+from tests.kernels.helpers import (
+    MASKS,
+    NO_SKIP,
+    Shape,
+    all_blocks,
+    diagonal_blocks,
+    error,
+    every_block,
+    exact,
+    inputs,
+    listed,
+    operands_of,
+    some_blocks,
+    sparse_call,
+    tolerance,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,12 +45,10 @@ pytestmark = [
 ]
 
 CONFIGURATIONS = [
-    Shape(1, dim, heads=6, kv_heads=2, batch=2, dtype=dtype, causal=causal, block_q=128, block_k=block_k, layout="bnhd")
-    for dtype, dim, block_k, causal in itertools.product(
-        (torch.bfloat16, torch.float16), hopper.HEAD_DIMS, (128, 64), (True, False)
-    )
+    Shape(1, dim, heads=6, kv_heads=2, batch=2, dtype=dtype, mask=mask, blocks=(128, block_k), layout="bnhd")
+    for dtype, dim, block_k, mask in itertools.product((torch.bfloat16, torch.float16), HEAD_DIMS, (128, 64), MASKS)
 ]
-PLAIN = Shape(1500, 128, heads=4, kv_heads=2, dtype=torch.bfloat16, block_q=128, block_k=128)
+PLAIN = Shape(1500, 128, heads=4, kv_heads=2, dtype=torch.bfloat16, blocks=(128, 128))
 
 
 @pytest.fixture(autouse=True)
@@ -38,97 +60,108 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, live: Tensor, shape: Shape) -> Tensor:
-    """The Hopper kernel over a mask."""
-    return hopper.attend(q, k, v, predict.mask_to_lists(live), [NO_SKIP] * shape.heads, **shape.call)
+def attend(operands: Operands, live: Tensor, shape: Shape) -> Tensor:
+    """The Hopper kernel over live blocks."""
+    return attend_lists(operands, listed(live, operands, shape.blocks), shape)
+
+
+def attend_lists(operands: Operands, lists: BlockLists, shape: Shape) -> Tensor:
+    """The Hopper kernel over lists."""
+    out = empty_output(operands.q)
+    launch.attend(operands, every_block(shape), lists, out)
+    return out
+
+
+def is_the_specification(operands: Operands, live: Tensor, shape: Shape) -> bool:
+    """Whether the kernel is as near to float64 as the contract says."""
+    off = error(attend(operands, live, shape), exact(operands, live, shape.blocks))
+    return off <= tolerance(operands, live, shape.blocks)
 
 
 @pytest.mark.parametrize("shape", CONFIGURATIONS, ids=str)
 def test_every_configuration_is_the_specification(shape: Shape) -> None:
     for length, share in itertools.product((1, 63, 127, 129, 1000, 2177), (0.0, 0.4, 1.0)):
         case = replace(shape, length=length)
-        q, k, v = inputs(case, "cuda")
+        operands = operands_of(case, "cuda")
         live = some_blocks(case, "cuda", seed=length, share=share)
-        out = attend(q, k, v, live, case)
-        assert error(out, exact(q, k, v, live, case)) <= tolerance(q, k, v, case, live), (length, share)
+        out = attend(operands, live, case)
+        allowed = tolerance(operands, live, case.blocks)
+        assert error(out, exact(operands, live, case.blocks)) <= allowed, (length, share)
         assert out.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_groups_and_layouts(groups: int, causal: bool) -> None:
+@pytest.mark.parametrize("mask", MASKS)
+def test_groups_and_layouts(groups: int, mask: str) -> None:
     for layout in ("bhnd", "bnhd"):
-        shape = replace(PLAIN, length=4097, heads=8, kv_heads=8 // groups, batch=2, causal=causal, layout=layout)
+        shape = replace(PLAIN, length=4097, heads=8, kv_heads=8 // groups, batch=2, mask=mask, layout=layout)
         q, k, v = inputs(shape, "cuda")
         live = some_blocks(shape, "cuda", share=0.2)
         # In fp32: float64 at this size is slow, and fp32 is a thousand times finer than bf16.
-        expected = reference.masked_attention(q.float(), k.float(), v.float(), live, [NO_SKIP] * 8, **shape.call)
-        assert error(attend(q, k, v, live, shape), expected) <= 2e-2
+        single = shape.of(q.float(), k.float(), v.float())
+        expected = masked_attention(single, live, [NO_SKIP] * 8, shape.block_shape)
+        assert error(attend(shape.of(q, k, v), live, shape), expected) <= 2e-2
 
 
 @pytest.mark.parametrize("block_k", [128, 64])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_heads_of_very_different_work_in_one_launch(block_k: int, causal: bool) -> None:
-    shape = replace(PLAIN, length=3001, heads=8, kv_heads=8, block_k=block_k, causal=causal)
+@pytest.mark.parametrize("mask", MASKS)
+def test_heads_of_very_different_work_in_one_launch(block_k: int, mask: str) -> None:
+    shape = replace(PLAIN, length=3001, heads=8, kv_heads=8, blocks=(128, block_k), mask=mask)
     q, k, v = inputs(shape, "cuda")
     live = some_blocks(shape, "cuda", share=0.05)
     live[:, 5] = all_blocks(shape, "cuda")[:, 5]
     live[:, 6] = some_blocks(shape, "cuda", share=0.0)[:, 6]
-    assert error(attend(q, k, v, live, shape), exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+    assert is_the_specification(shape.of(q, k, v), live, shape)
 
 
 @pytest.mark.parametrize("block_k", [128, 64])
 def test_last_rows_are_whole_whatever_the_order_of_tiles(block_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "CACHED_BYTES", 1)  # key heads take turns one by one
-    shape = replace(PLAIN, length=1070, block_k=block_k)  # the last 64 rows lie in two blocks
-    q, k, v = inputs(shape, "cuda")
-    constants = [0.3] * 4, [reference.THETA_OFF] * 4
-    lists = predict.predict_blocks(q, k, *constants, **shape.call, kept=reference.Kept(last_rows=64))
-    live, visible = predict.lists_to_mask(lists, shape.counts[1]), all_blocks(shape, "cuda")
+    monkeypatch.setattr(launch, "CACHED_BYTES", 1)  # key heads take turns one by one
+    shape = replace(PLAIN, length=1070, blocks=(128, block_k))  # the last 64 rows lie in two blocks
+    operands, call = operands_of(shape, "cuda"), sparse_call(shape, 0.3, kept=Kept(last_rows=64))
+    live, visible = live_of(triton.select(operands, call)), all_blocks(shape, "cuda")
     assert torch.equal(live[:, :, -2:], visible[:, :, -2:])
     assert not torch.equal(live[:, :, :-2], visible[:, :, :-2])
-    out, _ = op.sparse_attention_with_counts(q, k, v, *constants, [NO_SKIP] * 4, **shape.call, last_rows=64)
-    assert error(out, exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+    out, _ = run(operands, call)
+    assert error(out, exact(operands, live, shape.blocks)) <= tolerance(operands, live, shape.blocks)
 
 
 def test_a_row_needs_no_block_on_the_diagonal() -> None:
     for block_k in (128, 64):
-        shape = replace(PLAIN, block_k=block_k)
+        shape = replace(PLAIN, blocks=(128, block_k))
         q, k, v = inputs(shape, "cuda")
         live = some_blocks(shape, "cuda", share=0.3)
         live[..., 0] = True
-        live[:, :, 2:] &= ~reference.diagonal_blocks(*shape.counts, 128, block_k, torch.device("cuda")).expand_as(live)[
-            :, :, 2:
-        ]
-        assert error(attend(q, k, v, live, shape), exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+        live[:, :, 2:] &= ~diagonal_blocks(shape, "cuda")[2:]
+        assert is_the_specification(shape.of(q, k, v), live, shape)
 
 
 @pytest.mark.parametrize("block_k", [128, 64])
 def test_nothing_else_is_read(block_k: int) -> None:
-    shape = replace(PLAIN, length=1000, causal=False, block_k=block_k)
+    shape = replace(PLAIN, length=1000, mask="full", blocks=(128, block_k))
     tensors = inputs(shape, "cuda")
     live = some_blocks(replace(shape, heads=1), "cuda").expand(1, shape.heads, -1, -1).clone()
     live[..., 5] = False
-    expected = attend(*tensors, live, shape)
+    expected = attend(shape.of(*tensors), live, shape)
     # NaN in a block that no list names, and past the end of the sequence.
     padded = [torch.full((*x.shape[:2], 1300, 128), torch.nan, dtype=x.dtype, device="cuda") for x in tensors]
     for x, wide in zip(tensors, padded, strict=True):
         wide[:, :, :1000] = x
     q, k, v = (wide[:, :, :1000] for wide in padded)
     k[:, :, 5 * block_k : 6 * block_k] = v[:, :, 5 * block_k : 6 * block_k] = torch.nan
-    assert torch.equal(attend(q, k, v, live, shape), expected)
+    assert torch.equal(attend(shape.of(q, k, v), live, shape), expected)
 
 
 @pytest.mark.parametrize("block_k", [128, 64])
 def test_future_tokens_change_nothing_under_a_given_mask(block_k: int) -> None:
-    shape = replace(PLAIN, block_k=block_k)
+    shape = replace(PLAIN, blocks=(128, block_k))
     for token in (0, 127, 128, 700):
         q, k, v = inputs(shape, "cuda")
         live = some_blocks(shape, "cuda", share=0.6)
-        before = attend(q, k, v, live, shape)
+        before = attend(shape.of(q, k, v), live, shape)
         for x, seed in ((q, 11), (k, 12), (v, 13)):
             x[:, :, token + 1 :] = 100 * inputs(shape, "cuda", seed)[0][:, : x.shape[1], token + 1 :]
-        after = attend(q, k, v, live, shape)
+        after = attend(shape.of(q, k, v), live, shape)
         assert torch.equal(before[:, :, : token + 1], after[:, :, : token + 1])
         assert not torch.equal(before[:, :, token + 1 :], after[:, :, token + 1 :])
 
@@ -139,9 +172,9 @@ def test_poison_stays_in_its_head_and_batch(poisoned: str, poison: float) -> Non
     shape = replace(PLAIN, length=300, kv_heads=4, batch=2)
     q, k, v = inputs(shape, "cuda")
     live = all_blocks(shape, "cuda")
-    clean = attend(q, k, v, live, shape)
+    clean = attend(shape.of(q, k, v), live, shape)
     {"q": q, "k": k, "v": v}[poisoned][1, 2, 200] = poison
-    out = attend(q, k, v, live, shape)
+    out = attend(shape.of(q, k, v), live, shape)
     touched = torch.zeros(2, 4, dtype=torch.bool)
     touched[1, 2] = True
     assert torch.equal(out[~touched], clean[~touched])
@@ -157,8 +190,8 @@ def test_constant_inputs_are_the_mean_of_the_values(fill: float, dtype: torch.dt
     shape = replace(PLAIN, dtype=dtype)
     q, k, v = inputs(shape, "cuda")
     live = some_blocks(shape, "cuda")
-    out = attend(q.fill_(fill), k.fill_(abs(fill)), v, live, shape)
-    assert error(out, exact(torch.zeros_like(q), k, v, live, shape)) <= 1e-2
+    out = attend(shape.of(q.fill_(fill), k.fill_(abs(fill)), v), live, shape)
+    assert error(out, exact(shape.of(torch.zeros_like(q), k, v), live, shape.blocks)) <= 1e-2
 
 
 def test_scores_of_any_size_are_the_specification() -> None:
@@ -170,7 +203,8 @@ def test_scores_of_any_size_are_the_specification() -> None:
         big_q, big_k = (torch.exp2((x.float() * 2).round().clamp(-3, 3)) * x.sign() for x in (q, k))
         big_q, big_k = big_q * 2.0 ** round(torch.tensor(factor).log2().item()), big_k
         big = [x.clamp(-6e4, 6e4).half() for x in (big_q, big_k)]
-        assert error(attend(*big, v, live, shape), exact(*big, v, live, shape)) <= 4e-3, factor
+        operands = shape.of(*big, v)
+        assert error(attend(operands, live, shape), exact(operands, live, shape.blocks)) <= 4e-3, factor
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
@@ -184,7 +218,7 @@ def test_maxima_that_rise_from_block_to_block(rise: float, dtype: torch.dtype) -
     q[..., 0], k[..., 0] = 8.0, ((11 - block) * rise * 128**0.5 / 8 * 0.6931).to(dtype)
     q[:, :, ::3, 0] = 0.0
     live = some_blocks(shape, "cuda", share=0.7)
-    assert error(attend(q, k, v, live, shape), exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+    assert is_the_specification(shape.of(q, k, v), live, shape)
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 0.3])
@@ -192,11 +226,11 @@ def test_any_scale(scale: float) -> None:
     shape = replace(PLAIN, scale=scale)
     q, k, v = inputs(shape, "cuda")
     live = some_blocks(shape, "cuda")
-    assert error(attend(q, k, v, live, shape), exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+    assert is_the_specification(shape.of(q, k, v), live, shape)
 
 
 def test_offsets_past_32_bits() -> None:
-    shape = replace(PLAIN, length=130_000, heads=2, kv_heads=2, causal=False, batch=2)
+    shape = replace(PLAIN, length=130_000, heads=2, kv_heads=2, mask="full", batch=2)
     wide = torch.empty(2, shape.length, 66, 128, dtype=torch.bfloat16, device="cuda")
     assert wide.numel() > 2**31
     generator = torch.Generator("cuda").manual_seed(0)
@@ -204,32 +238,35 @@ def test_offsets_past_32_bits() -> None:
     for x in (q, k, v):
         x.copy_(torch.randn(x.shape, generator=generator, device="cuda"))
     live = some_blocks(shape, "cuda", share=0.05)
-    out = attend(q, k, v, live, shape)
-    assert torch.equal(out, attend(q.contiguous(), k.contiguous(), v.contiguous(), live, shape))
-    lists = predict.mask_to_lists(live)
-    expected = block_sparse.attend(q, k, v, lists, [NO_SKIP] * 2, **shape.call)
+    out = attend(shape.of(q, k, v), live, shape)
+    assert torch.equal(out, attend(shape.of(q.contiguous(), k.contiguous(), v.contiguous()), live, shape))
+    expected = empty_output(q)
+    portable_launch.attend(
+        shape.of(q, k, v), every_block(shape), listed(live, shape.of(q, k, v), shape.blocks), expected
+    )
     assert error(out, expected) <= 1e-2
 
 
 def test_some_heads_are_written_into_the_output_of_all() -> None:
     q, k, v = inputs(PLAIN, "cuda")
     live = some_blocks(PLAIN, "cuda")
-    expected = attend(q, k, v, live, PLAIN)
+    expected = attend(PLAIN.of(q, k, v), live, PLAIN)
     out = torch.full((1, PLAIN.length, 4, 128), torch.nan, dtype=q.dtype, device="cuda").transpose(1, 2)
-    lists, half = predict.mask_to_lists(live[:, 2:]), slice(2, 4)
-    hopper.attend(q[:, half], k[:, 1:], v[:, 1:], lists, [NO_SKIP] * 2, out=out[:, half], **PLAIN.call)
+    operands, half = PLAIN.of(q, k, v).grouped(2, 4), slice(2, 4)
+    call = every_block(replace(PLAIN, heads=2))
+    launch.attend(operands, call, listed(live[:, 2:], operands, PLAIN.blocks), out[:, half])
     assert torch.equal(out[:, half], expected[:, half])
     assert out[:, :2].isnan().all()
 
 
 def test_same_bits_every_time_and_in_a_graph() -> None:
     shape = replace(PLAIN, length=5000, heads=8, kv_heads=2)
-    q, k, v = inputs(shape, "cuda")
-    lists, lam = predict.mask_to_lists(some_blocks(shape, "cuda")), [NO_SKIP] * 8
-    outputs = [hopper.attend(q, k, v, lists, lam, **shape.call) for _ in range(10)]
+    operands = operands_of(shape, "cuda")
+    lists = listed(some_blocks(shape, "cuda"), operands, shape.blocks)
+    outputs = [attend_lists(operands, lists, shape) for _ in range(10)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = hopper.attend(q, k, v, lists, lam, **shape.call)
+        captured = attend_lists(operands, lists, shape)
     for _ in range(3):
         captured.zero_()
         graph.replay()
@@ -239,25 +276,38 @@ def test_same_bits_every_time_and_in_a_graph() -> None:
 
 def test_the_operator_takes_it_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    for engine in (hopper, block_sparse):
+    for engine in (Hopper, Portable):
         plain = engine.attend
-        monkeypatch.setattr(
-            engine, "attend", lambda *a, plain=plain, name=engine.__name__, **k: taken.append(name) or plain(*a, **k)
-        )
-    constants = ([0.9] * 4, [reference.THETA_OFF] * 4)
+        monkeypatch.setattr(engine, "attend", lambda self, *a, plain=plain: taken.append(self.name) or plain(self, *a))
     for shape, lam in (
         (PLAIN, NO_SKIP),
-        (replace(PLAIN, block_q=64, block_k=64), NO_SKIP),
+        (replace(PLAIN, blocks=(64, 64)), NO_SKIP),
         (PLAIN, -8.0),
         (replace(PLAIN, head_dim=96), NO_SKIP),
         (replace(PLAIN, layout="gaps"), NO_SKIP),
     ):
-        op.sparse_attention_with_counts(*inputs(shape, "cuda"), *constants, [lam] * 4, **shape.call)
-    assert [name.rsplit(".", 1)[1] for name in taken] == ["hopper"] + ["block_sparse"] * 4
+        run(operands_of(shape, "cuda"), sparse_call(shape, 0.9, lam=lam))
+    assert taken == ["hopper"] + ["portable"] * 4
 
 
 def test_what_it_does_not_take_is_refused() -> None:
     shape = replace(PLAIN, head_dim=96)
-    q, k, v = inputs(shape, "cuda")
-    with pytest.raises(ValueError, match="head_dim is 96; accepted"):
-        attend(q, k, v, all_blocks(shape, "cuda"), shape)
+    reason = Hopper().refusal(operands_of(shape, "cuda"), every_block(shape))
+    assert reason is not None
+    assert reason.startswith("head_dim is 96; accepted")
+
+
+@pytest.mark.parametrize("block_k", [128, 64])
+@pytest.mark.parametrize("mask", MASKS)
+def test_lists_of_every_length_and_every_part_of_partial_blocks(mask: str, block_k: int) -> None:
+    # One step or several, odd or even, of which none, one or two blocks need a mask.
+    shape = replace(PLAIN, length=1070, blocks=(128, block_k), mask=mask)
+    operands = operands_of(shape, "cuda")
+    everything, diagonal = all_blocks(shape, "cuda"), diagonal_blocks(shape, "cuda")
+    places = torch.arange(shape.counts[1], device="cuda")
+    for count in (1, 2, 3, 4, 5):
+        for without in (None, 0, 1):
+            live = everything & (diagonal | (places < count))
+            if without is not None and block_k == 64:  # one of the two blocks on the diagonal; block 0 is seen by all
+                live = live & ~((places % 2 == without) & diagonal) | (everything & (places == 0))
+            assert is_the_specification(operands, live, shape), (count, without)

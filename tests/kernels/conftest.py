@@ -10,7 +10,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A silent fall to the slow path is a failure everywhere but where it is the subject."""
     for item in items:
         if "tests/kernels/" in item.path.as_posix():
-            item.add_marker(pytest.mark.filterwarnings("error::afbs_compile.kernels.attend.flex.engine.UnfusedAttentionWarning"))
+            item.add_marker(
+                pytest.mark.filterwarnings("error::afbs_compile.kernels.attend.flex.engine.UnfusedAttentionWarning")
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import types
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
-from afbs_compile.kernels import flex
-from tests.kernels.helpers import Shape, all_blocks, error, exact, inputs, some_blocks, tolerance
+from afbs_compile.kernels.attend import machine
+from afbs_compile.kernels.attend.flex import engine as flex
+from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.masks.registry import MASKS as MASK_KINDS
+from afbs_compile.kernels.spec.selection import live_blocks
+from tests.kernels.helpers import (
+    FLEX,
+    MASKS,
+    Shape,
+    all_blocks,
+    error,
+    every_block,
+    exact,
+    in_double,
+    operands_of,
+    some_blocks,
+    sparse_call,
+    tolerance,
+)
 
 FP32 = Shape(length=100, dtype=torch.float32, head_dim=64)
 KINDS = [
@@ -23,13 +43,13 @@ KINDS = [
     replace(FP32, dtype=torch.bfloat16, head_dim=96, heads=4, kv_heads=2),
 ]
 CALLS = [
-    replace(kind, length=length, batch=batch, causal=causal, block_q=block_q, block_k=block_k)
+    replace(kind, length=length, batch=batch, mask=mask, blocks=blocks)
     for kind in KINDS
-    for length, batch, causal, block_q, block_k in (
-        (65, 1, True, 64, 64),
-        (128, 2, False, 128, 64),
-        (300, 1, True, 128, 128),
-        (511, 3, False, 64, 64),
+    for length, batch, mask, blocks in (
+        (65, 1, "causal", (64, 64)),
+        (128, 2, "full", (128, 64)),
+        (300, 1, "causal", (128, 128)),
+        (511, 3, "full", (64, 64)),
     )
 ]
 
@@ -45,10 +65,9 @@ def test_no_call_falls_to_eager_however_many_kinds_there_are(monkeypatch: pytest
     # With the limit at one, the second kind already would be dropped, as the ninth is by default.
     with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1, suppress_errors=True):
         for shape in CALLS:
-            q, k, v = inputs(shape)
-            live = some_blocks(shape)
-            out = flex.attend(q, k, v, live, **shape.call)
-            assert error(out, exact(q, k, v, live, shape)) <= tolerance(q, k, v, shape, live)
+            operands, live = operands_of(shape), some_blocks(shape)
+            out = FLEX.attend(operands, live, every_block(shape))
+            assert error(out, exact(operands, live, shape.blocks)) <= tolerance(operands, live, shape.blocks)
     assert len(CALLS) > 20
 
 
@@ -58,29 +77,28 @@ def test_lengths_batches_masks_and_blocks_do_not_compile_again(monkeypatch: pyte
     fresh = torch.compile(types.FunctionType(code, flex._fused.__globals__), dynamic=True, fullgraph=True)
     monkeypatch.setattr(flex, "_compiled", lambda: fresh)
     first, *others = [
-        replace(FP32, length=length, batch=batch, causal=causal, heads=heads, kv_heads=heads, layout=layout)
-        for length, batch, causal, heads, layout in (
-            (256, 1, True, 4, "bhnd"),  # as many blocks as heads, by chance
-            (1000, 1, False, 4, "bnhd"),
-            (70, 3, True, 2, "gaps"),
-            (640, 2, True, 5, "strided"),
+        replace(FP32, length=length, batch=batch, mask=mask, heads=heads, kv_heads=heads, layout=layout)
+        for length, batch, mask, heads, layout in (
+            (256, 1, "causal", 4, "bhnd"),  # as many blocks as heads, by chance
+            (1000, 1, "full", 4, "bnhd"),
+            (70, 3, "causal", 2, "gaps"),
+            (640, 2, "causal", 5, "strided"),
         )
     ]
-    flex.attend(*inputs(first), all_blocks(first), **first.call)
+    FLEX.attend(operands_of(first), all_blocks(first), every_block(first))
     before = counters["stats"]["unique_graphs"]
     for shape in others:
-        flex.attend(*inputs(shape), all_blocks(shape), **shape.call)
+        FLEX.attend(operands_of(shape), all_blocks(shape), every_block(shape))
     assert counters["stats"]["unique_graphs"] == before
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_uncompiled_it_takes_the_slow_way_and_says_why(causal: bool) -> None:
-    shape = Shape(length=1100, heads=4, kv_heads=2, batch=2, block_q=128, causal=causal, scale=0.1)
-    q, k, v = inputs(shape)
-    live = some_blocks(shape)
+@pytest.mark.parametrize("mask", MASKS)
+def test_uncompiled_it_takes_the_slow_way_and_says_why(mask: str) -> None:
+    shape = Shape(length=1100, heads=4, kv_heads=2, batch=2, blocks=(128, 64), mask=mask, scale=0.1)
+    operands, live = operands_of(shape), some_blocks(shape)
     with torch.compiler.set_stance("force_eager"), pytest.warns(flex.UnfusedAttentionWarning, match="stance"):
-        out = flex.attend(q, k, v, live, **shape.call)
-    assert error(out, exact(q, k, v, live, shape)) <= 1e-5
+        out = FLEX.attend(operands, live, every_block(shape))
+    assert error(out, exact(operands, live, shape.blocks)) <= 1e-5
     assert out.transpose(1, 2).is_contiguous()
 
 
@@ -93,11 +111,57 @@ def test_a_failed_compilation_is_reported_and_not_tried_again(monkeypatch: pytes
 
     monkeypatch.setattr(flex, "_compiled", lambda: fail)
     failures: dict[Any, str] = {}
-    monkeypatch.setattr(flex, "_uncompilable", lambda: failures)
-    q, k, v = inputs(FP32)
-    live = all_blocks(FP32)
+    monkeypatch.setattr(flex, "_uncompilable", failures)
+    operands, live = operands_of(FP32), all_blocks(FP32)
     for _ in range(2):
         with pytest.warns(flex.UnfusedAttentionWarning, match="no C\\+\\+ compiler found"):
-            out = flex.attend(q, k, v, live, **FP32.call)
-        assert error(out, exact(q, k, v, live, FP32)) <= 1e-5
+            out = FLEX.attend(operands, live, every_block(FP32))
+        assert error(out, exact(operands, live, FP32.blocks)) <= 1e-5
     assert len(tries) == 1
+    assert list(failures) == [machine.compile_key(torch.device("cpu"), torch.float32, 64)]
+    assert flex.Flex().note(operands) == "FlexAttention cannot be compiled: no C++ compiler found"
+
+
+@dataclass(frozen=True)
+class Dilated(Mask):
+    """A row sees its own key and every ``step``-th one before it: no band, parameters and all."""
+
+    name = "dilated"
+    words = "dilated"
+    local = True
+    step: int
+
+    def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
+        return (keys <= positions) & ((positions - keys) % self.step == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("length", "blocks"), [(40, (64, 64)), (333, (64, 64)), (400, (128, 64))], ids=str)
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "by rows"])
+def test_a_mask_that_is_no_band(
+    compiled: bool, length: int, blocks: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MASK_KINDS, "dilated", Dilated)
+    head_dim = 64 if dtype == torch.float32 else 96
+    shape = Shape(length, head_dim, heads=4, kv_heads=2, batch=2, blocks=blocks, dtype=dtype)
+    operands = replace(operands_of(shape), mask=Dilated(3))
+    call = sparse_call(shape, [0.3, 0.6, 0.9, 1.0])
+    stance = "default" if compiled else "force_eager"
+    with torch.compiler.set_stance(stance), warnings.catch_warnings():
+        warnings.simplefilter("error" if compiled else "ignore", flex.UnfusedAttentionWarning)
+        out, counts = run(operands, call)
+    live = live_blocks(operands, call)
+    assert torch.equal(counts, live.sum(-1, dtype=torch.int32))
+    assert length < 100 or float(live.float().mean()) < 0.6, "nothing was sparse"
+    assert error(out, exact(operands, live, blocks)) <= tolerance(operands, live, blocks)
+    # As a softmax over what is seen, written without the package's own helpers.
+    places, double = torch.arange(length), in_double(operands)
+    seen = (places <= places[:, None]) & ((places[:, None] - places) % 3 == 0)
+    scores = double.q @ double.k.repeat_interleave(2, 1).mT * operands.scale
+    truth = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ double.v.repeat_interleave(2, 1)
+    assert error(out[:, 3], truth[:, 3]) <= tolerance(operands, live, blocks)
+    if compiled and dtype == torch.float32:
+        text = torch.ops.afbs.sparse_attention(
+            operands.q, operands.k, operands.v, [*call.tau], [*call.theta], [*call.lam], "dilated(3)", None, *blocks
+        )
+        assert torch.equal(text, out)

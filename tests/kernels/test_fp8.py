@@ -11,15 +11,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import fp8, fp8_triton, hopper, hopper_fp8, op, precision, predict, reference
-from tests.kernels.helpers import NO_SKIP, Shape, exact, inputs, some_blocks
+from afbs_compile.kernels.attend.engines import precision_refusal
+from afbs_compile.kernels.attend.flex.engine import Flex
+from afbs_compile.kernels.attend.hopper import engine as hopper
+from afbs_compile.kernels.attend.hopper_fp8 import rounding
+from afbs_compile.kernels.attend.hopper_fp8.engine import HopperFp8
+from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.blocks import BlockLists, live_of
+from afbs_compile.kernels.call import SparseCall, fp8_constant_count
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.spec import fp8
+from afbs_compile.kernels.spec.attention import masked_attention
+from afbs_compile.kernels.spec.fp8 import Fp8Constants
+from tests.kernels.helpers import (
+    MASKS,
+    NO_SKIP,
+    Shape,
+    exact,
+    inputs,
+    listed,
+    operands_of,
+    some_blocks,
+    sparse_call,
+)
 from tests.kernels.hopper_compiler import compiled_on_hopper
 
-PLAIN = Shape(300, 64, heads=4, kv_heads=2, dtype=torch.bfloat16, block_q=128, block_k=128)
+PLAIN = Shape(300, 64, heads=4, kv_heads=2, dtype=torch.bfloat16, blocks=(128, 128))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, live: Tensor, shape: Shape, constants: Any = None) -> Tensor:
-    return fp8.attend(fp8.quantise(q, k, v, constants, shape.scale), live, causal=shape.causal)
+def attend(operands: Operands, live: Tensor, constants: tuple[float, ...] = ()) -> Tensor:
+    seen = operands.mask.matrix(operands.q_len, operands.k_len, operands.device)
+    return fp8.attend(fp8.quantise(operands, constants), live, seen)
 
 
 def relative_l1(out: Tensor, truth: Tensor) -> float:
@@ -31,32 +53,32 @@ def as_bytes(x: Tensor) -> Tensor:
     return torch.where(x.float().isnan(), math.nan, x.float()).contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_it_is_attention_up_to_rounding(dim: int, causal: bool) -> None:
+def test_it_is_attention_up_to_rounding(dim: int, mask: str) -> None:
     for length, scale in ((1, None), (129, 0.3), (300, -0.1), (300, 0.0)):
-        shape = replace(PLAIN, length=length, head_dim=dim, causal=causal, batch=2, scale=scale)
-        q, k, v = inputs(shape)
-        live = some_blocks(shape)
-        assert relative_l1(attend(q, k, v, live, shape), exact(q, k, v, live, shape)) <= 4e-2
+        shape = replace(PLAIN, length=length, head_dim=dim, mask=mask, batch=2, scale=scale)
+        operands, live = operands_of(shape), some_blocks(shape)
+        assert relative_l1(attend(operands, live), exact(operands, live, shape.blocks)) <= 4e-2
 
 
 def test_rounding_is_what_the_weights_are_worth() -> None:
     """Keys that all score alike: the row sum is of weights before rounding, so values come out as they were rounded."""
     q, k, v = inputs(PLAIN)
     live = some_blocks(PLAIN)
-    out = attend(torch.zeros_like(q), k, torch.ones_like(v) * 1.5, live, PLAIN)
+    out = attend(PLAIN.of(torch.zeros_like(q), k, torch.ones_like(v) * 1.5), live)
     assert torch.equal(out, torch.full_like(out, 1.5))
 
 
 def test_the_mean_of_the_keys_cancels_and_takes_error_with_it() -> None:
     q, k, v = inputs(PLAIN)
     k = (k + 4 * torch.randn(2, 1, 64)).bfloat16()
-    constants = fp8.Constants.of([(k, v)])
+    constants = Fp8Constants.of([(k, v)])
     torch.testing.assert_close(constants.key_mean, k.float().mean((0, 2)))
     live = some_blocks(PLAIN)
-    truth = exact(q, k, v, live, PLAIN)
-    smoothed, plain = (relative_l1(attend(q, k, v, live, PLAIN, c), truth) for c in (constants.packed(), None))
+    operands = PLAIN.of(q, k, v)
+    truth = exact(operands, live, PLAIN.blocks)
+    smoothed, plain = (relative_l1(attend(operands, live, c), truth) for c in (constants.packed(), ()))
     assert smoothed < 0.8 * plain
 
 
@@ -64,16 +86,16 @@ def test_constants_are_of_all_samples_and_of_what_is_finite() -> None:
     (_, k, v), (_, k2, v2) = inputs(PLAIN), inputs(replace(PLAIN, length=130), seed=1)
     k[0, 1, 5, 3] = math.inf
     v2[0, 0, 7, 1] = math.nan
-    found = fp8.Constants.of([(k, v), (k2, v2)])
+    found = Fp8Constants.of([(k, v), (k2, v2)])
     both = torch.cat([k, k2], 2).float()
     both[0, 1, 5, 3] = 0
     torch.testing.assert_close(found.key_mean, both.mean((0, 2)))
     peaks = torch.cat([v, v2], 2).float().nan_to_num(0.0).abs().amax((0, 2, 3))
     torch.testing.assert_close(found.value_peak, peaks)
-    back = fp8.Constants.unpacked(found.packed(), 2, 64)
+    back = Fp8Constants.unpacked(found.packed(), 2, 64)
     for mine, theirs in zip(found, back, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
-    assert len(found.packed()) == fp8.constant_count(2, 64)
+    assert len(found.packed()) == fp8_constant_count(2, 64)
 
 
 def test_scales_are_powers_of_two_that_fit() -> None:
@@ -81,7 +103,7 @@ def test_scales_are_powers_of_two_that_fit() -> None:
     q, k, v = inputs(shape)
     k[:, :, 128:256] *= 2**10
     v[:, :, 256:384] *= 2**-10
-    found = fp8.quantise(q, k, v, None, None)
+    found = fp8.quantise(PLAIN.of(q, k, v), ())
     for scale in (found.q_scale, found.k_scale, found.v_scale):
         assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
     assert ((found.q.float().abs().amax(-1) >= 2.0**7) & (found.q.float().abs().amax(-1) <= 2.0**8)).all()
@@ -96,28 +118,28 @@ def test_scales_are_powers_of_two_that_fit() -> None:
 def test_no_row_knows_of_later_ones(poison: float | None) -> None:
     for token in (0, 127, 128, 200):
         q, k, v = inputs(PLAIN)
-        constants = fp8.Constants.of([(k, v)]).packed()
+        constants = Fp8Constants.of([(k, v)]).packed()
         live = some_blocks(PLAIN)
-        before = attend(q, k, v, live, PLAIN, constants)
+        before = attend(PLAIN.of(q, k, v), live, constants)
         for x in (q, k, v):
             # Values of a row's own block are multiplied by zero, as in every engine: those of later blocks are not.
             first = token + 1 if x is not v or poison is None else (token // 128 + 1) * 128
             x[:, :, first:] = 1e4 * torch.randn(x[:, :, first:].shape) if poison is None else poison
-        after = attend(q, k, v, live, PLAIN, constants)
+        after = attend(PLAIN.of(q, k, v), live, constants)
         assert torch.equal(before[:, :, : token + 1], after[:, :, : token + 1])
 
 
 def test_what_is_not_finite_is_seen_and_alters_no_scale() -> None:
     q, k, v = inputs(PLAIN)
-    clean = fp8.quantise(q, k, v, None, None)
+    clean = fp8.quantise(PLAIN.of(q, k, v), ())
     for x in (q, k, v):
         x[0, 1, 128, 5] = math.inf
-    found = fp8.quantise(q, k, v, None, None)
+    found = fp8.quantise(PLAIN.of(q, k, v), ())
     for name in ("k_scale", "v_scale"):
         old, new = getattr(clean, name), getattr(found, name)
         assert ((new == old) | (new == old / 2)).all()  # of the other entries of that row
     assert found.q[0, 1, 128].float().isnan().sum() == 1
-    out = attend(q, k, v, some_blocks(PLAIN, share=1.0), PLAIN)
+    out = attend(PLAIN.of(q, k, v), some_blocks(PLAIN, share=1.0))
     assert out[0, 1, 128].isnan().all()
     assert out[0, 2:, 128:].isnan().any(-1).all()  # the heads that share the keys and values
     assert out[0, 0].isfinite().all()
@@ -127,7 +149,7 @@ def test_large_values_are_clamped_not_lost() -> None:
     q, k, v = inputs(PLAIN)
     v[:, :, 0] = 0.01
     v[0, 0, 50, 3] = 3000.0
-    found = fp8.quantise(q, k, v, None, None)
+    found = fp8.quantise(PLAIN.of(q, k, v), ())
     assert found.v.float().isfinite().all()
     assert found.v.float().max() == fp8.LARGEST
 
@@ -149,46 +171,54 @@ def test_the_kernel_rounds_as_specified(layout: str) -> None:
         for x in (q, k, v):
             x[:, :, length // 2, 3] = torch.tensor([math.nan, math.inf], dtype=dtype)[:, None]
             x[:, :, length // 3] *= 300
-        for constants in (None, fp8.Constants.of([(k, v)]).packed()):
-            expected, found = fp8.quantise(q, k, v, constants, 0.2), fp8_triton.quantise(q, k, v, constants, 0.2)
+        operands = replace(shape, scale=0.2).of(q, k, v)
+        for constants in ((), Fp8Constants.of([(k, v)]).packed()):
+            expected, found = fp8.quantise(operands, constants), rounding.quantise(operands, constants)
             for name, x, y in zip(expected._fields, found, expected, strict=True):
                 cut = length if name == "q_scale" else None
                 assert torch.equal(as_bytes(x[:, :, :cut]), as_bytes(y[:, :, :cut])), name
 
 
-def call(names: Any, constants: Any = None, shape: Shape = PLAIN, **more: Any) -> Any:
-    q, k, v = inputs(shape)
-    given = {"precision": names, "fp8_constants": constants, **shape.call, **more}
-    return op.sparse_attention_with_counts(q, k, v, [0.9] * 4, [-1.0] * 4, [NO_SKIP] * 4, **given)
-
-
 @pytest.mark.parametrize(
     ("names", "constants", "message"),
     [
-        ("int8", None, "precision is 'int8'; accepted: own, fp8"),
+        (["int8"] * 4, None, "precision is 'int8'; accepted: own, fp8"),
         (["fp8"] * 3, None, "precision has 3 names; accepted: one for each of the 4 query heads"),
         (None, [0.0], "fp8_constants came without precision"),
-        ("fp8", [0.0] * 7, "fp8_constants has 7 numbers; accepted: 132, 64 means and two peaks for each of the 2 key"),
-        ("fp8", [math.nan] * 132, "fp8_constants has a number that is not finite"),
-        ("fp8", None, "precision is fp8, and cpu is no NVIDIA GPU of compute capability 9.x"),
+        (
+            ["fp8"] * 4,
+            [0.0] * 7,
+            "fp8_constants has 7 numbers; accepted: 132, 64 means and two peaks for each of the 2 key",
+        ),
+        (["fp8"] * 4, [math.nan] * 132, "fp8_constants has a number that is not finite"),
+        (["fp8"] * 4, None, "precision is fp8, and cpu is no NVIDIA GPU of compute capability 9.x"),
     ],
 )
 def test_what_the_operator_refuses(names: Any, constants: Any, message: str) -> None:
+    q, k, v = inputs(PLAIN)
     with pytest.raises(ValueError, match=re.escape(message)):
-        call(names, constants)
+        torch.ops.afbs.sparse_attention(
+            q, k, v, [0.9] * 4, [-1.0] * 4, [NO_SKIP] * 4, "causal", None, *PLAIN.blocks, precision=names,
+            fp8_constants=constants,
+        )  # fmt: skip
 
 
 def test_heads_of_their_own_precision_are_as_ever() -> None:
-    for mine, theirs in zip(call(["own"] * 4), call(None), strict=True):
+    operands, q = operands_of(PLAIN), inputs(PLAIN)
+    named = run(operands, sparse_call(PLAIN, 0.9, precision=("own",) * 4))
+    for mine, theirs in zip(named, run(operands, sparse_call(PLAIN, 0.9)), strict=True):
         assert torch.equal(mine, theirs)
+    constants = [0.9] * 4, [-1.0] * 4, [NO_SKIP] * 4, "causal", None, *PLAIN.blocks
+    for names in (["own"] * 4, None):
+        assert torch.equal(torch.ops.afbs.sparse_attention(*q, *constants, precision=names), named[0])
 
 
 def test_other_calls_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
-    device = torch.device("cuda")
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
 
     def refusal(dtype: torch.dtype = torch.bfloat16, dim: int = 128, lam: float = NO_SKIP, block_k: int = 128) -> Any:
-        return precision.refusal(device, dtype, dim, [lam], 128, block_k)
+        shape = Shape(130, dim, heads=1, kv_heads=1, dtype=dtype, blocks=(128, block_k))
+        return precision_refusal(operands_of(shape), sparse_call(shape, 0.5, lam=lam), "fp8")
 
     assert refusal() is None
     assert "dtype is torch.float32; accepted: float16, bfloat16" in refusal(dtype=torch.float32)
@@ -200,40 +230,36 @@ def test_other_calls_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_each_head_is_attended_in_its_precision(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = replace(PLAIN, kv_heads=kv_heads)
-    q, k, v = inputs(shape)
-    live = some_blocks(shape)
-    table = fp8.Constants.of([(k, v)]).packed()
+    operands, live = operands_of(shape), some_blocks(shape)
+    table = Fp8Constants.of([(operands.k, operands.v)]).packed()
 
-    def own(q: Tensor, k: Tensor, v: Tensor, lists: Any, lam: Any, *, out: Tensor, **call: Any) -> None:
-        out.copy_(reference.masked_attention(q, k, v, predict.lists_to_mask(lists, live.shape[3]), lam, **call))
+    def own(_: Flex, operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor) -> None:
+        out.copy_(masked_attention(operands, live_of(lists), call.lam, call.shape))
 
-    def rounded(q: Tensor, k: Tensor, v: Tensor, lists: Any, lam: Any, *, constants: Any, out: Tensor, **call: Any):
-        out.copy_(attend(q, k, v, predict.lists_to_mask(lists, live.shape[3]), shape, constants))
+    def rounded(_: HopperFp8, operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor) -> None:
+        out.copy_(attend(operands, live_of(lists), call.fp8_constants))
 
-    monkeypatch.setattr(hopper_fp8, "attend", rounded)
+    monkeypatch.setattr(HopperFp8, "refusal", lambda *_: None)
+    for engine, attends in ((HopperFp8, rounded), (Flex, own)):
+        monkeypatch.setattr(engine, "attend", attends)
+        monkeypatch.setattr(engine, "select", lambda _, operands, call: listed(live, operands, call.shape))
     whole = []
-    for names in (["own"] * 4, ["fp8"] * 4, ["fp8", "own", "own", "fp8"]):
-        out = torch.full_like(q, math.nan)
-        lists = predict.mask_to_lists(live)
-        precision.attend(
-            q, k, v, out, lists, [NO_SKIP] * 4, own, precision=names, constants=table, **shape.call
-        )  # fmt: skip
-        whole.append(out)
+    for names in (("own",) * 4, ("fp8",) * 4, ("fp8", "own", "own", "fp8")):
+        call = sparse_call(shape, 0.5, precision=names, fp8_constants=table)
+        whole.append(run(operands, call)[0])
     assert torch.equal(whole[2][:, [0, 3]], whole[1][:, [0, 3]])
     assert torch.equal(whole[2][:, [1, 2]], whole[0][:, [1, 2]])
     assert not torch.equal(whole[0], whole[1])
 
 
 COMPILE = """
-only_compile(fp8_triton._quantise_kernel, hopper_fp8.forward_kernel)
-common = dict(heads=4, kv_heads=2, batch=2, block_q=128, block_k=128, layout="bnhd")
+only_compile(rounding._quantise_kernel, fp8_kernel.forward_kernel)
+common = dict(heads=4, kv_heads=2, batch=2, blocks=(128, 128), layout="bnhd")
 for shape in (
     Shape(300, 128, dtype=torch.bfloat16, **common),
-    Shape(9000, 64, dtype=torch.float16, causal=False, **common),
+    Shape(9000, 64, dtype=torch.float16, mask="full", **common),
 ):
-    q, k, v = inputs(shape)
-    out = hopper_fp8.attend(q, k, v, predict.mask_to_lists(all_blocks(shape)), [NO_SKIP] * 4, **shape.call)
-    assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()
+    attend_by(fp8_launch)
 """
 
 

@@ -16,7 +16,7 @@ def run(operands: Operands, call: SparseCall) -> tuple[Tensor, Tensor]:
     """Block-sparse attention, whatever the length and the constants, and how much it computed.
 
     Args:
-        operands: at least one element; call: constants that fit them.
+        operands: of the call; call: constants that fit them.
 
     Returns:
         The output ``[B, H, q_len, D]``, which lies in memory as ``[B, q_len, H, D]``, and the number of live key
@@ -26,6 +26,8 @@ def run(operands: Operands, call: SparseCall) -> tuple[Tensor, Tensor]:
         ValueError: no engine takes the call; it says why.
     """
     out, counts = empty_output(operands.q), []
+    if out.numel() == 0:
+        return out, out.new_zeros(*out.shape[:2], operands.grid(call.shape).count_q, dtype=torch.int32)
     with without_autocast(operands.device):
         step = engines_on(operands.device)[0].heads_at_once(operands, call)
         for first in range(0, operands.heads, step):

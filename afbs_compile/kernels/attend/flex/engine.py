@@ -28,12 +28,16 @@ from afbs_compile.kernels.attend.machine import compile_key
 from afbs_compile.kernels.blocks import BlockLists, BlockShape, chunks, lists_of, live_of
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.masks.base import Mask
+from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.kernels.operands import Operands, dense_attention
 from afbs_compile.kernels.select import plain
 
 LARGEST_TILE = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 64}
 """Rows per block handed to FlexAttention; larger blocks are cut. On the CPU 128 x 128 takes 6 to 28 % less time than
 64 x 64 in fp32. In bf16 the two are within noise of each other, and 128 x 128 was once seen to be ten times slower."""
+
+COMMONEST = Causal()
+"""What a call without partial blocks is compiled with: its mask is not looked at, and so it needs no kernel of its own."""
 
 ROWS_AT_ONCE = 512
 """Query rows whose mask :func:`_attend_by_rows` holds at a time; a multiple of every block shape."""
@@ -204,6 +208,7 @@ def _attend_one(operands: Operands, tiles: BlockShape, lists: BlockLists) -> Ten
     whole, partial, indices = (x.unflatten(0, split) for x in lists)
     if mask.hides_nothing:  # FlexAttention itself knows where the keys end
         whole, partial = whole + partial, torch.zeros_like(partial)
+        mask = COMMONEST
     place = torch.arange(indices.shape[-1], device=indices.device) + whole[..., None]
     block_mask = BlockMask.from_kv_blocks(
         partial,
