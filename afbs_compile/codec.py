@@ -1,43 +1,15 @@
-"""Frozen dataclasses as JSON files: written whole or not at all, read back by their annotations."""
+"""Frozen dataclasses read back from JSON by their annotations."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class DamagedError(Exception):
     """What is wrong with a decoded value, without the file's name."""
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON; the file appears whole or not at all.
-
-    Raises:
-        OSError: the folder is missing or not writable.
-    """
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:

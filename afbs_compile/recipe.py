@@ -11,8 +11,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from afbs_compile.codec import DamagedError, decode, write
+from afbs_compile.codec import DamagedError, decode
 from afbs_compile.errors import RecipeError
+from afbs_compile.files import write_whole
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall, fp8_constant_count
 from afbs_compile.kernels.masks.registry import mask_of
@@ -302,7 +303,7 @@ class Recipe:
         Raises:
             OSError: the folder is missing or not writable.
         """
-        write(Path(path), asdict(self))
+        write_whole(Path(path), json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:

@@ -16,6 +16,7 @@ from afbs_compile.cli.models import load_model
 from afbs_compile.cli.progress import step
 from afbs_compile.cli.recipes import example_input, load_recipe
 from afbs_compile.errors import OptionError
+from afbs_compile.files import write_whole
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.applied import apply
 from afbs_compile.report.explain import explain
@@ -49,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         target = options.output_file(arguments.html, [".html", ".htm"], "--html")
         text = page(recipe, arguments.recipe, _masks(arguments, recipe))
-        with options.writing(target), options.whole_file(target) as file:
-            file.write(text)
+        with options.writing(target):
+            write_whole(target, text)
     if arguments.json:
         content = {**summary(recipe), "sites": explain(recipe).to_records(), "heads": recipe.to_records()}
         print(json.dumps(content, indent=1))

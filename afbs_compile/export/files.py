@@ -7,8 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,15 +125,6 @@ def target_path(path: str | os.PathLike[str], form: str) -> Path:
     if target.is_dir() or not target.parent.is_dir():
         raise OptionError(f"path: got {str(target)!r}; accepted: a file in a folder that exists")
     return target
-
-
-@contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside the target, moved over it on success and removed on any failure or interruption."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}.") as folder:
-        temporary = Path(folder) / target.name
-        yield temporary
-        os.replace(temporary, target)
 
 
 def extra(modules: Sequence[str], name: str) -> list[Any]:

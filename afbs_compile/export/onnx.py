@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from afbs_compile.errors import ExportError, OptionError
-from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path, whole_file
+from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path
 from afbs_compile.export.inputs import Example
 from afbs_compile.export.onnx_function import DOMAIN, NAME, VERSION, function_protos
 from afbs_compile.export.onnx_predict import policy_codes
 from afbs_compile.export.program import ExportProgram, rewritten_program
 from afbs_compile.export.runner import Runner
+from afbs_compile.files import whole_file
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of

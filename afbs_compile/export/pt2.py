@@ -18,10 +18,11 @@ from torch.export import ExportedProgram
 
 import afbs_compile.kernels.op  # noqa: F401  registers the operator
 from afbs_compile.errors import ExportError
-from afbs_compile.export.files import NOTE, Exported, Note, first_line, target_path, whole_file
+from afbs_compile.export.files import NOTE, Exported, Note, first_line, target_path
 from afbs_compile.export.inputs import Example
 from afbs_compile.export.program import ExportProgram, rewritten_program
 from afbs_compile.export.runner import Runner, call_as_exported
+from afbs_compile.files import whole_file
 from afbs_compile.recipe import Recipe
 
 

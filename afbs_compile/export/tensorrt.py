@@ -27,10 +27,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from afbs_compile.errors import ExportError
-from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path, whole_file
+from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path
 from afbs_compile.export.inputs import Example, ExportInputs
 from afbs_compile.export.program import rewritten_program
 from afbs_compile.export.runner import Runner, call_as_exported
+from afbs_compile.files import whole_file
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.op import arguments_of, by_name, sparse_attention

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from afbs_compile.files import write_whole
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.op import arguments_of
 from afbs_compile.passes.build import NodeBuilder, erase_unused
@@ -74,10 +75,7 @@ def dump(rewrite: Rewrite, folder: str | os.PathLike[str], name: str) -> None:
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for suffix, text in (("before", rewrite.before), ("after", rewrite.after)):
-        target = Path(folder) / f"{name}.{suffix}.py"
-        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        partial.write_text(text)
-        partial.replace(target)
+        write_whole(Path(folder) / f"{name}.{suffix}.py", text)
 
 
 def _text(gm: fx.GraphModule) -> str:
