@@ -110,7 +110,11 @@ def sparse_everywhere(recipe: afbs_compile.Recipe) -> afbs_compile.Recipe:
     A recipe leaves a call dense, or dense below some length, where the kernel of this package did not pay on the
     machine that calibrated. onnxruntime is another engine; the thresholds are the same.
     """
-    return with_sites(recipe, lambda site: replace(site, outcome="sparse", reason=None, min_length=1))
+
+    def everywhere(site: Any) -> Any:
+        return replace(site, outcome="sparse", reason=None, call=replace(site.call, min_length=1))
+
+    return with_sites(recipe, everywhere)
 
 
 def left_alone(recipe: afbs_compile.Recipe) -> afbs_compile.Recipe:
