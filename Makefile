@@ -1,15 +1,25 @@
 # `make demo` and `make test` are complete on a fresh machine with git, make and Python 3.11 or newer.
 PYTHON ?= python3
+# Processes that the tests run in; 0 for one, as on a debugger.
+WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs clean
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-all matrix check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/installed
+	$(PYTEST)
+
+matrix: $(VENV)/installed
+	$(BIN)/nox
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -189,6 +189,7 @@ def test_a_file_of_fixed_size(tmp_path):
         assert relative_difference(out, model(x)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_the_example_runs_a_shipped_language_model_without_us(tmp_path, monkeypatch):
     """All of examples/export_onnx.py but its calibration, with the first two layers of its model."""

@@ -96,6 +96,7 @@ def package(exported, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 class TestAOTInductor:
     def test_it_computes_the_same_at_every_size(self, exported, package):
         _, recipe, path = exported

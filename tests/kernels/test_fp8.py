@@ -263,6 +263,7 @@ for shape in (
 """
 
 
+@pytest.mark.slow
 def test_the_compiled_kernels_keep_their_promises() -> None:
     cases = compiled_on_hopper(COMPILE)
     grids = [title.split(" grid ")[1].split(" shared")[0] for title, _ in cases]

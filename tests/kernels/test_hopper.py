@@ -104,6 +104,7 @@ for shape in (
 """
 
 
+@pytest.mark.slow
 def test_the_compiled_kernel_keeps_its_promises() -> None:
     cases = compiled_on_hopper(COMPILE)
     grids = [title.split(" grid ")[1].split(" shared")[0] for title, _ in cases]

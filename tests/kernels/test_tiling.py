@@ -35,6 +35,7 @@ def test_tiles_divide_the_blocks_and_fit(name: str, dim_pad: int, itemsize: int)
             assert not whole or shape[:2] == shapes[0][:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_first_choices_compile_and_hold_their_tiles_in_registers(name: str) -> None:
     chip = TARGETS[name].chip

@@ -23,7 +23,7 @@ from afbs_compile.tuner.site import tune_site
 from afbs_compile.tuner.space import dense_heads
 from afbs_compile.tuner.speed import Stopwatch
 from tests.fp8_engine import stand_in
-from tests.toy import HEADS, WIDTH, Toy, always_faster, drifting
+from tests.toy import HEADS, WIDTH, Toy, always_faster, drifting, without_a_clock
 from tests.tuner.test_site import operands
 
 pytestmark = pytest.mark.usefixtures("sparse_is_faster")
@@ -65,6 +65,7 @@ def test_heads_within_the_tolerance_are_in_fp8_and_the_others_say_why():
     assert torch.equal(result.measured.error[:, 3], own.measured.error[:, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_engine")
 def test_a_head_that_rounding_takes_over_the_tolerance_steps_back():
     samples = [operands(seed) for seed in range(2)]
@@ -80,6 +81,7 @@ def test_a_head_that_rounding_takes_over_the_tolerance_steps_back():
     assert found.deciding.any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_engine")
 def test_fp8_must_make_up_for_what_a_step_back_computes(monkeypatch):
     monkeypatch.setattr(tuner_fp8, "best_ms", lambda calls: [1.0, 0.999])
@@ -106,10 +108,18 @@ def test_a_device_without_fp8_says_so():
     assert result.call.shape != tuner_fp8.SHAPE
 
 
+@pytest.fixture(scope="module")
+def calibrated() -> Recipe:
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        without_a_clock(patch)
+        model, x = Toy().eval(), drifting(LENGTH)
+        return afbs_compile.calibrate(model, [x], tolerance=TOLERANCE, precision="fp8", min_length=64)
+
+
 @pytest.fixture
-def recipe(monkeypatch) -> Recipe:
-    stand_in(monkeypatch)
-    return afbs_compile.calibrate(Toy().eval(), [drifting(LENGTH)], tolerance=TOLERANCE, precision="fp8", min_length=64)
+def recipe(calibrated, with_engine) -> Recipe:
+    return calibrated
 
 
 def test_a_recipe_carries_it_to_the_graph_and_back(recipe, monkeypatch, tmp_path):
