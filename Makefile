@@ -15,8 +15,8 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/installed
-	$(PYTEST)
+test-all: test
+	$(PYTEST) -m slow
 
 matrix: $(VENV)/installed
 	$(BIN)/nox

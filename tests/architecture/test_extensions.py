@@ -29,7 +29,7 @@ from afbs_compile.kernels.select import plain
 from afbs_compile.kernels.spec.attention import masked_attention
 from afbs_compile.options import OPTIONS, Option, Options, one_of
 from afbs_compile.recipe import Recipe
-from tests.toy import HEAD_DIM, HEADS, WIDTH, Toy, drifting
+from tests.toy import HEAD_DIM, HEADS, Toy, drifting
 
 LENGTH = 768
 TOLERANCE = 0.2
@@ -157,11 +157,14 @@ def test_a_mask(monkeypatch, tmp_path, fresh_dynamo, sparse_is_faster):
     operands = Operands(q, k, v, Dilated(2), 0.2)
     single = replace(operands, q=q.float(), k=k.float(), v=v.float())
     live = live_of(plain.select(single, call))
-    out = torch.ops.afbs.sparse_attention(q.float(), k.float(), v.float(), **call.arguments(), mask="dilated(2)", scale=0.2)
-    torch.testing.assert_close(out.double(), masked_attention(operands, live, call.lam, call.shape), rtol=1e-4, atol=1e-5)
+    arguments = {**call.arguments(), "mask": "dilated(2)", "scale": 0.2}
+    out = torch.ops.afbs.sparse_attention(q.float(), k.float(), v.float(), **arguments)
+    torch.testing.assert_close(
+        out.double(), masked_attention(operands, live, call.lam, call.shape), rtol=1e-4, atol=1e-5
+    )
     # A row's result does not change with a key that it does not see: the one right before it.
     k[:, :, -2], v[:, :, -2] = 100.0, 100.0
-    other = torch.ops.afbs.sparse_attention(q.float(), k.float(), v.float(), **call.arguments(), mask="dilated(2)", scale=0.2)
+    other = torch.ops.afbs.sparse_attention(q.float(), k.float(), v.float(), **arguments)
     torch.testing.assert_close(other[:, :, -1], out[:, :, -1])
 
 
@@ -213,7 +216,9 @@ def test_an_engine(monkeypatch, tmp_path, fresh_dynamo, sparse_is_faster):
     sparse = compiled(model, smaller)
     sparse(x)
     said = "not the abacus: blocks are 32x32; accepted: 64x64"
-    assert {(row.kernel, row.kernel_reason) for row in afbs_compile.explain(sparse).rows} == {("flex 32x32 tiles", said)}
+    assert {(row.kernel, row.kernel_reason) for row in afbs_compile.explain(sparse).rows} == {
+        ("flex 32x32 tiles", said)
+    }
     assert said in str(afbs_compile.explain(sparse)).replace("\n", "")
 
 
