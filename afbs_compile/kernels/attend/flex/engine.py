@@ -205,10 +205,10 @@ def _attend_one(operands: Operands, tiles: BlockShape, lists: BlockLists) -> Ten
     """
     q, k, v, mask = operands.q, operands.k, operands.v, operands.mask
     q_len, k_len, split = q.shape[1], k.shape[1], (k.shape[0], q.shape[0] // k.shape[0])
-    whole, partial, indices = (x.unflatten(0, split) for x in lists)
     if mask.hides_nothing:  # FlexAttention itself knows where the keys end
-        whole, partial = whole + partial, torch.zeros_like(partial)
-        mask = COMMONEST
+        mask, lists = COMMONEST, BlockLists(lists.counts, torch.zeros_like(lists.partial), lists.indices)
+    # Copies: Dynamo compiles again for views of something else.
+    whole, partial, indices = (x.unflatten(0, split).clone() for x in lists)
     place = torch.arange(indices.shape[-1], device=indices.device) + whole[..., None]
     block_mask = BlockMask.from_kv_blocks(
         partial,
