@@ -126,7 +126,7 @@ def _band(mask: Mask) -> dict[str, int] | None:
     (band, offset), *others = {(mask.band(n, n), mask.offset(n, n)) for n in (64, 4096)}
     if band is None or others:
         return None
-    return {"upper": NO_BOUND if band.upper is None else band.upper, "offset": offset}
+    return {"upper": band.upper if band.bounded else NO_BOUND, "offset": offset}
 
 
 def attributes(call: SparseCall, mask: Mask, scale: float) -> dict[str, Any]:

@@ -97,9 +97,9 @@ def test_a_bands_work_is_that_of_its_elements(mask: BandMask) -> None:
 @pytest.mark.parametrize("mask", BANDS, ids=str)
 def test_a_band_is_the_mask(mask: BandMask) -> None:
     for q_len, k_len, _ in grids(10):
-        upper = mask.band(q_len, k_len).upper
+        upper, bounded = mask.band(q_len, k_len)
         rows, keys = torch.arange(q_len)[:, None], torch.arange(k_len)
-        expected = torch.ones(q_len, k_len, dtype=torch.bool) if upper is None else keys <= rows + upper
+        expected = torch.ones(q_len, k_len, dtype=torch.bool) if not bounded else keys <= rows + upper
         assert torch.equal(mask.matrix(q_len, k_len, CPU), expected)
 
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.masks.base import Band
 from afbs_compile.kernels.operands import Operands
 
 
-class KernelBand(NamedTuple):
-    """A band (:class:`afbs_compile.kernels.masks.base.Band`) as numbers: ``upper`` means nothing unless ``bounded``."""
-
-    upper: int
-    bounded: bool
-
-
-def told(operands: Operands) -> KernelBand:
+def told(operands: Operands) -> Band:
     """What kernels are told of the operands' mask.
 
     Raises:
@@ -24,7 +16,7 @@ def told(operands: Operands) -> KernelBand:
     band = operands.mask.band(operands.q_len, operands.k_len)
     if band is None:
         raise ValueError(refusal(operands))
-    return KernelBand(0 if band.upper is None else band.upper, band.upper is not None)
+    return band
 
 
 def refusal(operands: Operands) -> str | None:

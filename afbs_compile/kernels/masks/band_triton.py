@@ -3,7 +3,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Bands (:class:`afbs_compile.kernels.masks.base.Band`) as Triton kernels compute them.
 
-A kernel is told ``BOUNDED`` and ``upper`` (:class:`afbs_compile.kernels.masks.band.KernelBand`).
+A kernel is told ``BOUNDED`` and ``upper`` (:class:`afbs_compile.kernels.masks.base.Band`).
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ from afbs_compile.kernels.blocks import Grid
 
 
 class Band(NamedTuple):
-    """A mask that a kernel computes from two positions: row r sees the keys ``c <= r + upper``; ``None``: all keys."""
+    """A mask that a kernel computes from positions: row r sees the keys ``c <= r + upper``, all unless ``bounded``."""
 
-    upper: int | None
+    upper: int = 0
+    bounded: bool = True
 
 
 class Visibility(NamedTuple):
@@ -129,15 +130,15 @@ class BandMask(Mask):
         end_key = first_key + grid.shape.k
         visible = torch.ones(grid.count_q, grid.count_k, dtype=torch.bool, device=device)
         whole = visible & (end_key <= grid.k_len)
-        upper = self.band(grid.q_len, grid.k_len).upper
-        if upper is not None:
+        upper, bounded = self.band(grid.q_len, grid.k_len)
+        if bounded:
             visible = first_key <= last_row + upper
             whole = whole & (end_key - 1 <= first_row + upper)
         return Visibility(visible, whole)
 
     def work(self, q_len: int, k_len: int) -> int:
         """See :meth:`Mask.work`."""
-        upper = self.band(q_len, k_len).upper
-        if upper is None:
+        upper, bounded = self.band(q_len, k_len)
+        if not bounded:
             return q_len * k_len
         return int((torch.arange(q_len) + upper + 1).clamp(0, k_len).sum())

@@ -26,7 +26,7 @@ class Full(BandMask):
 
     def band(self, q_len: int, k_len: int) -> Band:
         """See :meth:`Mask.band`."""
-        return Band(None)
+        return Band(bounded=False)
 
     def sdpa_arguments(self, q_len: int, k_len: int, device: torch.device) -> dict[str, Any]:
         """See :meth:`Mask.sdpa_arguments`."""

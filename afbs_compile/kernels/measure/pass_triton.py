@@ -15,50 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from afbs_compile.kernels.attend.machine import fp32_products
+from afbs_compile.kernels.attend.portable.kernel import attend_tile
 from afbs_compile.kernels.attend.portable.tiling import Kind, by_rule
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.launcher import padded
 from afbs_compile.kernels.masks.band import told
-from afbs_compile.kernels.masks.band_triton import sees
 from afbs_compile.kernels.measure.visit import Visit
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.attention import LOG2_E
-
-
-@triton.jit
-def _fold(
-    acc, total, peak, query, key, value, rows, start, stride_key_row, stride_value_row, scale, k_len, upper,
-    HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, TILE_K: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Fold keys ``start .. start + TILE_K`` into the running softmax; ``scale`` turns scores into log2 units."""
-    places = tl.arange(0, TILE_K)
-    cols = tl.arange(0, DIM_PAD)
-    offset = start.to(tl.int64)
-    keys = key + offset * stride_key_row + places[:, None] * stride_key_row + cols[None, :]
-    values = value + offset * stride_value_row + places[:, None] * stride_value_row + cols[None, :]
-    inside = (start + places < k_len)[:, None] & (cols < HEAD_DIM)[None, :]
-    if MASKED or HEAD_DIM != DIM_PAD:  # noqa: SIM108 (a ternary would evaluate both in the interpreter)
-        key_tile = tl.load(keys, mask=inside, other=0.0)
-    else:
-        key_tile = tl.load(keys)
-    scores = tl.dot(query, tl.trans(key_tile), input_precision=PRECISION)
-    if MASKED:
-        scores = tl.where(sees(rows, start + places, k_len, upper, BOUNDED), scores, float("-inf"))
-    # l <- l * 2^(c (m_old - m_new)) + rowsum(2^(c (s - m_new))),   o <- o * 2^(c (m_old - m_new)) + 2^(c (s - m_new)) V
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    base = new_peak
-    if MASKED:  # a row may see no key of the tile, and have seen none before
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.math.exp2((scores - base[:, None]) * scale)
-    decay = tl.math.exp2((peak - base) * scale)
-    total = total * decay + tl.sum(weights, 1)
-    if MASKED or HEAD_DIM != DIM_PAD:  # noqa: SIM108
-        value_tile = tl.load(values, mask=inside, other=0.0)
-    else:
-        value_tile = tl.load(values)
-    acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc * decay[:, None], input_precision=PRECISION)
-    return acc, total, new_peak
 
 
 # One compilation for all sizes: it takes about a second, and a calibration meets many sizes.
@@ -102,9 +66,9 @@ def _pass_kernel(
         first = tl.load(masked + place) * SPLIT_K
         for entry in range(0, first):
             start = tl.load(order + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
-            acc, total, peak = _fold(
-                acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale, k_len,
-                upper, HEAD_DIM, DIM_PAD, TILE_K, BOUNDED, True, PRECISION,
+            acc, total, peak = attend_tile(
+                acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale, q_len,
+                k_len, upper, 0.0, HEAD_DIM, DIM_PAD, TILE_K, BOUNDED, True, False, PRECISION,
             )  # fmt: skip
     changed = True
     error = 0.0
@@ -113,9 +77,9 @@ def _pass_kernel(
         changed = changed | (end > first)
         for entry in range(first, end):
             start = tl.load(order + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
-            acc, total, peak = _fold(
-                acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale, k_len,
-                upper, HEAD_DIM, DIM_PAD, TILE_K, BOUNDED, REST_MASKED, PRECISION,
+            acc, total, peak = attend_tile(
+                acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale, q_len,
+                k_len, upper, 0.0, HEAD_DIM, DIM_PAD, TILE_K, BOUNDED, REST_MASKED, False, PRECISION,
             )  # fmt: skip
         first = tl.maximum(first, end)
         if changed:  # else this threshold keeps what the one before it kept

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.launcher import padded
-from afbs_compile.kernels.masks.band import KernelBand, told
+from afbs_compile.kernels.masks.band import told
+from afbs_compile.kernels.masks.base import Band
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.selection import first_whole_block
 
@@ -30,7 +31,7 @@ class Limits(NamedTuple):
 
     q_len: int
     k_len: int
-    band: KernelBand
+    band: Band
     position: int
     local_keys: int
     first_whole: int

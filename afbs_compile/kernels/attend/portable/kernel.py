@@ -16,7 +16,7 @@ from afbs_compile.kernels.masks.band_triton import sees
 
 
 @triton.jit
-def _attend_tile(
+def attend_tile(
     acc, total, peak, query, key, value, rows, start, stride_key_row, stride_value_row, scale, q_len, k_len, upper, lam,
     HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, TILE_K: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr,
     HAS_LAMBDA: tl.constexpr, PRECISION: tl.constexpr,
@@ -27,9 +27,9 @@ def _attend_tile(
     """
     places = tl.arange(0, TILE_K)
     cols = tl.arange(0, DIM_PAD)
-    base = start.to(tl.int64)
-    keys = key + base * stride_key_row + places[:, None] * stride_key_row + cols[None, :]
-    values = value + base * stride_value_row + places[:, None] * stride_value_row + cols[None, :]
+    first = start.to(tl.int64)
+    keys = key + first * stride_key_row + places[:, None] * stride_key_row + cols[None, :]
+    values = value + first * stride_value_row + places[:, None] * stride_value_row + cols[None, :]
     if MASKED:
         inside = (start + places < k_len)[:, None] & (cols < HEAD_DIM)[None, :]
         key_tile = tl.load(keys, mask=inside, other=0.0)
@@ -44,18 +44,21 @@ def _attend_tile(
         scores = tl.where(sees(rows, start + places, k_len, upper, BOUNDED), scores, float("-inf"))
     tile_peak = tl.max(scores, 1)
     new_peak = tl.maximum(peak, tile_peak)
+    base = new_peak
+    if MASKED:  # a row may see no key of the tile, and have seen none before
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
 
     # l <- l * 2^(c (m_old - m_new)) + rowsum(2^(c (s - m_new))),   o <- o * 2^(c (m_old - m_new)) + 2^(c (s - m_new)) V
     # Subtracting first is exact at the maximum. The fused c * s - c * m, one instruction less, overflows where c * m
     # has an ulp above 128, and fp16 inputs of 6e4 reach that.
-    weights = tl.math.exp2((scores - new_peak[:, None]) * scale)
-    decay = tl.math.exp2((peak - new_peak) * scale)
+    weights = tl.math.exp2((scores - base[:, None]) * scale)
+    decay = tl.math.exp2((peak - base) * scale)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
     needed = True
     if HAS_LAMBDA:
         # Each row skips by its own scores: another row of the tile, a later token maybe, has no say.
-        skipped = (tile_peak - new_peak) * scale < lam
+        skipped = (tile_peak - base) * scale < lam
         weights = tl.where(skipped[:, None], 0.0, weights)
         needed = tl.min((skipped | (rows >= q_len)).to(tl.int32), 0) == 0
     if needed:
@@ -111,7 +114,7 @@ def forward_kernel(
     peak = tl.full([TILE_Q], float("-inf"), tl.float32)
     for entry in range(0, whole * SPLIT_K):
         start = tl.load(blocks + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
-        acc, total, peak = _attend_tile(
+        acc, total, peak = attend_tile(
             acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale,
             q_len, k_len, upper, lam_head, HEAD_DIM, DIM_PAD, TILE_K, BOUNDED, False, HAS_LAMBDA, PRECISION,
         )  # fmt: skip
@@ -119,7 +122,7 @@ def forward_kernel(
         partial = tl.load(partial_counts + row)
         for entry in range(whole * SPLIT_K, (whole + partial) * SPLIT_K):
             start = tl.load(blocks + entry // SPLIT_K) * BLOCK_K + entry % SPLIT_K * TILE_K
-            acc, total, peak = _attend_tile(
+            acc, total, peak = attend_tile(
                 acc, total, peak, query_tile, key, value, rows, start, stride_key_row, stride_value_row, scale,
                 q_len, k_len, upper, lam_head, HEAD_DIM, DIM_PAD, TILE_K, BOUNDED, True, HAS_LAMBDA, PRECISION,
             )  # fmt: skip

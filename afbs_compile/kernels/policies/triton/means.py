@@ -15,7 +15,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockShape, block_count
 from afbs_compile.kernels.launcher import Launcher, layout, padded
-from afbs_compile.kernels.masks.band import KernelBand, told
+from afbs_compile.kernels.masks.base import Band
 from afbs_compile.kernels.operands import Operands
 
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -149,7 +149,7 @@ def pooled_scores(operands: Operands, shape: BlockShape, out: Tensor, *, with_si
     """
     q, k = operands.q, operands.k
     (batch, heads, q_len, dim), (heads_k, k_len), (count_q, count_k) = q.shape, k.shape[1:3], out.shape[2:]
-    band = told(operands) if operands.mask.band(q_len, k_len) is not None else KernelBand(0, False)
+    band = operands.mask.band(q_len, k_len) or Band(bounded=False)
     programs_q, programs_k = batch * heads * count_q, batch * heads_k * count_k
     dim_pad = padded(dim)
     tile = SCORE_TILE if count_q >= MANY_BLOCKS else SCORE_TILE // 2
