@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import shutil
 from pathlib import Path
 
@@ -20,6 +22,13 @@ POSITIONS, LENGTH = 1024, 512
 @pytest.fixture(autouse=True)
 def every_command_compiles(fresh_dynamo: None) -> None:
     """A command starts in a process of its own."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def logs_go_to_a_stream_that_stays_open() -> None:
+    """transformers keeps the standard error of its import; that of a test which captures its own is closed after it."""
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("transformers.utils.logging").get_logger()
 
 
 @pytest.fixture(scope="session")
