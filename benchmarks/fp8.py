@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from common import RESULTS, save, settings
-from kernel_cases import Case, exact_rows, live_pairs, operands, predicted, relative_l1, sparse, thresholds_for
+from kernel_cases import Case, exact_rows, live_pairs, operands, relative_l1, sparse, thresholds_for
 from kernel_sections import attention, ours
 from peers import dense_sdpa
 from timing import times
 
+from afbs_compile.kernels.attend.engines import engines_on
 from afbs_compile.kernels.attend.hopper.engine import Hopper
 from afbs_compile.kernels.attend.hopper_fp8 import launch
 from afbs_compile.kernels.attend.hopper_fp8.rounding import quantise
@@ -59,13 +60,16 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     tau, lists = thresholds_for(case, call, BLOCKS)
     truth = exact_rows(call, case, BLOCKS, lists)
     constants = fp8.Fp8Constants.of([(call.k, call.v)]).packed()
-    own = replace(case, precision="own")
+    own, mine = replace(case, precision="own"), sparse(case, tau, BLOCKS)
+    select = engines_on(call.device)[0].select
 
     def attend(stages: int, known: tuple[float, ...]) -> Any:
+        smoothed = replace(mine, fp8_constants=known)
+
         def run() -> torch.Tensor:
             launch.STAGES = stages
             out = empty_output(call.q)
-            launch.attend(call, replace(sparse(case, tau, BLOCKS), fp8_constants=known), lists, out)
+            launch.attend(call, smoothed, lists, out)
             return out
 
         return run
@@ -74,7 +78,7 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         "SDPA": dense_sdpa(call),
         "operator, fp8": ours(call, case, tau, BLOCKS),
         "operator, bf16": ours(call, own, tau, BLOCKS),
-        "predictor": lambda: predicted(call, case, tau, BLOCKS),
+        "predictor": lambda: select(call, mine),
         "rounding": lambda: quantise(call, constants),
         "hopper kernel, bf16": attention(Hopper(), call, sparse(own, tau, BLOCKS), lists),
         "rounding and kernel": attend(launch.STAGES, ()),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import Case, exact_rows, operands, predicted, relative_l1, sparse, sparsity_of, thresholds_for
+from kernel_cases import Case, exact_rows, operands, relative_l1, sparse, sparsity_of, thresholds_for
 from peers import dense_sdpa
 from timing import replayed, times
 from torch import Tensor, nn
@@ -148,7 +148,9 @@ def _runs(call: Callable[[], Tensor] | str) -> Callable[[], Tensor]:
 
 
 def _predictor_call(call: Operands, case: Case, tau: list[float], shape: BlockShape) -> Callable[[], BlockLists]:
-    return lambda: predicted(call, case, tau, shape)
+    constants = sparse(case, tau, shape)
+    select = engines_on(call.device)[0].select
+    return lambda: select(call, constants)
 
 
 def imbalance(run: Run) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 from afbs_compile.kernels.policies.antidiagonal import Antidiagonal
 from afbs_compile.kernels.policies.base import Policy
@@ -33,6 +33,7 @@ def policy_named(name: str) -> Policy:
     return POLICIES[name]
 
 
-def heads_by(names: Sequence[str]) -> dict[str, list[int]]:
+@functools.lru_cache(maxsize=256)  # asked at every call
+def heads_by(names: tuple[str, ...]) -> dict[str, list[int]]:
     """The heads that have each name (of a policy, of a precision), by name, in order of first use."""
     return {name: [h for h, mine in enumerate(names) if mine == name] for name in dict.fromkeys(names)}

@@ -37,7 +37,7 @@ LARGEST_TILE = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 64}
 64 x 64 in fp32. In bf16 the two are within noise of each other, and 128 x 128 was once seen to be ten times slower."""
 
 COMMONEST = Causal()
-"""What a call without partial blocks is compiled with: its mask is not looked at, and so it needs no kernel of its own."""
+"""What a call without partial blocks is compiled with, for its mask is not looked at: no kernel of its own."""
 
 ROWS_AT_ONCE = 512
 """Query rows whose mask :func:`_attend_by_rows` holds at a time; a multiple of every block shape."""
