@@ -39,7 +39,7 @@ class Option:
         rules: what must hold, in the order in which they are asked; the first looks at the value alone.
         calibrates: whether it is an option of calibration; runs: of what runs. An option of calibration alone is not
             accepted beside a recipe, and recipes of another value of it are not reused.
-        flag: on the command line; metavar: of its value.
+        flag: on the command line.
         text: reads the value from the command line; ``None`` where the command reads it itself. written: how it is
             written there, where that is not plain.
         recorded: whether a recipe says what was given.
@@ -52,7 +52,6 @@ class Option:
     calibrates: bool
     runs: bool
     flag: str
-    metavar: str = "X"
     text: Callable[[str], Any] | None = str
     written: str = ""
     recorded: bool = True
@@ -120,7 +119,6 @@ _DECLARED = (
         calibrates=True,
         runs=False,
         flag="--tolerance",
-        metavar="T",
         text=tolerance_of,
         written="0.055, kl=0.01 or perplexity=0.01",
     ),
@@ -136,7 +134,6 @@ _DECLARED = (
         calibrates=True,
         runs=False,
         flag="--method",
-        metavar="M",
     ),
     Option(
         "parameterization",
@@ -146,7 +143,6 @@ _DECLARED = (
         calibrates=True,
         runs=False,
         flag="--parameterization",
-        metavar="P",
     ),
     Option(
         "precision",
@@ -163,7 +159,6 @@ _DECLARED = (
         calibrates=True,
         runs=False,
         flag="--precision",
-        metavar="P",
     ),
     Option(
         "min_length",
@@ -173,7 +168,6 @@ _DECLARED = (
         calibrates=True,
         runs=True,
         flag="--min-length",
-        metavar="N",
         text=lambda text: int(text.replace(",", "").replace("_", "")),
     ),
     Option(
@@ -185,7 +179,6 @@ _DECLARED = (
         calibrates=True,
         runs=False,
         flag="--data",
-        metavar="SRC",
         text=None,
         recorded=False,
     ),
@@ -202,7 +195,6 @@ _DECLARED = (
         calibrates=False,
         runs=True,
         flag="--recipe",
-        metavar="R",
         text=None,
     ),
     Option(
@@ -220,7 +212,6 @@ _DECLARED = (
         calibrates=False,
         runs=True,
         flag="--outside",
-        metavar="WHAT",
     ),
     Option(
         "dump",
@@ -236,7 +227,6 @@ _DECLARED = (
         calibrates=False,
         runs=True,
         flag="--dump",
-        metavar="DIR",
     ),
 )
 

@@ -95,7 +95,6 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> N
             parser.add_argument(
                 option.flag,
                 dest=option.name,
-                metavar=option.metavar,
                 type=_reader(option),
                 default=option.default,
                 help=f"{option.meaning}{written}{default}".replace("%", "%%"),
