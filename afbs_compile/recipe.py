@@ -342,21 +342,11 @@ def _head_record(site: SiteRecipe, index: int) -> dict[str, Any]:
 
 def _site_record(site: SiteRecipe) -> dict[str, Any]:
     call = site.calibrated
-    names = (
-        "mask",
-        "head_dim",
-        "kv_heads",
-        "dtype",
-        "dense_ms",
-        "sparse_ms",
-        "validated_lengths",
-        "kernel",
-        "kernel_reason",
-    )
+    names = ("mask", "head_dim", "kv_heads", "dtype", "dense_ms", "sparse_ms", "validated_lengths")
     return {
         "site_outcome": site.outcome,
         "site_reason": site.reason,
-        **{name: getattr(site, name) for name in names},
+        **{name: getattr(site, name) for name in (*names, "kernel", "kernel_reason")},
         "block_q": call.shape.q,
         "block_k": call.shape.k,
         "min_length": call.min_length,

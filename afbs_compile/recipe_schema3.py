@@ -31,10 +31,8 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
 def _site(site: dict[str, Any]) -> dict[str, Any]:
     same = ("name", "outcome", "reason", "head_dim", "kv_heads", "dtype", "dense_ms", "sparse_ms", "validated_lengths")
     mask = None if site["causal"] is None else "causal" if site["causal"] else "full"
-    kernel = {name: site[name] for name in ("kernel", "kernel_reason")}
     return {
-        **{name: site[name] for name in same},
-        **kernel,
+        **{name: site[name] for name in (*same, "kernel", "kernel_reason")},
         "mask": mask,
         "call": _call(site) if site["heads"] else None,
         "heads": [_head(head) for head in site["heads"]],
@@ -54,12 +52,6 @@ def _call(site: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head(head: dict[str, Any]) -> dict[str, Any]:
-    paths = [
-        {
-            **{k: v for k, v in path.items() if k not in ("block_q", "block_k")},
-            "shape": [path["block_q"], path["block_k"]],
-        }
-        for path in head["search"]
-    ]
+    paths = [{"shape": [path.pop("block_q"), path.pop("block_k")], **path} for path in map(dict, head["search"])]
     same = {name: value for name, value in head.items() if name not in (*PER_HEAD, "precision", "search")}
     return {**same, "search": paths}

@@ -77,7 +77,3 @@ class Hopper(TritonFamily):
         from afbs_compile.kernels.attend.hopper import launch  # Triton is not installed everywhere.
 
         launch.attend(operands, call, lists, out)
-
-    def layout(self, operands: Operands, call: SparseCall) -> str:
-        """See :meth:`Engine.layout`."""
-        return f"{self.name} {call.shape}"

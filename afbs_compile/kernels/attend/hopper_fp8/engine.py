@@ -37,7 +37,3 @@ class HopperFp8(TritonFamily):
         from afbs_compile.kernels.attend.hopper_fp8 import launch  # Triton is not installed everywhere.
 
         launch.attend(operands, call, lists, out)
-
-    def layout(self, operands: Operands, call: SparseCall) -> str:
-        """See :meth:`Engine.layout`."""
-        return f"{self.name} {call.shape}"

@@ -46,6 +46,10 @@ class TritonFamily(Engine):
         parts = -(-k.shape[1] // max(1, int(LISTS_SHARE * memory / lists)))
         return operands.groups * -(-k.shape[1] // parts)
 
+    def layout(self, operands: Operands, call: SparseCall) -> str:
+        """See :meth:`Engine.layout`."""
+        return f"{self.name} {call.shape}"
+
 
 class Portable(TritonFamily):
     """The kernel of :mod:`afbs_compile.kernels.attend.portable.kernel`.
