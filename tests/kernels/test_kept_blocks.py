@@ -9,6 +9,7 @@ from afbs_compile.kernels import one_pass, op, policy, predict, predict_triton, 
 from afbs_compile.kernels.policies import lists_triton
 from afbs_compile.kernels.reference import Kept
 from tests.kernels.helpers import NO_SKIP, TRITON_DEVICE, Shape, dense, inputs, shape_id
+from tests.sweeps import slow_after
 
 OFF = reference.THETA_OFF
 TAU = [0.3, 0.6]
@@ -44,7 +45,7 @@ def test_they_are_kept_and_the_others_are_as_before(shape: Shape, kept: Kept) ->
 
 @pytest.mark.parametrize("kept", [Kept(last_rows=65), Kept(local_keys=40), Kept(64, 128), Kept(0, 2**31 - 1)], ids=str)
 @pytest.mark.parametrize("name", policy.POLICIES)
-@pytest.mark.parametrize("shape", SHAPES[2:], ids=shape_id)
+@pytest.mark.parametrize("shape", slow_after(2, SHAPES[2:]), ids=shape_id)
 def test_every_policy_and_engine_keeps_the_same(name: str, shape: Shape, kept: Kept) -> None:
     q, k, _ = inputs(shape)
     call = {**shape.call, "kept": kept}

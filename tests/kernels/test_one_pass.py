@@ -10,6 +10,7 @@ from afbs_compile.kernels import one_pass, reference, tiling
 from afbs_compile.kernels.one_pass import PassSums, visit_order
 from afbs_compile.kernels.op import sparse_attention_with_counts
 from afbs_compile.kernels.policy import POLICIES
+from tests.sweeps import slow_after
 
 TAUS = torch.tensor([0.0, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.9995])
 
@@ -62,7 +63,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("engine", ["torch", "triton", "triton, cut blocks"])
+@pytest.mark.parametrize("engine", slow_after(2, ["torch", "triton", "triton, cut blocks"]))
 @pytest.mark.parametrize("theta", [-1.0, 0.3], ids=["theta off", "theta 0.3"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_it_equals_separate_evaluations(case, theta, engine, monkeypatch):

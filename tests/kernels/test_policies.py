@@ -16,6 +16,7 @@ from afbs_compile.kernels.policies.select_triton import odds_of
 from afbs_compile.kernels.policies.sink_window import WINDOW
 from afbs_compile.recipe import Policy
 from tests.kernels.helpers import NO_SKIP, TRITON_DEVICE, Shape, exact, inputs, shape_id
+from tests.sweeps import slow_after
 
 OFF = reference.THETA_OFF
 CAUSAL_AND_FULL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -237,7 +238,7 @@ def random_shapes(count: int) -> list[Shape]:
     ]
 
 
-@pytest.mark.parametrize("shape", random_shapes(6), ids=shape_id)
+@pytest.mark.parametrize("shape", slow_after(3, random_shapes(6)), ids=shape_id)
 @EACH_POLICY
 def test_triton_selects_what_the_reference_selects(name: str, shape: Shape) -> None:
     q, k, _ = inputs(shape, TRITON_DEVICE)

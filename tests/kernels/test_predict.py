@@ -10,6 +10,7 @@ from torch import Tensor
 
 from afbs_compile.kernels import predict, predict_triton, reference
 from tests.kernels.helpers import TRITON_DEVICE, Shape, inputs, shape_id, some_blocks
+from tests.sweeps import slow_after
 
 OFF = reference.THETA_OFF
 
@@ -65,7 +66,7 @@ def predict_on_triton(
     return lists, predict.lists_to_mask(lists, shape.counts[1])
 
 
-@pytest.mark.parametrize("shape", random_shapes(24), ids=shape_id)
+@pytest.mark.parametrize("shape", slow_after(8, random_shapes(24)), ids=shape_id)
 def test_triton_selects_what_the_reference_selects(shape: Shape) -> None:
     q, k, _ = inputs(shape, TRITON_DEVICE)
     tau, theta = constants(shape.heads, seed=shape.length)
@@ -105,7 +106,7 @@ def test_lists_and_masks_convert_into_each_other() -> None:
     assert lists.indices[1, 2, 3, : lists.counts[1, 2, 3]].tolist() == live[1, 2, 3].nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("shape", random_shapes(24), ids=shape_id)
+@pytest.mark.parametrize("shape", slow_after(8, random_shapes(24)), ids=shape_id)
 @pytest.mark.parametrize("theta", [OFF, 0.2], ids=["theta-off", "theta-on"])
 def test_the_cpu_selects_what_the_reference_selects(shape: Shape, theta: float) -> None:
     q, k, _ = inputs(shape)
