@@ -9,5 +9,9 @@ import pytest
 
 
 def slow_after(count: int, cases: Iterable[Any]) -> list[Any]:
-    """Parameters of which those after the first ``count`` are marked slow."""
-    return [case if index < count else pytest.param(case, marks=pytest.mark.slow) for index, case in enumerate(cases)]
+    """Parameters of which those after the first ``count`` are marked slow; a tuple is the values of several names."""
+    marks = pytest.mark.slow
+    return [
+        case if index < count else pytest.param(*(case if type(case) is tuple else (case,)), marks=marks)
+        for index, case in enumerate(cases)
+    ]

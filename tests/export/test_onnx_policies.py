@@ -21,6 +21,7 @@ from tests.export.test_onnx_function import (
     session_of,
     settings,
 )  # fmt: skip
+from tests.sweeps import slow_after
 
 OFF = [-1.0] * 4
 TAU = {
@@ -70,7 +71,7 @@ def expected_output(q, k, v, names, tau, causal, block_q=64, block_k=64):
 
 @EACH_POLICY
 @EACH_DIRECTION
-@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (128, 64), (32, 16), (128, 128)])
+@pytest.mark.parametrize(("block_q", "block_k"), slow_after(2, [(64, 64), (128, 64), (32, 16), (128, 128)]))
 def test_the_same_blocks_and_the_same_output(name, causal, block_q, block_k):
     call = ([name] * 4, TAU[name], causal, block_q, block_k)
     masks, outputs = predictor(*call), attention(*call)

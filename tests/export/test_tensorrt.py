@@ -113,6 +113,7 @@ def test_the_operator_is_the_sparse_one_with_its_thresholds_as_text():
     torch.library.opcheck(OPERATOR, (q, k, v, *texts, True, 0.25, 64, 64, 0))
 
 
+@pytest.mark.slow
 def test_every_argument_of_a_call_reaches_the_operator():
     q, k, v = (torch.randn(1, heads, 200, 16) for heads in (4, 2, 2))
     given = {
