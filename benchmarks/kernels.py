@@ -193,7 +193,7 @@ def _compile_one(case: Case, shape: BlockShape, with_peers: bool) -> None:
     there = operands(dataclasses.replace(case, noise=True), "cuda")
     tau = [0.5] * case.heads
     lists = predicted(there, case, tau, shape)
-    found = [ours(there, case, tau, shape)]
+    found: list[Callable[[], Any] | str] = [ours(there, case, tau, shape)]
     found += [attention(engine, there, sparse(case, tau, shape), lists) for engine in engines(lists.whole.device)]
     if with_peers and shape == SHAPE:
         found += sparse_peers(there, case, lists).values()

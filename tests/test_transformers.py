@@ -51,6 +51,7 @@ def test_llama_is_rewritten_with_its_kv_heads_unrepeated(llama, arguments, monke
     assert logits.isfinite().all()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_generate_with_a_static_cache_gives_the_dense_tokens(llama):
     ids = torch.randint(64, (1, 300))

@@ -25,6 +25,7 @@ def examples_on_the_path(monkeypatch, fresh_dynamo):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_vision_cleans_pictures_sparsely(capsys, monkeypatch):
     monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
     figures = importlib.import_module("vision").main(size=128, runs=1)
@@ -49,6 +50,7 @@ def test_own_model(llama, tmp_path, capsys):  # noqa: F811
     assert "backbone.layers.0.self_attn" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_offline_calibrates_here_and_answers_elsewhere(llama, capsys):  # noqa: F811
     printed = importlib.import_module("offline").main(llama, LENGTH, min_length=128)
     assert printed.count("deployed: ") == 3

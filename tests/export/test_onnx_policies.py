@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import starmap
 
 import pytest
 import torch
 
 from afbs_compile.export.onnx import OPSETS, attributes
 from afbs_compile.export.onnx_predict import policy_codes
+from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import Kept
 from afbs_compile.kernels.masks.base import Band, BandMask
 from afbs_compile.kernels.masks.causal import Causal
@@ -29,6 +31,7 @@ from tests.export.test_onnx_function import (
     run,
     session_of,
 )  # fmt: skip
+from tests.sweeps import slow_after
 
 POLICIES = list(policy_codes())
 TAU = {
@@ -64,7 +67,7 @@ def by_operator(q, k, v, call, mask):
 
 @EACH_POLICY
 @EACH_MASK
-@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16), (128, 128)])
+@pytest.mark.parametrize("blocks", slow_after(2, starmap(BlockShape, [(64, 64), (128, 64), (32, 16), (128, 128)])))
 def test_the_same_blocks_and_the_same_output(name, mask, blocks):
     call = of_policy(name, blocks=blocks)
     masks, outputs = predictor(call, mask), attention(call, mask)

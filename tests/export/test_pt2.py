@@ -67,6 +67,7 @@ assert not any(name.startswith(("afbs_compile.export", "transformers", "onnx", "
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_fresh_process_computes_the_compiled_model_bit_for_bit(exported, tmp_path):
     model, recipe, path = exported

@@ -105,6 +105,7 @@ def test_the_operator_is_the_sparse_one_with_its_arguments_as_text():
     torch.library.opcheck(OPERATOR, (q, k, v, text))
 
 
+@pytest.mark.slow
 def test_every_argument_of_a_call_reaches_the_operator():
     q, k, v = (torch.randn(1, heads, 200, 16) for heads in (4, 2, 2))
     given = {

@@ -59,6 +59,7 @@ def refuse(*_: Any, **__: Any) -> NoReturn:
     raise AssertionError("FlexAttention ran uncompiled")
 
 
+@pytest.mark.slow
 def test_no_call_falls_to_eager_however_many_kinds_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "_attend_by_rows", refuse)
     monkeypatch.setattr("torch.nn.attention.flex_attention._warn_once", refuse)

@@ -27,6 +27,7 @@ from tests.kernels.helpers import (
     sparse_call,
     visible_blocks,
 )
+from tests.sweeps import slow_after
 
 TAU = [0.3, 0.6]
 SHAPES = [
@@ -60,7 +61,7 @@ def test_they_are_kept_and_the_others_are_as_before(shape: Shape, kept: Kept) ->
 
 @pytest.mark.parametrize("kept", [Kept(last_rows=65), Kept(local_keys=40), Kept(64, 128), Kept(0, 2**31 - 1)], ids=str)
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("shape", SHAPES[2:], ids=shape_id)
+@pytest.mark.parametrize("shape", slow_after(2, SHAPES[2:]), ids=shape_id)
 def test_every_policy_and_engine_keeps_the_same(name: str, shape: Shape, kept: Kept) -> None:
     operands, visible = operands_of(shape), visible_blocks(shape)
     call = sparse_call(shape, TAU, policy=name, kept=kept)

@@ -22,6 +22,7 @@ from afbs_compile.kernels.policies.registry import POLICIES, UNNAMED
 from afbs_compile.kernels.spec.attention import masked_attention
 from afbs_compile.kernels.spec.selection import live_blocks
 from tests.kernels.helpers import in_double
+from tests.sweeps import slow_after
 
 TAUS = torch.tensor([0.0, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.9995])
 
@@ -86,7 +87,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("engine", ["torch", "triton", "triton, cut blocks"])
+@pytest.mark.parametrize("engine", slow_after(2, ["torch", "triton", "triton, cut blocks"]))
 @pytest.mark.parametrize("theta", [-1.0, 0.3], ids=["theta off", "theta 0.3"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_it_equals_separate_evaluations(case, theta, engine, monkeypatch):

@@ -37,6 +37,7 @@ from tests.kernels.helpers import (
     sparse_call,
     visible_blocks,
 )
+from tests.sweeps import slow_after
 
 EACH_MASK = pytest.mark.parametrize("mask", MASKS)
 EACH_POLICY = pytest.mark.parametrize("name", POLICIES)
@@ -267,7 +268,7 @@ def random_shapes(count: int) -> list[Shape]:
     ]
 
 
-@pytest.mark.parametrize("shape", random_shapes(6), ids=shape_id)
+@pytest.mark.parametrize("shape", slow_after(3, random_shapes(6)), ids=shape_id)
 @EACH_POLICY
 def test_triton_selects_what_the_specification_selects(name: str, shape: Shape) -> None:
     operands = operands_of(shape)

@@ -27,6 +27,7 @@ from tests.kernels.helpers import (
     sparse_call,
     visible_blocks,
 )
+from tests.sweeps import slow_after
 
 
 def random_shapes(count: int) -> list[Shape]:
@@ -76,7 +77,7 @@ def triton_live(operands: Operands, call: SparseCall) -> Tensor:
     return live_of(triton.select(operands, call))
 
 
-@pytest.mark.parametrize("shape", random_shapes(24), ids=shape_id)
+@pytest.mark.parametrize("shape", slow_after(8, random_shapes(24)), ids=shape_id)
 def test_triton_selects_what_the_specification_selects(shape: Shape) -> None:
     operands = operands_of(shape, TRITON_DEVICE)
     tau, theta = constants(shape.heads, seed=shape.length)
@@ -148,7 +149,7 @@ def test_lists_name_whole_blocks_first(
         assert int(lists.partial[0, 3].sum()) == (0 if length % blocks[1] == 0 else shape.counts[0])
 
 
-@pytest.mark.parametrize("shape", random_shapes(24), ids=shape_id)
+@pytest.mark.parametrize("shape", slow_after(8, random_shapes(24)), ids=shape_id)
 @pytest.mark.parametrize("theta", [OFF, 0.2], ids=["theta-off", "theta-on"])
 def test_the_cpu_selects_what_the_specification_selects(shape: Shape, theta: float) -> None:
     operands = operands_of(shape)
