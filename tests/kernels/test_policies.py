@@ -318,12 +318,12 @@ def test_a_later_token_changes_no_score_of_earlier_query_blocks(name: str, on_tr
     assert torch.equal(before[:, :, 7:], after[:, :, 7:]) == (name == "sink_window")
 
 
-LOOKS = pytest.mark.parametrize("name", [name for name in POLICIES if name != "sink_window"])
+LOOKING = [name for name in POLICIES if name != "sink_window"]
 """Policies that look at q and k."""
 
 
 @pytest.mark.parametrize("poisoned", ["q", "k"])
-@LOOKS
+@pytest.mark.parametrize("name", slow_after(2, LOOKING))
 def test_nan_keeps_blocks_of_its_own_head_only(name: str, poisoned: str) -> None:
     shape = Shape(length=320, heads=4, kv_heads=2, batch=2)
     operands = operands_of(shape, TRITON_DEVICE)
@@ -341,7 +341,7 @@ def test_nan_keeps_blocks_of_its_own_head_only(name: str, poisoned: str) -> None
 
 
 @pytest.mark.parametrize("on_triton", [False, True], ids=["specification", "triton"])
-@LOOKS
+@pytest.mark.parametrize("name", LOOKING)
 def test_scores_that_overflow_keep_the_row(name: str, on_triton: bool) -> None:
     shape = Shape(length=320, mask="full")
     operands = operands_of(shape, TRITON_DEVICE if on_triton else "cpu")
