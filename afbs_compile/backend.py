@@ -17,6 +17,7 @@ from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
 from afbs_compile.guards import guard_parameters
 from afbs_compile.kernels.attend import machine
+from afbs_compile.kernels.compilations import forget_compilations, note_compilation
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.options import Options
 from afbs_compile.passes.lower import lower
@@ -24,7 +25,7 @@ from afbs_compile.passes.rewrite import dump, rewrite
 from afbs_compile.plan import Plan
 from afbs_compile.recipe import SCHEMA_VERSION, Recipe
 from afbs_compile.report import registry
-from afbs_compile.samples import bind, materialised, tensors_of
+from afbs_compile.samples import bind, forget_samples, materialised, tensors_of
 from afbs_compile.tuner.graph import Source, calibrate_graph
 from afbs_compile.tuner.lengths import Outside
 from afbs_compile.tuner.measure import kept_for
@@ -49,6 +50,7 @@ def afbs(
         OptionError: an option is unknown or out of range, or a sample does not fit the graph.
         RecipeError: the recipe that the user named is damaged, foreign, or belongs to another model.
     """
+    note_compilation()
     settings = Options.parse(options)
     found = FoundGraph.of(gm, example_inputs, settings.min_length)
     if found.sites:
@@ -66,7 +68,14 @@ def afbs(
     return lower(gm, example_inputs, mode=mode)
 
 
-afbs.reset = registry.clear  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+def _reset() -> None:
+    """Let go of everything that compilations left; ``torch._dynamo.reset()`` calls it."""
+    registry.clear()
+    forget_samples()
+    forget_compilations()
+
+
+afbs.reset = _reset  # type: ignore[attr-defined]
 
 
 def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options) -> tuple[Recipe, Plan]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,17 +13,29 @@ from torch import Tensor, fx
 from afbs_compile.errors import OptionError
 from afbs_compile.fingerprint import belongs_to_module, placeholders
 
-_drained: dict[int, tuple[Iterable[Any], list[Any]]] = {}
-"""By ``id``; the iterator itself is kept, so that the id stays its own."""
+_drained: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+"""What generators gave, for as long as these live."""
+
+_drained_others: dict[int, tuple[Iterable[Any], list[Any]]] = {}
+"""What iterators gave that cannot be referred to weakly, by ``id``; kept with it, so that the id stays its own."""
 
 
 def materialised(samples: Iterable[Any]) -> list[Any]:
     """All samples; an iterator is drained once and remembered, for Dynamo may compile the model again."""
     if isinstance(samples, Sequence):
         return list(samples)
-    if id(samples) not in _drained:
-        _drained[id(samples)] = (samples, list(samples))
-    return _drained[id(samples)][1]
+    if inspect.isgenerator(samples):
+        if samples not in _drained:
+            _drained[samples] = list(samples)
+        return _drained[samples]
+    if id(samples) not in _drained_others:
+        _drained_others[id(samples)] = (samples, list(samples))
+    return _drained_others[id(samples)][1]
+
+
+def forget_samples() -> None:
+    """Let go of what iterators gave, but for generators that still live: nothing else has their samples."""
+    _drained_others.clear()
 
 
 def tensors_of(samples: Iterable[Any]) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from afbs_compile.kernels.compilations import forget_compilations, note_compilation
 from afbs_compile.passes.capture import concrete
 
 MAX_LENGTHS = 64
@@ -33,9 +34,11 @@ def record_graphs(model: Callable[..., Any], samples: list[Any]) -> list[Recorde
     original: Callable[..., Any] = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
     def keep(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        note_compilation()
         graphs.append(RecordedGraph(gm))
         return graphs[-1]
 
+    keep.reset = forget_compilations  # type: ignore[attr-defined]
     recorded = torch.compile(original, backend=keep, dynamic=False)
     limit = {"recompile_limit": MAX_LENGTHS, "accumulated_recompile_limit": 2 * MAX_LENGTHS}
     try:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.resume_execution import ContinueExecutionCache
 
 from afbs_compile.kernels.attend.engines import kernel_of
 from afbs_compile.kernels.masks.registry import mask_of
@@ -151,15 +152,19 @@ def _compiled_graphs(compiled: Any) -> Sequence[registry.CompiledGraph]:
         raise TypeError(
             f"compiled_or_recipe: got {type(compiled).__name__}; accepted: a Recipe or what torch.compile returned"
         )
-    is_module = isinstance(original, torch.nn.Module)
-    tensors = [*original.parameters(), *original.buffers()] if is_module else []
-    return registry.graphs_of(tensors, set() if tensors else _compile_ids(original))
+    owner = registry.owner_of(original)
+    tensors = [*owner.parameters(), *owner.buffers()] if isinstance(owner, torch.nn.Module) else []
+    return registry.graphs_of([owner, *tensors], _compile_ids(original))
 
 
 def _compile_ids(original: Any) -> set[str]:
-    """Dynamo's ids of what was compiled from a function; a module's code is shared by all of its class."""
+    """Dynamo's ids of what was compiled from a function and from what it resumes after graph breaks."""
     function = getattr(original, "forward", original)
-    entries = _debug_get_cache_entry_list(getattr(function, "__func__", function))
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if code is None:
+        return set()
+    resumed = ContinueExecutionCache.cache[code].values() if code in ContinueExecutionCache.cache else ()
+    entries = [entry for part in (code, *resumed) for entry in _debug_get_cache_entry_list(part)]
     return {f"{entry.compile_id.frame_id}_{entry.compile_id.frame_compile_id}" for entry in entries}
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 import torch
+from torch._dynamo import eval_frame
 
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.call import SparseCall
@@ -26,6 +30,8 @@ class CompiledGraph:
         calls: those that have sparse heads, by name, rewritten or not: what they were called on, and their constants.
         recipe: what it was rewritten with, if anything.
         before, after: text of the graph.
+        parameters: tensors that it uses; callers: the compiled modules or functions that ran when it was compiled. A
+            graph break may leave graphs without parameters.
     """
 
     compile_id: str
@@ -35,10 +41,18 @@ class CompiledGraph:
     before: str
     after: str
     parameters: tuple[weakref.ref[torch.Tensor], ...]
+    callers: tuple[weakref.ref[Any], ...]
 
-    def uses(self, tensor_ids: set[int]) -> bool:
-        """Whether one of the graph's parameters is among these (by ``id``)."""
-        return any((tensor := ref()) is not None and id(tensor) in tensor_ids for ref in self.parameters)
+    def belongs_to(self, ids: set[int]) -> bool:
+        """Whether one of the graph's parameters or callers is among these (by ``id``)."""
+        owners = (ref() for ref in (*self.parameters, *self.callers))
+        return any(owner is not None and id(owner) in ids for owner in owners)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether it had parameters or callers, and all are gone."""
+        owners = (*self.parameters, *self.callers)
+        return bool(owners) and all(ref() is None for ref in owners)
 
 
 _graphs: list[CompiledGraph] = []
@@ -56,16 +70,21 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
 
     Returns:
         Whether the user has yet to be told, should nothing have been rewritten: false where the same graph gave the
-        same answer before, or where another graph of the model was rewritten.
+        same answer before, where another graph of the model was rewritten, or, for a graph without attention, where
+        another one has some or is yet to come.
     """
-    tensors = {id(tensor) for _, tensor in found.tensors}
-    answered = any(graph.uses(tensors) and any(r.outcome == "sparse" for r in graph.rows) for graph in _graphs)
+    tensors, callers = [tensor for _, tensor in found.tensors], _callers()
+    mine = [graph for graph in _graphs if graph.belongs_to({id(owner) for owner in (*tensors, *callers)})]
+    if plan.rows:
+        answered = any(row.outcome == "sparse" for graph in mine for row in graph.rows)
+    else:
+        ended_by = getattr(found.gm, "compile_subgraph_reason", None)
+        answered = getattr(ended_by, "graph_break", False) or any(graph.rows for graph in mine)
     key = (found.graph if found.tensors else compile_id().split("_")[0], plan.summary())
     new = key not in _said
-    _said.add(key)
-    _graphs[:] = [
-        graph for graph in _graphs if not graph.parameters or any(ref() is not None for ref in graph.parameters)
-    ]
+    if not answered:
+        _said.add(key)
+    _graphs[:] = [graph for graph in _graphs if not graph.is_orphan]
     _graphs.append(
         CompiledGraph(
             compile_id=compile_id(),
@@ -74,10 +93,27 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
             recipe=recipe,
             before=rewritten.before,
             after=rewritten.after,
-            parameters=tuple(weakref.ref(tensor) for _, tensor in found.tensors),
+            parameters=tuple(map(weakref.ref, tensors)),
+            callers=tuple(map(weakref.ref, callers)),
         )
     )
     return new and not answered
+
+
+def _callers() -> list[Any]:
+    """The modules and functions given to ``torch.compile`` that are running, the innermost first."""
+    found: list[Any] = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == eval_frame.__file__ and (function := frame.f_locals.get("fn")) is not None:
+            found.append(owner_of(function))
+        frame = frame.f_back
+    return [owner for owner in found if type(owner).__weakrefoffset__]
+
+
+def owner_of(function: Any) -> Any:
+    """The module whose method is called, or the function itself."""
+    return getattr(function, "__self__", function)
 
 
 def _sparse_calls(found: FoundGraph, plan: Plan) -> dict[str, tuple[OperandShapes, SparseCall]]:
@@ -86,10 +122,20 @@ def _sparse_calls(found: FoundGraph, plan: Plan) -> dict[str, tuple[OperandShape
     return {site.name: (site.shapes(), call) for site, call in sites if call is not None and not call.is_dense}
 
 
-def graphs_of(tensors: Iterable[torch.Tensor], compile_ids: set[str]) -> list[CompiledGraph]:
-    """The remembered graphs that use one of the tensors, or have one of the ids."""
-    ids = {id(tensor) for tensor in tensors}
-    return [graph for graph in _graphs if graph.uses(ids) or graph.compile_id in compile_ids]
+def graphs_of(owners: Iterable[Any], compile_ids: set[str]) -> list[CompiledGraph]:
+    """The remembered graphs that use one of the tensors, ran for one of the callables, or have one of the ids.
+
+    Args:
+        owners: tensors, modules and functions.
+        compile_ids: ids of what was compiled from their code, which several modules share: only graphs without
+            parameters are looked up by them.
+    """
+    ids = {id(owner) for owner in owners}
+    return [
+        graph
+        for graph in _graphs
+        if graph.belongs_to(ids) or (not graph.parameters and graph.compile_id in compile_ids)
+    ]
 
 
 def clear() -> None:

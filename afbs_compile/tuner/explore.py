@@ -130,7 +130,7 @@ def _best(curves: Sequence[Curves], points: Crossing, costs: Sequence[float]) ->
     return Explored(call, chosen(points.sparsity), tuple(curves))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _taus(heads: int) -> Tensor:
     x = torch.linspace(0, math.log(SMALLEST), POINTS)
     return (1 - torch.exp(x)).expand(heads, -1).contiguous()
@@ -149,7 +149,7 @@ def _measured(passes: Sequence[PassSums]) -> tuple[Tensor, Tensor]:
     return (difference / magnitude).float().cpu(), (1 - live.float() / passes[0].visible.sum()).cpu()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def sampled_blocks(length: int, block_q: int) -> tuple[int, ...]:
     """Query blocks to explore on, ascending: one unit from each of equal strata, the same ones for every shape."""
     units = block_count(length, UNIT)

@@ -14,19 +14,21 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 import torch._dynamo
 import torch._dynamo.exc
 import torch.fx.experimental._config
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from afbs_compile.kernels.attend.engine import Engine
 from afbs_compile.kernels.attend.machine import compile_key
 from afbs_compile.kernels.blocks import BlockLists, BlockShape, chunks, lists_of, live_of
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.compilations import forget_compilations, note_compilation
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.kernels.operands import Operands, dense_attention
@@ -68,13 +70,23 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, sca
     return flex_attention(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=True)
 
 
+def _inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """The backend: PyTorch's own, which leaves nothing behind after ``torch._dynamo.reset()``."""
+    note_compilation()
+    lowered: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(gm, example_inputs)
+    return lowered
+
+
+_inductor.reset = forget_compilations  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     """The compiled function: one kernel for all lengths, key heads and masks.
 
     Another dtype, head_dim, scale or number of query heads per key head compiles again, and so does a single key head.
     """
-    return torch.compile(_fused, dynamic=True, fullgraph=True)
+    return torch.compile(_fused, backend=_inductor, dynamic=True, fullgraph=True)
 
 
 _uncompilable: dict[Hashable, str] = {}
