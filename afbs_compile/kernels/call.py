@@ -182,9 +182,8 @@ class SparseCall:
         present = {name: value for name, value in given.items() if value is not None}
         if "fp8_constants" in present and "precision" not in present:
             raise ValueError("fp8_constants came without precision; accepted: together with heads of precision fp8")
-        lists = {name: tuple(present.get(name, ())) for name in (*PER_HEAD, "fp8_constants")}
-        numbers = tuple((name, present.get(name, default)) for name, default in NUMBERS)
-        return _of_arguments(heads, *lists.values(), numbers)
+        lists = tuple((name, tuple(present.get(name, ()))) for name in (*PER_HEAD, "fp8_constants"))
+        return _of_arguments(heads, lists, tuple((name, present.get(name, default)) for name, default in NUMBERS))
 
     def check_operands(self, operands: Operands) -> None:
         """Refuse operands that do not fit the call; only shapes are read.
@@ -269,27 +268,11 @@ def _rounded(value: float) -> float:
 
 @functools.lru_cache(maxsize=256)  # a graph's calls come again and again, and checking takes longer than launching
 def _of_arguments(
-    heads: int,
-    tau: tuple[float, ...],
-    theta: tuple[float, ...],
-    lam: tuple[float, ...],
-    policy: tuple[str, ...],
-    precision: tuple[str, ...],
-    fp8_constants: tuple[float, ...],
-    numbers: tuple[tuple[str, int], ...],
+    heads: int, lists: tuple[tuple[str, tuple[Any, ...]], ...], numbers: tuple[tuple[str, int], ...]
 ) -> SparseCall:
-    number = dict(numbers)
-    if len(tau) != heads:
-        raise ValueError(_count("tau", len(tau), "constants", heads))
-    return SparseCall(
-        tau=tau,
-        theta=theta,
-        lam=lam,
-        policy=policy or (UNNAMED,) * heads,
-        shape=BlockShape(number["block_q"], number["block_k"]),
-        kept=Kept(number["last_rows"], number["local_keys"]),
-        precision=precision,
-        fp8_constants=fp8_constants,
-        min_length=number["min_length"],
-        max_length=number["max_length"],
-    )
+    given: dict[str, Any] = {**dict(lists), **dict(numbers)}
+    if len(given["tau"]) != heads:
+        raise ValueError(_count("tau", len(given["tau"]), "constants", heads))
+    shape = BlockShape(given.pop("block_q"), given.pop("block_k"))
+    kept = Kept(given.pop("last_rows"), given.pop("local_keys"))
+    return SparseCall(**{**given, "policy": given["policy"] or (UNNAMED,) * heads}, shape=shape, kept=kept)

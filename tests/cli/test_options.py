@@ -71,7 +71,7 @@ def test_a_declared_option_has_its_flag_in_the_help(grain, capsys):
     with pytest.raises(SystemExit) as left:
         main(["calibrate", "--help"])
     assert left.value.code == 0
-    assert "--grain X How fine. (default: 3)" in " ".join(capsys.readouterr().out.split())
+    assert "--grain GRAIN How fine. (default: 3)" in " ".join(capsys.readouterr().out.split())
     assert "--grain" not in flags_of(bench)
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """Bands (:class:`afbs_compile.kernels.masks.base.Band`) as Triton kernels compute them.

@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """The pass of :mod:`afbs_compile.kernels.measure.one_pass` on the GPU: a program a query tile walks its visiting order.

@@ -1,4 +1,3 @@
-# ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """What the kernels that select share: which blocks are always kept, and how lists are written."""

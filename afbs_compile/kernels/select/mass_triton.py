@@ -1,4 +1,3 @@
-# ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """Selection by mass on the GPU: one kernel, fp32. The rule is :func:`policies.rules.select_by_mass`, with a theta.

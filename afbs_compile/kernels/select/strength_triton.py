@@ -1,4 +1,3 @@
-# ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """Selection by share or strength on the GPU: one kernel, fp32. The rule is :func:`policies.rules.levels`."""

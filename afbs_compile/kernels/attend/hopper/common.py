@@ -1,4 +1,3 @@
-# ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """What the warp groups of the Hopper kernels share: rings of barriers, the order of tiles, notes to each other."""

@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """The warp of the Hopper kernel that draws tiles and starts the copies of what they need."""

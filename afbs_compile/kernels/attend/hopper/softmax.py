@@ -1,4 +1,3 @@
-# ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """The running softmax of the Hopper kernel, written for what waits for what: a consumer has nothing else to do.

@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """The warp groups of the FP8 kernel that multiply: products with K and V, and the softmax between them."""

@@ -1,4 +1,3 @@
-# ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """Operands rounded to FP8 in one launch: the specification is :func:`afbs_compile.kernels.spec.fp8.quantise`."""

@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """Block-sparse attention forward in Triton: one program per query tile walks its list of live key blocks.

@@ -1,4 +1,3 @@
-# ruff: noqa: N803 (Triton writes compile-time constants in capitals)
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
 """The coarse attention of :mod:`afbs_compile.kernels.policies.grouped` on the GPU: two kernels, fp32 accumulation.
