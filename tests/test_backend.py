@@ -487,6 +487,97 @@ def test_every_graph_of_a_broken_model_is_calibrated_and_explained():
     assert relative_l1(sparse(x), model(x)) <= 0.055
 
 
+class OnlyAttentionBetweenBreaks(nn.Module):
+    """Three graphs; the one in the middle has no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+
+    def forward(self, x):
+        q = (x + 0.01 * self.first(x)).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+        torch._dynamo.graph_break()
+        o = F.scaled_dot_product_attention(3 * q, 3 * q, q, is_causal=True)
+        torch._dynamo.graph_break()
+        return self.last(o.transpose(1, 2).flatten(2))
+
+
+def attend_between_breaks(q):
+    torch._dynamo.graph_break()
+    o = F.scaled_dot_product_attention(3 * q, 3 * q, q, is_causal=True)
+    torch._dynamo.graph_break()
+    return o
+
+
+class AttentionInAFrameOfItsOwn(OnlyAttentionBetweenBreaks):
+    """A function that breaks the graph is compiled by itself, and resumes by itself."""
+
+    def forward(self, x):
+        q = (x + 0.01 * self.first(x)).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+        return self.last(attend_between_breaks(q).transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [OnlyAttentionBetweenBreaks, AttentionInAFrameOfItsOwn])
+@pytest.mark.parametrize("way", ["module", "in place", "method", "function around it"])
+def test_graphs_without_parameters_are_explained(kind, way):
+    model, x = kind().eval(), drifting(512)
+    expected = model(x)
+    if way == "in place":
+        model.compile(backend="afbs", options=OPTIONS)
+        sparse = model
+    else:
+        called = {"module": model, "method": model.forward, "function around it": lambda x: model(x)}[way]
+        sparse = torch.compile(called, backend="afbs", options=OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AfbsWarning)
+        out = sparse(x)
+    assert 0 < relative_l1(out, expected) <= 0.2
+    explanation = afbs_compile.explain(sparse)
+    assert [(row.site, row.outcome) for row in explanation.rows] == [("attention", "sparse")]
+    assert sum("afbs.sparse_attention" in text for text in explanation.after) == 1
+
+
+@torch.no_grad()
+def test_a_graph_without_parameters_that_a_second_model_of_the_class_runs_is_explained():
+    x = drifting(512)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        sparse = torch.compile(OnlyAttentionBetweenBreaks().eval(), backend="afbs", options=OPTIONS)
+        sparse(x)
+        assert [row.outcome for row in afbs_compile.explain(sparse).rows] == ["sparse"]
+
+
+@torch.no_grad()
+def test_a_broken_model_without_attention_is_told_so_once():
+    class Plain(OnlyAttentionBetweenBreaks):
+        def forward(self, x):
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.last(x)
+
+    sparse = torch.compile(Plain().eval(), backend="afbs", options=OPTIONS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sparse(drifting(512))
+    (said,) = [w for w in caught if issubclass(w.category, AfbsWarning)]
+    assert "no scaled_dot_product_attention call" in str(said.message)
+
+
+@torch.no_grad()
+def test_an_attention_of_another_ones_output_is_calibrated_and_rewritten():
+    def twice(q):
+        first = F.scaled_dot_product_attention(3 * q, 3 * q, q, is_causal=True)
+        return F.scaled_dot_product_attention(3 * q, 3 * first, first, is_causal=True)
+
+    q = drifting(LENGTH).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+    sparse = compiled(twice)
+    assert 0 < relative_l1(sparse(q), twice(q)) <= 0.11
+    explanation = afbs_compile.explain(sparse)
+    assert [row.outcome for row in explanation.rows] == ["sparse", "sparse"]
+    assert explanation.after[0].count("torch.ops.afbs.sparse_attention") == 2
+
+
 @torch.no_grad()
 def test_calibrate_takes_samples_of_several_lengths_and_compiled_models():
     model = Toy().eval()

@@ -61,7 +61,8 @@ def dropout(call: Call) -> str | None:
     value = value_of(call.dropout) if isinstance(call.dropout, fx.Node) else call.dropout
     if isinstance(value, int | float | torch.SymFloat) and holds(value == 0):
         return None
-    return f"dropout in effect: dropout_p={call.dropout}; call model.eval() first"
+    given = value.node.hint if isinstance(value, torch.SymFloat) and value.node.has_hint() else call.dropout
+    return f"dropout in effect: dropout_p={given}; call model.eval() first"
 
 
 def gradient(call: Call) -> str | None:

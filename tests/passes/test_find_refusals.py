@@ -92,6 +92,30 @@ def test_a_dropout_that_is_decided_in_the_graph_is_in_effect(look):
     assert look(Dropping(), x(), dynamic=True).reason.startswith("dropout in effect")
 
 
+@pytest.mark.parametrize("by", ["attribute", "argument"])
+def test_a_plain_zero_is_no_dropout_where_numbers_are_symbols(compile_with, by):
+    class Dropping(torch.nn.Module):
+        p = 0.0
+
+        def forward(self, q, p=None):
+            return sdpa(q, q, q, dropout_p=self.p if p is None else p)
+
+    module, q = Dropping(), x()
+    found = compile_with(module, change=True, dynamic=True)
+
+    def run(p):
+        module.p = p
+        return found.call(q) if by == "attribute" else found.call(q, p)
+
+    with torch.no_grad():
+        torch.testing.assert_close(run(0.0), sdpa(q, q, q))
+        assert len(found.site.node.graph.nodes) > 0
+        assert not torch.equal(run(0.5), run(0.5)), "a graph of its own, which drops"
+        assert found.reason == "dropout in effect: dropout_p=0.5; call model.eval() first"
+        torch.testing.assert_close(run(0.0), sdpa(q, q, q))
+    assert [len(sites) for sites in found.sites] == [1, 0]
+
+
 def reason_for(call, **values):
     """The refusal of a call that Dynamo cannot capture: its graph is made by hand, with fake values by input name."""
     gm = torch.fx.symbolic_trace(call)

@@ -60,6 +60,43 @@ def test_keeping_everything_changes_nothing(compile_with, fn, shapes, dynamic):
     assert "scaled_dot_product" not in found.rewrites[0].after
 
 
+CHAINED = {
+    "q": (lambda q, k, v: sdpa(sdpa(q, k, v, is_causal=True), k, v), [(2, 4, 24, 16)] * 3),
+    "k": (lambda q, k, v: sdpa(q, sdpa(q, k, v), v, is_causal=True), [(2, 4, 24, 16)] * 3),
+    "v": (lambda q, k, v: sdpa(q, k, sdpa(q, k, v)), [(2, 4, 24, 16)] * 3),
+    "all three": (lambda x: sdpa(*[sdpa(x, x, x)] * 3), [(2, 4, 24, 16)]),
+    "read by others too": (lambda x: (y := sdpa(x, x, x)) + sdpa(y, x, y) + y.sin(), [(2, 4, 24, 16)]),
+    "2-D": (lambda x: sdpa(sdpa(x, x, x), x, x), [(24, 16)]),
+    "3-D": (lambda x: sdpa(sdpa(x, x, x), x, x, is_causal=True), [(3, 24, 16)]),
+    "5-D": (lambda x: sdpa(x, sdpa(x, x, x), x), [(2, 3, 4, 24, 16)]),
+    "repeated heads": (lambda q, k: sdpa(q, *[doubled(sdpa(k, k, k))] * 2), [(2, 4, 24, 16), (2, 2, 24, 16)]),
+    "under a mask": (lambda x: sdpa(sdpa(x, x, x), x, x, attn_mask=causal_mask(x)), [(2, 4, 24, 16)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("fn", "shapes"), CHAINED.values(), ids=CHAINED.keys())
+def test_an_operand_may_be_the_output_of_another_rewritten_call(compile_with, fn, shapes, dynamic):
+    inputs = [torch.randn(shape) for shape in shapes]
+    found = compile_with(fn, change=True, dynamic=dynamic)
+    torch.testing.assert_close(found.call(*inputs), fn(*inputs))
+    assert found.rewrites[0].changed == 2
+    assert "scaled_dot_product" not in found.rewrites[0].after
+
+
+@pytest.mark.parametrize("sparse", [0, 1], ids=["first", "second"])
+def test_of_two_calls_in_a_row_either_may_stay(look, qkv, sparse):
+    def fn(q, k, v):
+        return sdpa(sdpa(q, k, v, is_causal=True), k, v, attn_mask=causal_mask(q))
+
+    (gm,) = (found := look(fn, *qkv)).graphs
+    sites = found.sites[0]
+    unmasked = [site for site in sites[1:] if sparse == 0]
+    assert rewrite(gm, {sites[sparse]: SparseCall.uniform(4, 1.0)}, unmasked).changed == 1
+    (out,) = gm(*qkv)
+    torch.testing.assert_close(out, fn(*qkv))
+
+
 def test_the_output_of_the_graph_keeps_its_strides(compile_with, qkv):
     for inputs in (qkv, [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]):
         found = compile_with(lambda q, k, v: sdpa(q, k, v), change=True)
