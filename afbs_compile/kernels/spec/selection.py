@@ -1,7 +1,7 @@
 """The specification of which blocks are live, in plain PyTorch: every policy, every mask.
 
 Sources: SpargeAttn's two-stage filter as the paper's section III-A describes it, with the corrections that
-docs/limits.md ("What a threshold means") lists.
+docs/limits.md ("What a threshold means", "What the paper's own method lacks") lists.
 """
 
 from __future__ import annotations
