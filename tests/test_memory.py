@@ -25,6 +25,7 @@ def fake_tensors() -> int:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.slow
 def test_no_fake_tensor_outlives_a_reset(fresh_dynamo, dynamic):
     model, x, alive = Old().eval(), drifting(1024), []
     for _ in range(1 + ROUNDS):  # the first round leaves what PyTorch keeps once and for all

@@ -79,6 +79,7 @@ def test_the_operators_sparse_path_equals_float64(operands, policy):
 @pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
 @pytest.mark.parametrize("outcome", ["dense", "sparse"])
 @pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.slow
 def test_the_compiled_model_is_finite_and_right(monkeypatch, scale, outcome):
     if outcome == "dense":
         slow = tuner_site.SiteSpeed(1.0, 1.1, None)

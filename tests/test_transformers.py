@@ -37,6 +37,7 @@ def llama(fresh_dynamo):
 
 @torch.no_grad()
 @pytest.mark.parametrize("arguments", [{}, {"use_cache": False}], ids=["cache", "no cache"])
+@pytest.mark.slow
 def test_llama_is_rewritten_with_its_kv_heads_unrepeated(llama, arguments, monkeypatch):
     monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
     ids = torch.randint(64, (1, 512))
@@ -85,6 +86,7 @@ print("the real one won")
 
 
 @pytest.mark.parametrize("way", ["python -c", "python -m pytest"])
+@pytest.mark.slow
 def test_the_doorway_named_kernels_shadows_nothing_from_the_root(tmp_path, way):
     site = fake_kernels_distribution(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(site)}

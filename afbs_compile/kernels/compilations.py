@@ -31,4 +31,4 @@ def forget_compilations() -> None:
     _environments.clear()
     metrics = torch._dynamo.utils.get_metrics_context()
     if not metrics.in_progress():
-        metrics._edits.clear()
+        getattr(metrics, "_edits", []).clear()

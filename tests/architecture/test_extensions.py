@@ -90,6 +90,7 @@ NearestFirst <scale, upper, offset, block_q, block_k> (q, k) => (scores)
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_policy(monkeypatch, tmp_path, fresh_dynamo, sparse_is_faster):
     for policy in POLICIES.values():
         monkeypatch.setattr(type(policy), "explored", ())
@@ -138,6 +139,7 @@ class DilatedToy(Toy):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_mask(monkeypatch, tmp_path, fresh_dynamo, sparse_is_faster):
     model, x = DilatedToy().eval(), drifting(LENGTH)
     refused = afbs_compile.calibrate(model, [x], tolerance=TOLERANCE, min_length=128)

@@ -41,6 +41,7 @@ def test_vision_computes_the_same_in_both_orders_of_tokens():
     torch.testing.assert_close(vision.NonLocalMeans(True)(picture), vision.NonLocalMeans(False)(picture))
 
 
+@pytest.mark.slow
 def test_own_model(llama, tmp_path, capsys):  # noqa: F811
     for index in range(3):
         (tmp_path / f"{index}.md").write_text(f"Text {index} of one's own, about numbers like {index}. " * 200)

@@ -206,6 +206,7 @@ def skip(operands: Operands, live: Tensor, lam: list[float], shape: Shape) -> tu
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16)], ids=blocks_id)
+@pytest.mark.slow
 def test_lambda_skips_what_the_reference_skips(mask: str, blocks: tuple[int, int]) -> None:
     if blocks == (128, 64) and TRITON_DEVICE == "cuda":
         pytest.skip("on a GPU these blocks are cut in fp32; tests/gpu has them in bf16")

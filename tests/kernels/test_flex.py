@@ -139,6 +139,7 @@ class Dilated(Mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("length", "blocks"), [(40, (64, 64)), (333, (64, 64)), (400, (128, 64))], ids=str)
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "by rows"])
+@pytest.mark.slow
 def test_a_mask_that_is_no_band(
     compiled: bool, length: int, blocks: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

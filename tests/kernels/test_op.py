@@ -273,6 +273,7 @@ def test_inference_mode_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [6, 3, 2], ids=["mha", "gqa2", "gqa3"])
+@pytest.mark.slow
 def test_groups_of_heads_give_what_all_heads_give(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(length=300, heads=6, kv_heads=kv_heads, batch=2, layout="bnhd")
     operands = operands_of(shape, TRITON_DEVICE)

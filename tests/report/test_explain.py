@@ -40,6 +40,7 @@ def elsewhere(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.slow
 def test_a_compiled_models_rows_name_the_kernel_that_serves_now(dynamic, elsewhere):
     sparse = torch.compile(Toy().eval(), backend="afbs", dynamic=dynamic, options={"min_length": 128})
     sparse(drifting(LENGTH))

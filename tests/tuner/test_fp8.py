@@ -46,6 +46,7 @@ def sharp(sample: Operands, head: int) -> Operands:
 
 
 @pytest.mark.usefixtures("with_engine")
+@pytest.mark.slow
 def test_heads_within_the_tolerance_are_in_fp8_and_the_others_say_why():
     samples = [sharp(operands(seed), 3) for seed in range(2)]
     result = tune_site(samples, FP8)
@@ -140,6 +141,7 @@ def test_a_recipe_carries_it_to_the_graph_and_back(recipe, monkeypatch, tmp_path
     assert f"{rows[0].fp8_heads} fp8" in str(afbs_compile.explain(recipe))
 
 
+@pytest.mark.slow
 def test_another_device_keeps_its_own_precision_and_says_so(recipe, monkeypatch):
     monkeypatch.undo()  # no FP8 here after all
     monkeypatch.setattr(site.SiteSpeed, "measure", staticmethod(always_faster))
