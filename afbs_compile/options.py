@@ -84,6 +84,15 @@ def tolerance_of(text: str) -> float | dict[str, float]:
     return {quantity: float(number)} if equals else float(number)
 
 
+def whole_number(text: str) -> int:
+    """``8192``, ``8,192`` or ``8_192``.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    return int(text.replace(",", ""))
+
+
 def _is_share(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
 
@@ -168,7 +177,7 @@ _DECLARED = (
         calibrates=True,
         runs=True,
         flag="--min-length",
-        text=lambda text: int(text.replace(",", "").replace("_", "")),
+        text=whole_number,
     ),
     Option(
         "samples",

@@ -22,6 +22,8 @@ from afbs_compile.passes.unmask import has_needless_mask
 from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
 from afbs_compile.tuner.lengths import Outside, extrapolated_tau
 
+NOT_CALIBRATED = "not calibrated: it was refused when the recipe was made"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -133,7 +135,7 @@ def _pays(row: SiteRecipe) -> bool:
 def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside, tolerance: float | None) -> SiteRecipe:
     """The recorded decision, as it applies to a site at this graph's length."""
     if recorded is None or recorded.outcome == "refused":
-        return SiteRecipe(site.name, "dense", "not calibrated: it was refused when the recipe was made")
+        return SiteRecipe(site.name, "dense", NOT_CALIBRATED)
     here = (str(site.mask), site.heads, site.kv_heads, site.head_dim, str(site.dtype).removeprefix("torch."))
     there = (recorded.mask, len(recorded.heads), recorded.kv_heads, recorded.head_dim, recorded.dtype)
     if here != there:
@@ -173,7 +175,7 @@ def in_own_precision(row: SiteRecipe, reason: str) -> SiteRecipe:
         head if precision == "own" else replace(head, precision_reason=reason)
         for head, precision in zip(row.heads, row.call.precision, strict=True)
     )
-    return replace(row, heads=heads, call=replace(row.call, precision=(), fp8_constants=()))
+    return replace(row, heads=heads, call=row.call.in_own_precision())
 
 
 def _extrapolated(row: SiteRecipe, validated: tuple[int, int], length: int, tolerance: float | None) -> SiteRecipe:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from afbs_compile.errors import OptionError
-from afbs_compile.options import Option, Options
+from afbs_compile.options import Option, Options, whole_number
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = "folder, id, package.module:factory or .pt2; see below"
@@ -21,7 +21,7 @@ def whole(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         try:
-            number = int(text.replace(",", "").replace("_", ""))
+            number = whole_number(text)
         except ValueError:
             number = least - 1
         if number < least:

@@ -28,10 +28,9 @@ from afbs_compile.passes.record import record_graphs
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.passes.site import AttentionSite, Refusal
 from afbs_compile.passes.sizes import fixed
-from afbs_compile.plan import Plan, in_own_precision
+from afbs_compile.plan import NOT_CALIBRATED, Plan, in_own_precision
 from afbs_compile.recipe import Recipe, SiteRecipe
 
-NOT_CALIBRATED = "not calibrated: it was refused when the recipe was made"
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
 
@@ -225,7 +224,7 @@ def _expressible(
 ) -> tuple[dict[AttentionSite, SparseCall], tuple[SiteRecipe, ...]]:
     """The plan without what the format has no form for."""
     if no_fp8 is not None:
-        own = {site: replace(call, precision=(), fp8_constants=()) for site, call in plan.calls.items()}
+        own = {site: call.in_own_precision() for site, call in plan.calls.items()}
         plan = replace(plan, calls=own, rows=tuple(in_own_precision(row, no_fp8) for row in plan.rows))
     reasons = {site.name: refuse(site, call) for site, call in plan.calls.items()}
     rows = tuple(

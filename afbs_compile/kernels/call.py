@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -46,10 +46,6 @@ class Kept(NamedTuple):
     local_keys: int = 0
 
 
-NOT_CALIBRATED = Kept()
-"""Of calls that were not calibrated, and of ``method="paper"``."""
-
-
 @dataclass(frozen=True)
 class SparseCall:
     """Constants of a sparse attention call; it checks itself.
@@ -60,7 +56,8 @@ class SparseCall:
         lam: per head, skip threshold in log2 units, at most 0; :data:`LAMBDA_OFF`: off.
         policy: per head, what scores the key blocks, by name (:mod:`afbs_compile.kernels.policies`).
         shape: rows per block.
-        kept: which blocks every tau keeps.
+        kept: which blocks every tau keeps; by default, as of calls that were not calibrated and of ``method="paper"``,
+            only those with a query block's own positions.
         precision: per head, one of :data:`PRECISIONS`; left out: ``"own"`` for all.
         fp8_constants: for heads in FP8, what samples say of keys and values: :func:`fp8_constant_count` numbers; empty
             where nothing is known.
@@ -75,7 +72,7 @@ class SparseCall:
     lam: tuple[float, ...]
     policy: tuple[str, ...]
     shape: BlockShape
-    kept: Kept = NOT_CALIBRATED
+    kept: Kept = field(default_factory=Kept)
     precision: tuple[str, ...] = ()
     fp8_constants: tuple[float, ...] = ()
     min_length: int = 0
@@ -137,13 +134,26 @@ class SparseCall:
             columns[name] = tuple(mine if taken else its for taken, mine, its in pairs)
         return replace(self, **columns)
 
-    def taken(self, heads: Sequence[int], keys: Sequence[int] = (), kv_heads: int = 1) -> SparseCall:
-        """The call of some of its heads.
+    def in_own_precision(self) -> SparseCall:
+        """The call with every head in the precision of the operands."""
+        return replace(self, precision=(), fp8_constants=())
+
+    def taken(self, heads: Sequence[int], kv_heads: int) -> SparseCall:
+        """The call of some query heads, as :meth:`Operands.taken` takes them: itself if those are all.
 
         Args:
-            heads: which ones.
-            keys: the key heads whose FP8 constants stay, in order; kv_heads: key heads of this call.
+            heads: which ones; kv_heads: key heads of this call, whose FP8 constants go along.
         """
+        if list(heads) == list(range(self.heads)):
+            return self
+        return self._of_heads(heads, [head * kv_heads // self.heads for head in heads], kv_heads)
+
+    def grouped(self, first: int, last: int, kv_heads: int) -> SparseCall:
+        """The call of the query heads ``first..last``, whole groups, as :meth:`Operands.grouped` views them."""
+        groups = self.heads // kv_heads
+        return self._of_heads(range(first, last), range(first // groups, last // groups), kv_heads)
+
+    def _of_heads(self, heads: Sequence[int], keys: Sequence[int], kv_heads: int) -> SparseCall:
         width = len(self.fp8_constants) // kv_heads
         columns: dict[str, Any] = {name: tuple(getattr(self, name)[head] for head in heads) for name in PER_HEAD}
         constants = tuple(x for key in keys for x in self.fp8_constants[key * width : (key + 1) * width])

@@ -73,7 +73,7 @@ class Operands:
 
     def taken(self, heads: Sequence[int]) -> Operands:
         """Some query heads: as they are if those are all, else a copy with a key head for each."""
-        if len(heads) == self.heads:
+        if list(heads) == list(range(self.heads)):
             return self
         keys = self.key_heads(heads)
         return replace(self, q=taken(self.q, heads), k=taken(self.k, keys), v=taken(self.v, keys))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def _site_masks(
     if not wanted:
         return []
     one = sample.element(0)
-    call = replace(row.calibrated, precision=(), fp8_constants=()).taken(wanted)
+    call = row.calibrated.in_own_precision().taken(wanted, one.k.shape[1])
     live = live_of(engines_on(one.device)[0].select(one.taken(wanted), call))[0].cpu()
     visible = one.mask.visibility(one.grid(call.shape), torch.device("cpu")).visible
     sight = sights.setdefault(_packed(visible), len(sights))

@@ -41,6 +41,7 @@ from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.settings import TuneSettings
 from afbs_compile.tuner.site import tune_site
 from afbs_compile.tuner.speed import Stopwatch
+from afbs_compile.version import __version__
 
 Source = Literal["samples", "first call"]
 
@@ -219,8 +220,8 @@ def _trial_paths(result: SiteResult, head: int) -> list[SearchPath]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("afbs-compile", "torch", "triton"):
+    versions = {"python": platform.python_version(), "afbs-compile": __version__}
+    for package in ("torch", "triton"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

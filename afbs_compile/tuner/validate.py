@@ -75,7 +75,7 @@ def validate(inputs: SiteInputs, call: SparseCall, tolerance: float) -> Validate
     for _ in range(ROUNDS):
         if not len(heads):
             break
-        mine = call.taken(heads.tolist())
+        mine = call.taken(heads.tolist(), inputs.explored.k.shape[1])
         fine = _grid(centre[heads])
         refined = inputs.curve(inputs.first, fine, mine, heads=heads).cpu()
         start = boldest_safe(refined.error.nan_to_num(nan=torch.inf).amax(0), limit)

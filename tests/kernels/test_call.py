@@ -116,15 +116,13 @@ def test_operands_must_fit() -> None:
 
 
 def test_some_heads() -> None:
-    part = CALL.taken([3, 0], [1, 0], 2)
+    part = CALL.taken([3, 0], 2)
     assert (part.tau, part.theta, part.lam) == ((0.75, 0.5), (THETA_OFF, 0.1), (LAMBDA_OFF, LAMBDA_OFF))
     assert (part.policy, part.precision) == (("meanshare", "meansim"), ("fp8", "own"))
     assert part.fp8_constants == (*map(float, range(18, 36)), *map(float, range(18)))
     assert (part.shape, part.kept, part.min_length, part.max_length) == (CALL.shape, CALL.kept, 100, 9000)
-    assert CALL.taken(range(4), range(2), 2) == CALL
-    assert OTHER.taken([2], [1], 2) == SparseCall.uniform(
-        1, 0.9, policy="antidiagonal", shape=OTHER.shape, kept=Kept(1, 2)
-    )
+    assert CALL.taken(range(4), 2) == CALL
+    assert OTHER.taken([2], 2) == SparseCall.uniform(1, 0.9, policy="antidiagonal", shape=OTHER.shape, kept=Kept(1, 2))
 
 
 def test_heads_of_one_call_beside_heads_of_another() -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import types
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 
 from afbs_compile.kernels.attend import machine
 from afbs_compile.kernels.attend.flex import engine as flex
 from afbs_compile.kernels.attend.run import run
-from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import MASKS as MASK_KINDS
 from afbs_compile.kernels.spec.selection import live_blocks
 from tests.kernels.helpers import (
@@ -32,6 +30,7 @@ from tests.kernels.helpers import (
     sparse_call,
     tolerance,
 )
+from tests.masks import Dilated
 
 FP32 = Shape(length=100, dtype=torch.float32, head_dim=64)
 KINDS = [
@@ -121,19 +120,6 @@ def test_a_failed_compilation_is_reported_and_not_tried_again(monkeypatch: pytes
     assert len(tries) == 1
     assert list(failures) == [machine.compile_key(torch.device("cpu"), torch.float32, 64)]
     assert flex.Flex().note(operands) == "FlexAttention cannot be compiled: no C++ compiler found"
-
-
-@dataclass(frozen=True)
-class Dilated(Mask):
-    """A row sees its own key and every ``step``-th one before it: no band, parameters and all."""
-
-    name = "dilated"
-    words = "dilated"
-    local = True
-    step: int
-
-    def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
-        return (keys <= positions) & ((positions - keys) % self.step == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import Operands
 from tests.kernels.helpers import NO_SKIP, Shape, sparse_call
 from tests.kernels.hopper_compiler import compiled_on_hopper
+from tests.masks import Dilated
 
 
 def tensors(length: int = 300, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -76,21 +76,10 @@ def test_what_it_refuses_and_why(reason: str, case: dict[str, Any]) -> None:
     assert re.search(reason, said)
 
 
-@dataclass(frozen=True)
-class Even(Mask):
-    """Every second key: no band."""
-
-    name = "even"
-    words = "even keys"
-    local = False
-
-    def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
-        return (keys % 2 == 0) & (positions >= 0)
-
-
 @pytest.mark.usefixtures("on_hopper")
 def test_a_mask_that_is_no_band_is_refused() -> None:
-    assert refusal(tensors(), mask=Even()) == "mask is even; accepted: masks that are a band about the diagonal"
+    found = refusal(tensors(), mask=Dilated(3))
+    assert found == "mask is dilated(3); accepted: masks that are a band about the diagonal"
 
 
 COMPILE = """

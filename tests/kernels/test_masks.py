@@ -18,6 +18,7 @@ from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.kernels.masks.full import Full
 from afbs_compile.kernels.masks.registry import MASKS, mask_of
 from afbs_compile.kernels.operands import Operands
+from tests.masks import Dilated
 
 CPU = torch.device("cpu")
 
@@ -39,19 +40,6 @@ class Shifted(BandMask):
 
     def band(self, q_len: int, k_len: int) -> Band:
         return Band(self.offset(q_len, k_len) + self.ahead)
-
-
-@dataclass(frozen=True)
-class Dilated(Mask):
-    """A row sees its own key and every ``step``-th one before it; no band."""
-
-    name = "dilated"
-    words = "dilated"
-    local = True
-    step: int
-
-    def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
-        return (keys <= positions) & ((positions - keys) % self.step == 0)
 
 
 BANDS: list[BandMask] = [Full(), Causal(), Shifted(0), Shifted(5), Shifted(-3)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from afbs_compile.kernels.attend.portable import tiling
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.blocks import BlockShape, block_count
 from afbs_compile.kernels.call import LAMBDA_OFF, SparseCall
-from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.measure import one_pass, pass_triton
 from afbs_compile.kernels.measure.one_pass import PassPlan, PassSums
@@ -22,6 +21,7 @@ from afbs_compile.kernels.policies.registry import POLICIES, UNNAMED
 from afbs_compile.kernels.spec.attention import masked_attention
 from afbs_compile.kernels.spec.selection import live_blocks
 from tests.kernels.helpers import in_double
+from tests.masks import Dilated
 from tests.sweeps import slow_after
 
 TAUS = torch.tensor([0.0, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.9995])
@@ -179,20 +179,8 @@ def test_scores_far_apart_do_not_underflow():
     torch.testing.assert_close(found.difference.double(), expected.difference, rtol=1e-2, atol=1e-2)
 
 
-@dataclass(frozen=True)
-class Dilated(Mask):
-    """A row sees every second key up to its own: no band."""
-
-    name = "dilated"
-    words = "dilated"
-    local = True
-
-    def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
-        return (keys <= positions) & ((positions - keys) % 2 == 0)
-
-
 def test_a_mask_that_is_no_band_is_measured_too():
-    call = replace(operands(2, 1, 243, 32), mask=Dilated())
+    call = replace(operands(2, 1, 243, 32), mask=Dilated(2))
     tau, theta = TAUS[1::2].expand(2, -1).contiguous(), torch.full((2,), -1.0)
     found, expected = measured(call, tau, theta), separately(call, tau, theta, torch.arange(4), SQUARE)
     assert found.live.tolist() == expected.live.tolist()

@@ -77,9 +77,7 @@ def precision_refusal(operands: Operands, call: SparseCall, precision: str) -> s
 def parts_of(operands: Operands, call: SparseCall) -> Iterator[tuple[list[int], SparseCall]]:
     """The heads of each precision, and the call of them alone."""
     for heads in heads_by(call.precision).values():
-        everything = len(heads) == call.heads
-        keys = list(range(operands.k.shape[1])) if everything else operands.key_heads(heads)
-        yield heads, call if everything else call.taken(heads, keys, operands.k.shape[1])
+        yield heads, call.taken(heads, operands.k.shape[1])
 
 
 def kernel_of(operands: Operands, call: SparseCall) -> Kernel:

@@ -35,8 +35,7 @@ def run(operands: Operands, call: SparseCall) -> tuple[Tensor, Tensor]:
             part, mine = operands, call
             if step < operands.heads:
                 part = operands.grouped(first, last)
-                keys = range(first // operands.groups, last // operands.groups)
-                mine = call.taken(range(first, last), keys, operands.k.shape[1])
+                mine = call.grouped(first, last, operands.k.shape[1])
             counts.append(_attend(part, mine, out[:, first:last] if step < operands.heads else out))
     return out, counts[0] if len(counts) == 1 else torch.cat(counts, 1)
 

@@ -30,7 +30,7 @@ def select(operands: Operands, call: SparseCall) -> BlockLists:
     by_policy = heads_by(call.policy)
     parts = []
     for name, heads in by_policy.items():
-        mine = call.taken(heads, operands.key_heads(heads), operands.k.shape[1])
+        mine = call.taken(heads, operands.k.shape[1])
         parts.append(_live(policy_named(name), operands.taken(heads), mine, visible, always))
     return lists_of(in_order(parts, list(by_policy.values())), whole)
 

@@ -24,11 +24,9 @@ def select(operands: Operands, call: SparseCall) -> BlockLists:
         operands: of the call, whose mask is a band; call: its constants.
     """
     by_policy = heads_by(call.policy)
-    if len(by_policy) == 1:
-        return _select(policy_named(call.policy[0]), operands, call)
     parts = []
     for name, heads in by_policy.items():
-        mine = call.taken(heads, operands.key_heads(heads), operands.k.shape[1])
+        mine = call.taken(heads, operands.k.shape[1])
         parts.append(_select(policy_named(name), operands.taken(heads), mine))
     return BlockLists(*(in_order(list(x), list(by_policy.values())) for x in zip(*parts, strict=True)))
 
