@@ -373,7 +373,7 @@ def test_heads_may_differ(on_triton: bool) -> None:
     select = (lambda *given: live_of(triton.select(*given))) if on_triton else live_blocks
     together = select(operands, call)
     for h in range(4):
-        alone = select(operands.taken([h]), call.taken([h], operands.key_heads([h]), 2))
+        alone = select(operands.taken([h]), call.taken([h], 2))
         assert torch.equal(together[:, h : h + 1], alone)
     assert len({int(together[:, h].sum()) for h in range(4)}) > 2
 
