@@ -61,7 +61,8 @@ class SparseCall:
         precision: per head, one of :data:`PRECISIONS`; left out: ``"own"`` for all.
         fp8_constants: for heads in FP8, what samples say of keys and values: :func:`fp8_constant_count` numbers; empty
             where nothing is known.
-        min_length, max_length: shorter and longer sequences run dense; 0 for no longest one.
+        min_length: calls of less work run dense: fewer (row, key) pairs than so many rows over as many keys;
+            max_length: calls over more keys do; 0 for no such limit.
 
     Raises:
         ValueError: naming the argument, what came and what is accepted.
@@ -159,9 +160,9 @@ class SparseCall:
         constants = tuple(x for key in keys for x in self.fp8_constants[key * width : (key + 1) * width])
         return replace(self, **columns, fp8_constants=constants)
 
-    def dense_at(self, length: int) -> bool:
-        """Whether a sequence of that length runs dense."""
-        return length < self.min_length or 0 < self.max_length < length or self.is_dense
+    def dense_at(self, q_len: int, k_len: int) -> bool:
+        """Whether a call on so many rows and keys runs dense."""
+        return q_len * k_len < self.min_length**2 or 0 < self.max_length < k_len or self.is_dense
 
     def rounded(self) -> SparseCall:
         """The call as it is written into a graph: six significant digits, so that a reader can compare them."""

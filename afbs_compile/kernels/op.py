@@ -11,14 +11,16 @@ from torch import Tensor
 from afbs_compile.kernels.attend.machine import without_autocast
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of
-from afbs_compile.kernels.operands import Operands, check_operands, dense_attention, empty_output
+from afbs_compile.kernels.operands import Operands, check_operands, empty_output
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, str mask, float? scale=None, "
     "int block_q=64, int block_k=64, int min_length=0, int max_length=0, str[]? policy=None, "
-    "str[]? precision=None, float[]? fp8_constants=None, int last_rows=0, int local_keys=0) -> Tensor"
+    "str[]? precision=None, float[]? fp8_constants=None, int last_rows=0, int local_keys=0, Tensor? valid=None, "
+    "Tensor? attn_mask=None, float softcap=0.0, Tensor? sinks=None) -> Tensor"
 )
 
 
@@ -37,10 +39,11 @@ def checked(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> tuple[Ope
     Raises:
         ValueError: naming the argument, what came and what is accepted.
     """
-    check_operands(q, k, v)
-    call = SparseCall.of_arguments(int(q.shape[1]), given)  # a number, also where its graph is dynamic
     scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-    operands = Operands(q, k, v, mask_of(given["mask"]), scale)
+    extras = {name: given[name] for name in ("valid", "attn_mask", "softcap", "sinks")}
+    operands = Operands(q, k, v, mask_of(given["mask"]), scale, **extras)
+    check_operands(operands)
+    call = SparseCall.of_arguments(int(q.shape[1]), given)  # a number, also where its graph is dynamic
     call.check_operands(operands)
     return operands, call
 
@@ -64,26 +67,33 @@ def sparse_attention(
     fp8_constants: Sequence[float] | None = None,
     last_rows: int = 0,
     local_keys: int = 0,
+    valid: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Block-sparse attention with each head's constants; dense where that is what they say.
 
     Args:
-        q: ``[B, H, N, D]`` fp16, bf16 or fp32, D from 16 to 256; k, v: ``[B, H_kv, N, D]``, H a multiple of H_kv.
+        q: ``[B, H, q_len, D]`` fp16, bf16 or fp32; k: ``[B, H_kv, k_len, D]``, v: ``[B, H_kv, k_len, D_v]``; H a
+            multiple of H_kv, D and D_v from 1 to 512.
         tau, theta, lam: one number per query head, as in :class:`afbs_compile.kernels.call.SparseCall`.
         mask: the text of a mask (:mod:`afbs_compile.kernels.masks`): ``"full"`` or ``"causal"``, say.
         scale: softmax scale; ``None`` means ``D ** -0.5``.
         block_q, block_k: rows per block; ``block_q`` is a multiple of ``block_k``.
-        min_length, max_length: shorter and longer sequences run dense, 0 for no longest one; so does a call whose heads
-            are all DENSE.
+        min_length, max_length: calls of less work and over more keys run dense, as
+            :meth:`afbs_compile.kernels.call.SparseCall.dense_at` says; so does a call whose heads are all DENSE.
         policy: one name per query head; ``None`` is ``meansim`` for all.
         precision: one name per query head; ``None`` is that of the operands. FP8 needs a Hopper GPU, fp16 or bf16, D 64
             or 128, blocks of 128 x 128 and lam off.
         fp8_constants: what calibration knows of the keys and values, as
             :meth:`afbs_compile.kernels.spec.fp8.Fp8Constants.unpacked` takes it.
         last_rows, local_keys: which blocks every tau keeps, as in :class:`afbs_compile.kernels.call.Kept`.
+        valid, attn_mask: what else hides keys, softcap, sinks: what else becomes of scores, as in
+            :class:`afbs_compile.kernels.operands.Operands`.
 
     Returns:
-        ``[B, H, N, D]`` in the dtype of ``q``; in memory ``[B, N, H, D]``.
+        ``[B, H, q_len, D_v]`` in the dtype of ``q``; in memory ``[B, q_len, H, D_v]``.
 
     Raises:
         ValueError: naming the argument, what came and what is accepted.
@@ -91,12 +101,12 @@ def sparse_attention(
     """
     given = locals()
     operands, call = checked(q, k, v, given)
-    if q.numel() == 0:
-        return empty_output(q)
-    if not call.dense_at(operands.q_len):
+    if q.numel() == 0 or k.numel() == 0:
+        return empty_output(q, v).zero_()
+    if not call.dense_at(operands.q_len, operands.k_len):
         return run(operands, call)[0]
     with without_autocast(operands.device):
-        out, result = dense_attention(operands), empty_output(q)
+        out, result = dense_attention(operands), empty_output(q, v)
     return out if out.stride() == result.stride() else result.copy_(out)
 
 
@@ -104,7 +114,7 @@ def sparse_attention(
 def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **named: Any) -> Tensor:
     """Shape, dtype and strides of the result; the same checks as the real thing."""
     checked(q, k, v, by_name(arguments, named))
-    return empty_output(q)
+    return empty_output(q, v)
 
 
 def by_name(arguments: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from afbs_compile.kernels.attend.run import run
-from afbs_compile.kernels.operands import Operands, dense_attention
+from afbs_compile.kernels.dense import dense_attention
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.sight import rows_that_count
 from afbs_compile.recipe import SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
 from afbs_compile.tuner.end_to_end import output_change
@@ -109,7 +111,7 @@ def head_errors(graphs: Sequence[AppliedGraph]) -> Iterable[HeadErrors]:
 
 def _errors(row: SiteRecipe, sample: Operands) -> Tensor:
     out, _ = run(sample, row.calibrated)
-    return relative_l1(out, dense_attention(sample)).cpu()
+    return relative_l1(out, dense_attention(sample), counted=rows_that_count(sample)).cpu()
 
 
 def _loss(logits: Tensor, ids: Tensor) -> float:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from afbs_compile.kernels.attend.engines import engines_on
 from afbs_compile.kernels.blocks import live_of
 from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.sight import resolved, sight_of
 from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
 
@@ -73,7 +73,7 @@ def block_masks(graphs: Sequence[AppliedGraph], recipe: Recipe, source: str) -> 
     notes: list[str] = []
     tokens = number = 0
     for graph, row, (sample, *_) in _numbered(graphs, recipe):
-        tokens = max(tokens, sample.q_len)
+        tokens = max(tokens, sample.k_len)
         wanted = []
         for index, head in enumerate(row.heads):
             if head.outcome == "dense":
@@ -116,10 +116,11 @@ def _site_masks(
         return []
     one = sample.element(0)
     call = row.calibrated.in_own_precision().taken(wanted, one.k.shape[1])
-    live = live_of(engines_on(one.device)[0].select(one.taken(wanted), call))[0].cpu()
-    visible = one.mask.visibility(one.grid(call.shape), torch.device("cpu")).visible
-    sight = sights.setdefault(_packed(visible), len(sights))
-    rows, columns = visible.shape
+    part = one.taken(wanted)
+    live = live_of(engines_on(one.device)[0].select(part, call))[0].cpu()
+    visible = sight_of(resolved(part), call.shape).visible[0].cpu()
+    rows, columns = visible.shape[1:]
+    pairs = zip(wanted, live, visible.expand(len(wanted), -1, -1), strict=True)
     return [
         HeadMask(
             graph,
@@ -127,11 +128,11 @@ def _site_masks(
             index,
             rows,
             columns,
-            sight,
+            sights.setdefault(_packed(seen), len(sights)),
             _packed(mask),
-            round(1 - int(mask.sum()) / int(visible.sum()), 4),
+            round(1 - int(mask.sum()) / max(1, int(seen.sum())), 4),
         )
-        for index, mask in zip(wanted, live, strict=True)
+        for index, mask, seen in pairs
     ]
 
 

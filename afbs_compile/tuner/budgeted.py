@@ -80,7 +80,7 @@ def tune_with_budget(
         with closing(capture(runs, lambda name, operands: attend_sparsely(operands, chosen[name]))) as walk:
             for name, operands in walk:
                 results[name] = _settled(operands, chosen[name], measured[name], stopwatch)
-                lengths |= {sample.q_len for sample in operands}
+                lengths |= {sample.k_len for sample in operands}
                 advance()
     record = BudgetRecord(
         quantity=budget.quantity,
@@ -151,7 +151,7 @@ def _settled(
     meter = Meter(samples)
     found = meter(chosen).only(~dense_heads(chosen))
     result = SiteResult(chosen, found, None, None, measured.evaluations + meter.evaluations, curves=measured.curves)
-    longest = max(samples, key=lambda sample: sample.q_len)
+    longest = max(samples, key=lambda sample: sample.q_len * sample.k_len)
     nothing = (
         nothing_to_skip(samples, chosen.kept, [chosen.shape])
         or "the budget on the output leaves every head of it dense"

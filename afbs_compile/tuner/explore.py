@@ -137,7 +137,7 @@ def _taus(heads: int) -> Tensor:
 
 
 def _pass(inputs: SiteInputs, call: SparseCall) -> PassSums:
-    rows = sampled_blocks(inputs.length, call.shape.q)
+    rows = sampled_blocks(inputs.explored.q_len, call.shape.q)
     return inputs.sums(inputs.first, _taus(inputs.heads), call, rows=rows)
 
 
@@ -145,8 +145,9 @@ def _measured(passes: Sequence[PassSums]) -> tuple[Tensor, Tensor]:
     """Error and sparsity ``[C, H, P]`` of passes over the same rows, on the CPU."""
     difference = torch.stack([sums.difference.sum(1) for sums in passes])
     live = torch.stack([sums.live.sum(1) for sums in passes])
+    visible = passes[0].visible.sum(-1).clamp_min(1)[:, None]
     magnitude = passes[0].magnitude.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return (difference / magnitude).float().cpu(), (1 - live.float() / passes[0].visible.sum()).cpu()
+    return (difference / magnitude).float().cpu(), (1 - live.float() / visible).cpu()
 
 
 @functools.lru_cache(maxsize=64)

@@ -128,7 +128,7 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
             result = tune_site(operands, settings, earlier=earlier, stopwatch=stopwatch)
             earlier = result.posterior
             results[name] = result
-            lengths |= {sample.q_len for sample in operands}
+            lengths |= {sample.k_len for sample in operands}
             progress.finished(result)
     return results, sorted(lengths)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from afbs_compile.kernels.attend.machine import clocked
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.measure.one_pass import PassPlan, PassSums, one_pass
-from afbs_compile.kernels.operands import Operands, dense_attention, taken
+from afbs_compile.kernels.operands import Operands, taken
 from afbs_compile.kernels.policies.registry import heads_by
 from afbs_compile.kernels.spec.selection import first_whole_block
 from afbs_compile.tuner.measure import WINDOWS, kept_for, visible_count
@@ -72,11 +73,11 @@ class SiteInputs:
 
     def __init__(self, samples: Sequence[Operands]) -> None:
         self.elements = [sample.element(i) for sample in samples for i in range(sample.q.shape[0])]
-        self.kept = kept_for(samples[0].mask)
+        self.kept = kept_for(samples[0])
         self.windows = WINDOWS if len(self.elements) == 1 else 1
-        lengths = [element.q_len for element in self.elements]
-        self.length = max(lengths)
-        self.first = lengths.index(self.length)
+        work = [element.q_len * element.k_len for element in self.elements]
+        self.first = work.index(max(work))
+        self.length = self.elements[self.first].k_len
         self._work: list[Tensor | float] = []
         self._clocks: list[Callable[[], float]] = []
         self._dense: dict[int, Tensor] = {}
@@ -112,7 +113,7 @@ class SiteInputs:
     def spend_blocks(self, index: int, shape: BlockShape, live: Tensor) -> None:
         """Count live blocks of an input's heads, of all that dense attention computes there."""
         element = self.elements[index]
-        everything = self.heads * visible_count(element.mask, element.grid(shape))
+        everything = self.heads * visible_count(element, shape)
         self.spend(live.sum() * (self.cost(index) / everything))
 
     def dense(self, index: int) -> Tensor:
@@ -159,7 +160,8 @@ class SiteInputs:
         if len(parts) > 1:
             back = torch.tensor(places).argsort().to(element.device, non_blocking=True)
             difference, magnitude, live = (torch.cat(x)[back] for x in list(zip(*parts, strict=True))[:3])
-            found = PassSums(difference, magnitude, live, found.visible)
+            visible = found.visible if len(found.visible) == 1 else torch.cat([part.visible for part in parts])[back]
+            found = PassSums(difference, magnitude, live, visible)
         # Blocks that the largest tau keeps were visited.
         self.spend_blocks(index, call.shape, found.live[..., -1])
         return found
@@ -173,11 +175,13 @@ class SiteInputs:
         pieces = [_error(sums, a, b) for a, b in itertools.pairwise(edges) if b > a]
         counts = [element.q_len // share // block for share in PREFIXES] if element.mask.local else []
         prefixes = {
-            count * block: _error(sums, 0, count, first_whole_block(count * block, block, call.kept.last_rows))
+            count * block + element.offset: _error(
+                sums, 0, count, first_whole_block(count * block, block, call.kept.last_rows)
+            )
             for count in counts
             if count >= FEWEST_BLOCKS
         }
-        sparsity = 1 - sums.live.sum(1).float() / sums.visible.sum()
+        sparsity = 1 - sums.live.sum(1).float() / sums.visible.sum(-1).clamp_min(1)[:, None]
         overall = pieces[0] if len(pieces) == 1 else _error(sums, 0, blocks)
         return InputCurve(torch.stack(pieces), overall, prefixes, sparsity)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels.attend.run import run
-from afbs_compile.kernels.blocks import BlockShape, Grid, block_count
+from afbs_compile.kernels.blocks import BlockShape, block_count
 from afbs_compile.kernels.call import Kept, SparseCall
-from afbs_compile.kernels.masks.base import Mask
-from afbs_compile.kernels.operands import Operands, dense_attention
+from afbs_compile.kernels.dense import dense_attention
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.sight import looks_back, resolved, rows_that_count, sight_of
 from afbs_compile.kernels.spec.selection import kept_blocks
 
 WINDOWS = 5
@@ -95,7 +95,7 @@ class Meter:
 
         Where the mask is ``local`` a prefix is exact: its dense output is the prefix of the dense output.
         """
-        short = [sample.first_tokens(length) for sample in self.samples[:samples]]
+        short = [sample.first_rows(length) for sample in self.samples[:samples]]
         return Meter(short, windows=windows or self.windows)
 
     def __call__(self, call: SparseCall) -> Measurement:
@@ -103,7 +103,7 @@ class Meter:
         errors, sparsities = [], []
         for sample, dense in zip(self.samples, self._dense, strict=True):
             out, counts = run(sample, call)
-            errors.append(relative_l1(out, dense, self.windows, call.shape.q))
+            errors.append(relative_l1(out, dense, self.windows, call.shape.q, rows_that_count(sample)))
             sparsities.append(sparsity_of(sample, call.shape, counts))
             self.calls += self._cost(sample)
             self.evaluations += self._cost(sample) * (1 - float(sparsities[-1].mean()))
@@ -113,10 +113,13 @@ class Meter:
         return sample.work / self._most
 
 
-@functools.lru_cache(maxsize=64)
-def visible_count(mask: Mask, grid: Grid) -> int:
-    """Blocks of a head that hold a key which some row sees."""
-    return int(mask.visibility(grid, torch.device("cpu")).visible.sum())
+def visible_count(sample: Operands, shape: BlockShape) -> float:
+    """Blocks of a head and batch element that hold a key which some row sees, on average over both."""
+    key = ("visible", shape)
+    if key not in sample.derived:
+        visible = sight_of(resolved(sample), shape).visible
+        sample.derived[key] = float(visible.float().mean((0, 1)).sum())
+    return float(sample.derived[key])
 
 
 def sparsity_of(sample: Operands, shape: BlockShape, counts: Tensor) -> Tensor:
@@ -126,10 +129,10 @@ def sparsity_of(sample: Operands, shape: BlockShape, counts: Tensor) -> Tensor:
         sample: the operands; shape: rows per block.
         counts: live blocks, ``[B, H, n_q]``.
     """
-    return 1 - counts.sum(-1).float().mean(0) / visible_count(sample.mask, sample.grid(shape))
+    return 1 - counts.sum(-1).float().mean(0) / visible_count(sample, shape)
 
 
-def kept_for(mask: Mask) -> Kept:
+def kept_for(sample: Operands) -> Kept:
     """The blocks that calibrated calls always keep: where rows look back those near a block and all of the last rows.
 
     Both serve few rows of many, which do not move a block's mean, so no predictor of blocks can know; the error of a
@@ -137,21 +140,20 @@ def kept_for(mask: Mask) -> Kept:
     block to look back at, and most of what a token attends lies right before it. The last row is what a language
     model's answer is read off, and it may ask for a block that no other row needs.
     """
-    return LOCAL_KEPT if mask.local else Kept()
+    return LOCAL_KEPT if looks_back(sample) else Kept()
 
 
-@functools.lru_cache(maxsize=64)
-def kept_share(mask: Mask, grid: Grid, kept: Kept) -> float:
-    """The share of an input's visible blocks that every tau keeps."""
-    cpu = torch.device("cpu")
-    visible = mask.visibility(grid, cpu).visible
-    return float((kept_blocks(mask, grid, kept, cpu) & visible).sum() / visible.sum())
+def kept_share(sample: Operands, shape: BlockShape, kept: Kept) -> float:
+    """The share of an input's visible blocks that every tau keeps; 1 where nothing is visible."""
+    sample = resolved(sample)
+    count = float(kept_blocks(sample, shape, kept).float().mean((0, 1)).sum())
+    return count / max(visible_count(sample, shape), count, 1e-9) if count else 1.0
 
 
 def nothing_to_skip(samples: Sequence[Operands], kept: Kept, shapes: Sequence[BlockShape]) -> str | None:
     """The reason why nothing can be skipped, where the blocks that are always kept are all there are."""
-    length = max(sample.q_len for sample in samples)
-    shares = [kept_share(sample.mask, sample.grid(shape), kept) for sample in samples for shape in shapes]
+    length = max(sample.k_len for sample in samples)
+    shares = [kept_share(sample, shape, kept) for sample in samples for shape in shapes]
     return f"too short: every block of its {length:,} tokens is always kept" if min(shares) >= 1 else None
 
 
@@ -171,13 +173,14 @@ def attend_sparsely(sample: Operands, call: SparseCall) -> Tensor | None:
     return None if call.is_dense else run(sample, call)[0]
 
 
-def relative_l1(out: Tensor, dense: Tensor, windows: int = 1, block: int = 1) -> Tensor:
+def relative_l1(out: Tensor, dense: Tensor, windows: int = 1, block: int = 1, counted: Tensor | None = None) -> Tensor:
     """Relative L1 distance per input and head (Eq. 1).
 
     Args:
         out, dense: ``[B, H, N, D]``.
         windows: split the rows into at most this many disjoint windows of whole blocks, an input each.
         block: rows per block.
+        counted: bool ``[B, N]``, the rows that are looked at; ``None`` for all.
 
     Returns:
         ``[B * windows, H]`` fp32; 0 where both sums are 0, NaN where an output is NaN.
@@ -187,6 +190,8 @@ def relative_l1(out: Tensor, dense: Tensor, windows: int = 1, block: int = 1) ->
     pairs = list(zip(out.split(some, 1), dense.split(some, 1), strict=True))
     difference = torch.cat([_row_sums(a.float() - b) for a, b in pairs], 1)
     magnitude = torch.cat([_row_sums(b) for _, b in pairs], 1)
+    if counted is not None:
+        difference, magnitude = (x.masked_fill(~counted[:, None], 0.0) for x in (difference, magnitude))
     blocks = block_count(out.shape[2], block)
     edges = sorted({blocks * i // windows * block for i in range(1, windows)} - {0})
     pieces = zip(difference.tensor_split(edges, -1), magnitude.tensor_split(edges, -1), strict=True)

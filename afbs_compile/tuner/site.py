@@ -143,10 +143,10 @@ def search_curves(inputs: SiteInputs, settings: TuneSettings, stopwatch: Stopwat
     refined = [curve for curve in found.curves if curve.stage == "refine"]
     exponent = tau_exponent(refined[0], tolerance) if refined else torch.zeros(inputs.heads)
     one_input = len(inputs.elements) == 1  # a short one has fewer windows than others
-    whole = [each.q_len for each in inputs.elements] * (len(found.error) if one_input else 1)
+    whole = [each.k_len for each in inputs.elements] * (len(found.error) if one_input else 1)
 
     def telling(length: int) -> bool:
-        return kept_share(element.mask, element.first_tokens(length).grid(shape), call.kept) <= MOSTLY
+        return kept_share(element.first_rows(length - element.offset), shape, call.kept) <= MOSTLY
 
     lengths = fit_lengths(whole, found.error, found.prefixes, sparse, tolerance, telling) if refined else None
     held_out = torch.ones(len(inputs.elements), dtype=torch.bool)

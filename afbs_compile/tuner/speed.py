@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from afbs_compile.kernels.attend.machine import clocked, round_seconds, rounds
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
-from afbs_compile.kernels.operands import Operands, dense_attention
+from afbs_compile.kernels.dense import dense_attention
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.tuner.measure import visible_count
 
 WORTHWHILE = 0.97
@@ -70,7 +72,7 @@ class Stopwatch:
 
             (ms,) = best_ms([timed])
             ms -= self.predictor_ms(sample, call)
-            live = float(counts.float().sum(-1).mean()) / visible_count(sample.mask, sample.grid(call.shape))
+            live = float(counts.float().sum(-1).mean()) / visible_count(sample, call.shape)
             # Predictor and attention are timed apart, and both are noisy: the difference may come out as nothing.
             self._attention_ms[key] = max(ms, 0.0) / live
         return self._attention_ms[key]
@@ -107,7 +109,7 @@ class Stopwatch:
         for other, length in known:
             if abs(other - sparsity) <= ALIKE:
                 return length, length
-        latest = min((length for other, length in known if other <= sparsity), default=sample.q_len)
+        latest = min((length for other, length in known if other <= sparsity), default=side(sample))
         earliest = max((length for other, length in known if other >= sparsity), default=0)
         return min(earliest, latest), latest
 
@@ -120,8 +122,16 @@ def _crossover_key(sample: Operands, call: SparseCall) -> Hashable:
     return _kind(sample), call.shape, "fp8" in call.precision
 
 
+def side(sample: Operands) -> int:
+    """The length of self-attention with as many (row, key) pairs."""
+    return isqrt(sample.q_len * sample.k_len)
+
+
 def _kind(sample: Operands) -> Hashable:
-    return (sample.device, sample.q.dtype, sample.q.shape, sample.k.shape, sample.mask)
+    given = sample.attn_mask
+    extras = (sample.valid is None, None if given is None else (given.dtype, given.shape), sample.softcap)
+    shapes = (sample.q.shape, sample.k.shape, sample.v.shape)
+    return (sample.device, sample.q.dtype, *shapes, sample.mask, *extras, sample.sinks is None)
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,8 @@ class SiteSpeed:
     ) -> SiteSpeed:
         """Time at the sample's length, then find the shortest of its halvings at which sparse pays, by bisection.
 
+        A length is the :func:`side` of a square: what counts is rows times keys.
+
         Args:
             sample: one input.
             call: of the site; sparsity: what it skips.
@@ -157,7 +169,7 @@ class SiteSpeed:
             dense_ms, sparse_ms: milliseconds of the dense and of the sparse call, where they are known. The latter's
                 call may have been the first one, which compiles: where it was slow, it is timed again.
         """
-        length = sample.q_len
+        rows = sample.q_len
         if dense_ms is None:
             dense_ms, sparse_ms = stopwatch.dense_and_sparse_ms(sample, call)
         elif sparse_ms is None or sparse_ms > CLEAR * dense_ms:
@@ -165,11 +177,12 @@ class SiteSpeed:
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None)
         earliest, latest = stopwatch.crossover_bounds(sample, call, sparsity)
-        halvings = {length >> times for times in range(20) if length >> times >= SHORTEST} | {length}
-        lengths = sorted(tried for tried in halvings if earliest <= tried <= latest)
+        halvings = {rows >> times for times in range(20) if rows >> times >= SHORTEST} | {rows}
+        shorter = {side(part): part for part in (sample.first_rows(tried) for tried in halvings)}
+        lengths = sorted(length for length in shorter if earliest <= length <= latest)
 
-        def worthwhile(tried: int) -> bool:
-            dense, sparse = stopwatch.dense_and_sparse_ms(sample.first_tokens(tried), call)
+        def worthwhile(length: int) -> bool:
+            dense, sparse = stopwatch.dense_and_sparse_ms(shorter[length], call)
             return sparse <= WORTHWHILE * dense
 
         min_length = lengths[bisect_left(lengths[:-1], True, key=worthwhile)]

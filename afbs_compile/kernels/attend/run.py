@@ -25,9 +25,11 @@ def run(operands: Operands, call: SparseCall) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: no engine takes the call; it says why.
     """
-    out, counts = empty_output(operands.q), []
-    if out.numel() == 0:
-        return out, out.new_zeros(*out.shape[:2], operands.grid(call.shape).count_q, dtype=torch.int32)
+    given, operands = operands, operands.padded
+    out, counts = empty_output(operands.q, operands.v), []
+    if out.numel() == 0 or operands.k.numel() == 0:
+        none = out.new_zeros(*out.shape[:2], operands.grid(call.shape).count_q, dtype=torch.int32)
+        return empty_output(given.q, given.v).zero_(), none
     with without_autocast(operands.device):
         step = engines_on(operands.device)[0].heads_at_once(operands, call)
         for first in range(0, operands.heads, step):
@@ -37,6 +39,8 @@ def run(operands: Operands, call: SparseCall) -> tuple[Tensor, Tensor]:
                 part = operands.grouped(first, last)
                 mine = call.grouped(first, last, operands.k.shape[1])
             counts.append(_attend(part, mine, out[:, first:last] if step < operands.heads else out))
+    if given is not operands:
+        out = empty_output(given.q, given.v).copy_(out[..., : given.v.shape[3]])
     return out, counts[0] if len(counts) == 1 else torch.cat(counts, 1)
 
 

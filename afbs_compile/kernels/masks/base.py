@@ -21,10 +21,26 @@ from afbs_compile.kernels.blocks import Grid
 
 
 class Band(NamedTuple):
-    """A mask that a kernel computes from positions: row r sees the keys ``c <= r + upper``, all unless ``bounded``."""
+    """A mask that a kernel computes from positions: row r sees the keys from :meth:`start` to ``r + upper``.
+
+    Attributes:
+        upper: how far ahead of its own index a row sees; bounded: whether it is; where it is not, every key is seen.
+        width: how many keys back a row sees, its last one included; 0 for all of them.
+        chunked: whether it is not the last ``width`` keys that a row sees, but those of its chunk: keys are cut into
+            chunks of ``width``, and the row's last key says which is its own.
+    """
 
     upper: int = 0
     bounded: bool = True
+    width: int = 0
+    chunked: bool = False
+
+    def start(self, rows: Tensor) -> Tensor:
+        """The first key that each row sees, where the band is bounded; 0 or less for all from the first key on."""
+        last = rows + self.upper
+        if self.chunked:
+            return torch.div(last, self.width, rounding_mode="floor") * self.width
+        return last - self.width + 1 if self.width else torch.zeros_like(last)
 
 
 class Visibility(NamedTuple):
@@ -33,10 +49,13 @@ class Visibility(NamedTuple):
     Attributes:
         visible: bool ``[n_q, n_k]``, some row of the query block sees some key of the key block.
         whole: bool ``[n_q, n_k]``, every row sees every key, and no key is missing at the end.
+        blurred: bool ``[n_q, n_k]``, visible, and some key of the key block is seen by no row of the query block: what
+            is known of the key block as a whole must not say anything about it.
     """
 
     visible: Tensor
     whole: Tensor
+    blurred: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,14 +111,16 @@ class Mask(ABC):
         """What the mask makes of every block, by looking at all of its rows and keys."""
         keys = torch.arange(grid.k_len, device=device)
         missing = grid.count_k * grid.shape.k - grid.k_len
-        visible, whole = [], []
+        exists = torch.nn.functional.pad(keys >= 0, (0, missing)).view(grid.count_k, grid.shape.k)
+        parts = []
         for first in range(0, grid.q_len, grid.shape.q):
             rows = torch.arange(first, min(first + grid.shape.q, grid.q_len), device=device)
             seen = self.sees(rows[:, None] + self.offset(grid.q_len, grid.k_len), keys).expand(len(rows), -1)
             seen = torch.nn.functional.pad(seen, (0, missing)).unflatten(1, (grid.count_k, grid.shape.k))
-            visible.append(seen.any(2).any(0))
-            whole.append(seen.all(2).all(0))
-        return Visibility(torch.stack(visible), torch.stack(whole))
+            somewhere = seen.any(0)
+            visible = somewhere.any(1)
+            parts.append((visible, seen.all(2).all(0), visible & (exists & ~somewhere).any(1)))
+        return Visibility(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
     def work(self, q_len: int, k_len: int) -> int:
         """How many (row, key) pairs are seen."""
@@ -128,17 +149,24 @@ class BandMask(Mask):
         last_row = (first_row + grid.shape.q).clamp_max(grid.q_len) - 1
         first_key = torch.arange(grid.count_k, device=device) * grid.shape.k
         end_key = first_key + grid.shape.k
-        visible = torch.ones(grid.count_q, grid.count_k, dtype=torch.bool, device=device)
-        whole = visible & (end_key <= grid.k_len)
-        upper, bounded = self.band(grid.q_len, grid.k_len)
-        if bounded:
-            visible = first_key <= last_row + upper
-            whole = whole & (end_key - 1 <= first_row + upper)
-        return Visibility(visible, whole)
+        everything = torch.ones(grid.count_q, grid.count_k, dtype=torch.bool, device=device)
+        whole = everything & (end_key <= grid.k_len)
+        band = self.band(grid.q_len, grid.k_len)
+        if not band.bounded:
+            return Visibility(everything, whole, ~everything)
+        last_key = end_key.clamp_max(grid.k_len) - 1
+        # Rows see more and more distant keys: of the rows that reach the block, the first looks back the furthest.
+        nearest_row = torch.maximum(first_row, first_key - band.upper)
+        visible = (nearest_row <= last_row) & (band.start(nearest_row) <= last_key)
+        whole = whole & (end_key - 1 <= first_row + band.upper) & (band.start(last_row) <= first_key)
+        covered = (band.start(first_row) <= first_key) & (last_key <= last_row + band.upper)
+        return Visibility(visible, whole, visible & ~covered)
 
     def work(self, q_len: int, k_len: int) -> int:
         """See :meth:`Mask.work`."""
-        upper, bounded = self.band(q_len, k_len)
-        if not bounded:
+        band = self.band(q_len, k_len)
+        if not band.bounded:
             return q_len * k_len
-        return int((torch.arange(q_len) + upper + 1).clamp(0, k_len).sum())
+        rows = torch.arange(q_len)
+        ends = (rows + band.upper + 1).clamp_max(k_len)
+        return int((ends - band.start(rows).clamp_min(0)).clamp_min(0).sum())

@@ -6,10 +6,11 @@ import functools
 import re
 
 from afbs_compile.kernels.masks.base import Mask
-from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.causal import Causal, CausalEnd
 from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.masks.window import Around, Chunk, Window
 
-MASKS: dict[str, type[Mask]] = {kind.name: kind for kind in (Full, Causal)}
+MASKS: dict[str, type[Mask]] = {kind.name: kind for kind in (Full, Causal, CausalEnd, Window, Chunk, Around)}
 """To add a kind, write it in a file of its own and name it here; code outside the package adds an entry."""
 
 

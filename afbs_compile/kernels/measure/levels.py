@@ -18,13 +18,14 @@ from afbs_compile.kernels.spec.selection import Similarities, block_levels, per_
 
 
 class Places(NamedTuple):
-    """Of some query blocks the visible key blocks and those that are always kept, bool ``[m, n_k]`` each.
+    """Of some query blocks the visible key blocks, those that are always kept and blurred ones.
 
-    ``rows`` says which ones, int64 ``[m]``; ``None``: all.
+    Bool ``[B or 1, H or 1, m, n_k]`` each; ``rows`` says which query blocks, int64 ``[m]``; ``None``: all.
     """
 
     visible: Tensor
     always: Tensor
+    blurred: Tensor
     rows: Tensor | None = None
 
 
@@ -34,7 +35,7 @@ def levels_of(
     """The tau from which each block is live: at any tau above its level.
 
     Args:
-        operands: of the call; shape: rows per block.
+        operands: of the call, resolved; shape: rows per block.
         policy: by name; theta: one number per query head, for a policy that has one; ``None`` is off.
         places: of the query blocks wanted.
 
@@ -54,7 +55,7 @@ def levels_of(
         similar = None if similar is None else (similar[0][:, :, places.rows], similar[1])
     # Constants that differ go to the device, and a GPU is waited for.
     limit = limits[0] if len(set(limits)) == 1 else per_head(limits, operands.device)
-    return block_levels(scores, chosen.rule, (places.visible, places.always), similar, limit)
+    return block_levels(scores, chosen.rule, places[:3], similar, limit)
 
 
 Scored = tuple[Tensor, Similarities | None]

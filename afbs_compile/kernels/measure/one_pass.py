@@ -12,7 +12,6 @@ Each threshold's result is the one that :func:`afbs_compile.kernels.spec.attenti
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,12 +21,12 @@ from torch import Tensor
 from afbs_compile.kernels.attend.machine import runs_triton
 from afbs_compile.kernels.blocks import BlockShape, Grid, block_count, chunks
 from afbs_compile.kernels.call import Kept
-from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.measure.levels import Places, levels_of
 from afbs_compile.kernels.measure.pass_plain import plain_pass
 from afbs_compile.kernels.measure.visit import visit_order
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import policy_named
+from afbs_compile.kernels.sight import resolved, sight_of
 from afbs_compile.kernels.spec.selection import kept_blocks
 
 WORKING_BYTES = 384 * 2**20
@@ -44,7 +43,7 @@ class PassSums(NamedTuple):
         difference: fp32 ``[H, m, T]``, ``sum|O - O_dense|`` over the rows of the query block.
         magnitude: fp32 ``[H, m]``, ``sum|O_dense|`` of the same rows.
         live: int32 ``[H, m, T]``, key blocks that the threshold keeps.
-        visible: int32 ``[m]``, key blocks that hold a key which some row sees.
+        visible: int32 ``[H or 1, m]``, key blocks that hold a key which some row sees.
     """
 
     difference: Tensor
@@ -69,26 +68,39 @@ class PassPlan(NamedTuple):
     rows: tuple[int, ...] | None = None
 
 
-class _Sight(NamedTuple):
-    """Of the query blocks ``rows``, int64 ``[m]``: visible, always kept and partial blocks, bool ``[m, n_k]`` each.
+class _Look(NamedTuple):
+    """Of the query blocks ``rows``, int64 ``[m]``: visible, always kept, blurred and partial blocks.
 
-    ``in_sight`` is int32 ``[m]``, the number of visible ones.
+    Bool ``[1, H or 1, m, n_k]`` each; ``in_sight`` is int32 ``[H or 1, m]``, the number of visible ones.
     """
 
     rows: Tensor
     visible: Tensor
     always: Tensor
+    blurred: Tensor
     partial: Tensor
     in_sight: Tensor
 
+    def of_heads(self, some: slice) -> _Look:
+        """Of some query heads."""
+        visible, always, blurred, partial = (x if x.shape[1] == 1 else x[:, some] for x in self[1:5])
+        in_sight = self.in_sight if len(self.in_sight) == 1 else self.in_sight[some]
+        return _Look(self.rows, visible, always, blurred, partial, in_sight)
 
-@functools.lru_cache(maxsize=8)
-def _sight(mask: Mask, grid: Grid, kept: Kept, rows: tuple[int, ...] | None, device: torch.device) -> _Sight:
+
+def _look(operands: Operands, plan: PassPlan) -> _Look:
     """Where a query block's key blocks lie. A calibration asks for the same again and again."""
-    places = torch.arange(grid.count_q, device=device) if rows is None else torch.tensor(rows, device=device)
-    visible, whole = (blocks[places] for blocks in mask.visibility(grid, device))
-    always = kept_blocks(mask, grid, kept, device)[places]
-    return _Sight(places, visible, always, visible & ~whole, visible.sum(-1, dtype=torch.int32))
+    key = (plan.shape, plan.kept, plan.rows)
+    if key not in operands.derived:
+        device, count_q = operands.device, operands.grid(plan.shape).count_q
+        rows = torch.arange(count_q, device=device) if plan.rows is None else torch.tensor(plan.rows, device=device)
+        sight = sight_of(operands, plan.shape)
+        always = kept_blocks(operands, plan.shape, plan.kept)
+        visible, whole, always, blurred = (x[:, :, rows] for x in (sight.visible, sight.whole, always, sight.blurred))
+        in_sight = visible[0].sum(-1, dtype=torch.int32)
+        operands.derived[key] = _Look(rows, visible, always, blurred, visible & ~whole, in_sight)
+    found: _Look = operands.derived[key]
+    return found
 
 
 def one_pass(operands: Operands, dense: Tensor, tau: Tensor, theta: Tensor, plan: PassPlan) -> PassSums:
@@ -103,20 +115,21 @@ def one_pass(operands: Operands, dense: Tensor, tau: Tensor, theta: Tensor, plan
     Returns:
         Sums per query block, on the device of ``q``. A row whose output overflows measures NaN or infinity.
     """
+    operands = resolved(operands)
     device, grid = operands.device, operands.grid(plan.shape)
     tau = tau.to(device, non_blocking=True)
-    sight = _sight(operands.mask, grid, plan.kept, plan.rows, device)
-    places = Places(sight.visible, sight.always, None if plan.rows is None else sight.rows)
+    look = _look(operands, plan)
     has_theta = policy_named(plan.policy).has_theta
     parts = []
     for some in _head_groups(operands, grid):
-        part, mine = operands.grouped(some.start, some.stop), dense[:, some]
+        part, mine, sight = operands.grouped(some.start, some.stop), dense[:, some], look.of_heads(some)
+        places = Places(sight.visible, sight.always, sight.blurred, None if plan.rows is None else sight.rows)
         level = levels_of(part, plan.shape, plan.policy, places, theta[some].tolist() if has_theta else None)[0]
-        visit = visit_order(level, sight.partial, sight.always)
+        visit = visit_order(level, sight.partial[0], sight.always[0])
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.
         limits = tau[some, None].expand(-1, len(sight.rows), -1).contiguous()
         live = torch.searchsorted(visit.level, limits, out_int32=True)
-        if runs_triton(device) and operands.mask.band(grid.q_len, grid.k_len) is not None:
+        if runs_triton(device) and operands.by_formula and operands.mask.band(grid.q_len, grid.k_len) is not None:
             from afbs_compile.kernels.measure.pass_triton import triton_pass  # Triton is not installed everywhere.
 
             sums = triton_pass(part, mine, plan.shape, visit, live, sight.rows)
@@ -124,7 +137,7 @@ def one_pass(operands: Operands, dense: Tensor, tau: Tensor, theta: Tensor, plan
             sums = plain_pass(part, mine, plan.shape, visit, live, sight.rows)
         parts.append((*sums, live))
     difference, magnitude, live = (torch.cat(x) for x in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
-    return PassSums(difference, magnitude, live, sight.in_sight)
+    return PassSums(difference, magnitude, live, look.in_sight)
 
 
 def _head_groups(operands: Operands, grid: Grid) -> Iterator[slice]:

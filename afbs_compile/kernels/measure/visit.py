@@ -18,8 +18,8 @@ class Visit(NamedTuple):
         order: int32 ``[H, m, n_k]``; blocks that are always kept first, and of these the partial ones, then by score.
         level: fp32 ``[H, m, n_k]``, ascending: the block is live at every tau above it. Negative for blocks that are
             always kept, infinite for invisible ones.
-        partial: bool ``[m, n_k]``, by block: those that need a mask.
-        first: int32 ``[m]``, how many of the first blocks are partial.
+        partial: bool ``[H or 1, m, n_k]``, by block: those that need a mask.
+        first: int32 ``[H or 1, m]``, how many of the first blocks are partial.
     """
 
     order: Tensor
@@ -33,7 +33,8 @@ def visit_order(level: Tensor, partial: Tensor, always: Tensor) -> Visit:
 
     Args:
         level: fp32 ``[H, m, n_k]``, as :func:`afbs_compile.kernels.measure.levels.levels_of` gives them.
-        partial: bool ``[m, n_k]``, visible blocks that are not whole; always: likewise, those that every tau keeps.
+        partial: bool ``[H or 1, m, n_k]``, visible blocks that are not whole; always: likewise, those that every tau
+            keeps.
     """
     leading = partial & always
     ascending = level.masked_fill(leading & (level < math.inf), ALWAYS - 1).sort(dim=-1, stable=True)

@@ -7,8 +7,7 @@ whole, as there: a query group sees its own 16 keys.
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.base import OnnxBody
 from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.policies.grouped import BLOCK_MASS, GroupedPolicy
@@ -42,7 +41,9 @@ class Antidiagonal(GroupedPolicy):
     rule = "mass"
     onnx = OnnxBody("ScoreByAntidiagonal", (BLOCK_MASS, SCORE_BY_ANTIDIAGONAL))
 
-    def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
-        """The tokens themselves: the t-th key of a group meets the t-th last query."""
+    def features(self, operands: Operands) -> Features:
+        """The tokens themselves: the t-th key of a group meets the t-th last query; keys that are not valid are 0."""
         # logit_ab = scale / S * sum_t <q[a S + S - 1 - t], k[b S + t]>
-        return Features(q, k, scale / GROUP, parts=GROUP, reverse=True, span=GROUP, last=GROUP - 1)
+        keys, valid = operands.k, operands.valid
+        keys = keys if valid is None else keys.masked_fill(~valid[:, None, :, None], 0.0)
+        return Features(operands.q, keys, operands.scale / GROUP, parts=GROUP, reverse=True, span=GROUP, last=GROUP - 1)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.blocks import block_count
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.base import OnnxBody
 from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.policies.grouped import BLOCK_MASS, GroupedPolicy
+from afbs_compile.kernels.policies.statistics import in_blocks
 
 GROUP_MOMENTS = """
 GroupMoments (x) => (mean, variance)
@@ -70,22 +71,23 @@ class Cumulant(GroupedPolicy):
     explored = (-1.0,)
     onnx = OnnxBody("ScoreByCumulant", (BLOCK_MASS, GROUP_MOMENTS, SCORE_BY_CUMULANT))
 
-    def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
+    def features(self, operands: Operands) -> Features:
         """Per group two rows: its mean, and what multiplies or is the variance."""
-        mean_q, _ = moments(q)
-        mean_k, variance_k = moments(k)
+        mean_q, _ = moments(operands.q)
+        mean_k, variance_k = moments(operands.k, operands.valid)
         # logit_ab = <scale mean_q, mean_k> + <(scale mean_q)^2 / 2, var_k>
-        scaled = mean_q * scale
+        scaled = mean_q * operands.scale
         return _two_rows(
             torch.stack([scaled, scaled.square() / 2], 3).flatten(2, 3),
             torch.stack([mean_k, variance_k], 3).flatten(2, 3),
         )
 
-    def features_on_gpu(self, q: Tensor, k: Tensor, scale: float) -> Features:
+    def features_on_gpu(self, operands: Operands) -> Features:
         """The same by a Triton kernel."""
         from afbs_compile.kernels.policies.triton import grouped  # Triton is not installed everywhere.
 
-        of_q, of_k = grouped.moment_rows(q, scale, of_queries=True), grouped.moment_rows(k, 1.0, of_queries=False)
+        of_q = grouped.moment_rows(operands.q, operands.scale, of_queries=True)
+        of_k = grouped.moment_rows(operands.k, 1.0, of_queries=False)
         return _two_rows(of_q, of_k)
 
 
@@ -93,21 +95,19 @@ def _two_rows(q: Tensor, k: Tensor) -> Features:
     return Features(q, k, 1.0, parts=2, reverse=False, span=GROUP, last=GROUP - 1)
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each coordinate over each group of tokens.
+def moments(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each coordinate over the valid tokens of each group; 0 where there is none.
 
     Args:
         x: ``[B, H, N, D]``; the last group may have fewer than :data:`GROUP` tokens.
+        valid: bool ``[B, N]``, ``None`` for all.
 
     Returns:
         Two fp32 ``[B, H, ceil(N / GROUP), D]``.
     """
-    length = x.shape[2]
-    count = block_count(length, GROUP)
-    padding = count * GROUP - length
-    rows = torch.nn.functional.pad(x.float(), (0, 0, 0, padding)).unflatten(2, (count, GROUP))
-    inside = (torch.arange(count * GROUP, device=x.device) < length).view(count, GROUP, 1)
-    sizes = inside.sum(1)
+    rows, there = in_blocks(x.float(), GROUP, valid)
+    inside = there[..., None]
+    sizes = inside.sum(3).clamp_min(1)
     mean = rows.sum(3) / sizes
     variance = ((rows - mean[:, :, :, None]) * inside).square().sum(3) / sizes
     return mean, variance

@@ -17,6 +17,7 @@ from afbs_compile.kernels.blocks import BlockShape, block_count, chunks
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.features import GROUP, Features
+from afbs_compile.kernels.sight import capped, of_rows, seen_by_rows, sight_of, valid_blocks
 
 BLOCK_MASS = """
 BlockMass <upper, block_q, block_k, span, last> (rows, cols, scaling) => (mass)
@@ -102,16 +103,16 @@ class GroupedPolicy(Policy):
     """Base of the policies of this kind: subclasses make the features."""
 
     @abstractmethod
-    def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
-        """The features of ``q [B, H, q_len, D]`` and ``k [B, H_kv, k_len, D]``; of a token's own group only."""
+    def features(self, operands: Operands) -> Features:
+        """The features of q and k; of a token's own group only, and of valid keys only."""
 
-    def features_on_gpu(self, q: Tensor, k: Tensor, scale: float) -> Features:
+    def features_on_gpu(self, operands: Operands) -> Features:
         """The same without large temporary tensors."""
-        return self.features(q, k, scale)
+        return self.features(operands)
 
     def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.scores`."""
-        return block_mass(self.features(operands.q, operands.k, operands.scale), operands, shape).log()
+        return block_mass(self.features(operands), operands, shape).log()
 
     def write_scores(
         self, operands: Operands, shape: BlockShape, out: Tensor, *, with_similarity: bool = False
@@ -121,42 +122,92 @@ class GroupedPolicy(Policy):
 
         if operands.mask.band(operands.q_len, operands.k_len) is None:
             return super().write_scores(operands, shape, out)
-        features = self.features_on_gpu(operands.q, operands.k, operands.scale)
+        features = self.features_on_gpu(operands)
         # Sums of half precision numbers are worth no more digits than the numbers have.
         grouped.write_log_mass(features, operands, shape, out, exact=operands.q.dtype == torch.float32)
         return None
 
 
 def block_mass(features: Features, operands: Operands, shape: BlockShape) -> Tensor:
-    """Mass of every key block, fp32 ``[B, H, n_q, n_k]``; rows sum to 1.
+    """Mass of every key block, fp32 ``[B, H, n_q, n_k]``; rows sum to 1, or to less where groups see nothing.
 
     Args:
-        features: of the call; operands: whose lengths and mask say what a query group sees.
+        features: of the call; operands: whose lengths and masks say what a query group sees.
         shape: tokens per block.
     """
-    grid, mask, heads = operands.grid(shape), operands.mask, features.q.shape[1]
+    grid, heads = operands.grid(shape), features.q.shape[1]
     groups_q, groups_k = block_count(grid.q_len, GROUP), block_count(grid.k_len, features.span)
     rows = _grouped(features.q, groups_q, features.parts, features.reverse)
     cols = _grouped(features.k, groups_k, features.parts, False).repeat_interleave(heads // features.k.shape[1], 1)
     per_q, per_k = shape.q // GROUP, shape.k // features.span
     count_q, count_k = grid.count_q, grid.count_k
     mass = rows.new_zeros(*rows.shape[:2], count_q, count_k)
-    tokens = torch.arange(groups_q, device=rows.device)[:, None] * GROUP + features.last
-    positions = tokens + mask.offset(grid.q_len, grid.k_len)
-    keys = torch.arange(groups_k, device=rows.device) * features.span
     for blocks in chunks(count_q, max(1, LOGITS_AT_ONCE // (heads * groups_k * per_q))):
         part = slice(blocks.start * per_q, min(blocks.stop * per_q, groups_q))
-        logits = rows[:, :, part] @ cols.transpose(-1, -2) * features.scale
-        if not mask.hides_nothing:
-            logits = logits.masked_fill(~mask.sees(positions[part], keys), -math.inf)
+        logits = capped(rows[:, :, part] @ cols.transpose(-1, -2) * features.scale, operands.softcap)
+        weights = _softmax(logits, *_seen_by_groups(features, operands, shape, part))
         groups = part.stop - part.start
-        weights = torch.nn.functional.pad(logits.softmax(-1), (0, count_k * per_k - groups_k, 0, -groups % per_q))
+        weights = torch.nn.functional.pad(weights, (0, count_k * per_k - groups_k, 0, -groups % per_q))
         summed = weights.unflatten(-1, (count_k, per_k)).sum(-1).unflatten(-2, (-1, per_q)).sum(-2)
         mass[:, :, blocks] = summed
     # The last query block may have fewer groups.
     sizes = torch.full((count_q, 1), per_q, device=mass.device)
     sizes[-1] = groups_q - (count_q - 1) * per_q
     return mass / sizes
+
+
+def _softmax(logits: Tensor, seen: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Over the groups that are seen; 0 where none is."""
+    if bias is not None:
+        logits = logits + bias
+    if seen is None:
+        return logits.softmax(-1)
+    weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
+    nothing = ~seen.any(-1, keepdim=True)
+    return weights.masked_fill(nothing, 0.0) if nothing.any() else weights
+
+
+def _seen_by_groups(
+    features: Features, operands: Operands, shape: BlockShape, part: slice
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which key groups some query groups see, broadcastable to the logits, and what is added to these.
+
+    The last row that a query group is told of decides. By the formula it sees a key group whose first key it sees, if
+    any of the group is valid; by a dense mask one of which it sees any. Key groups of blurred blocks nobody sees.
+
+    Returns:
+        ``None`` for either where everything is seen, and where nothing is added.
+    """
+    if operands.by_formula and operands.mask.hides_nothing:
+        return None, None
+    grid, span, device = operands.grid(shape), features.span, operands.device
+    tokens = torch.arange(part.start, part.stop, device=device) * GROUP + features.last
+    groups_k = block_count(grid.k_len, span)
+    bias = None
+    if operands.attn_mask is None:
+        keys = torch.arange(groups_k, device=device) * span
+        seen = operands.mask.sees(tokens[:, None] + operands.offset, keys)[None, None]
+        if operands.valid is not None:
+            seen = seen & valid_blocks(operands.valid, span)[0][:, None, None, :]
+    else:
+        rows = tokens.clamp_max(grid.q_len - 1)
+        by_key = seen_by_rows(operands, rows)
+        seen = _spans(by_key, span, value=False).any(-1)
+        if operands.has_bias:
+            given = of_rows(operands.attn_mask, rows).float().masked_fill(~by_key, -math.inf)
+            counts = _spans(by_key, span, value=False).sum(-1)
+            bias = _spans(given, span, value=-math.inf).logsumexp(-1) - counts.clamp_min(1).log()
+    blurred = sight_of(operands, shape).blurred
+    if blurred.any():
+        blocks = torch.arange(part.start, part.stop, device=device) // (shape.q // GROUP)
+        seen = seen & ~blurred[:, :, blocks].repeat_interleave(shape.k // span, 3)[..., :groups_k]
+    return seen, bias
+
+
+def _spans(x: Tensor, span: int, *, value: float) -> Tensor:
+    """``[.., k]`` as ``[.., groups, span]``."""
+    padded: Tensor = torch.nn.functional.pad(x, (0, -x.shape[-1] % span), value=value).unflatten(-1, (-1, span))
+    return padded
 
 
 def _grouped(x: Tensor, groups: int, parts: int, reverse: bool) -> Tensor:

@@ -12,6 +12,7 @@ from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.base import OnnxBody, Policy
 from afbs_compile.kernels.policies.statistics import block_means
+from afbs_compile.kernels.sight import adjusted
 
 BLOCK_MEANS = """
 BlockMeans (x, size) => (means)
@@ -45,9 +46,10 @@ class BlockMeans(Policy):
 
     def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.scores`."""
-        mean_q, mean_k = block_means(operands.q, shape.q), block_means(operands.k, shape.k)
+        mean_q, mean_k = block_means(operands.q, shape.q), block_means(operands.k, shape.k, operands.valid)
         # score_ij = scale * <mean of q's rows in i, mean of k's rows in j>
-        return mean_q @ mean_k.repeat_interleave(operands.groups, 1).transpose(-1, -2) * operands.scale
+        products = mean_q @ mean_k.repeat_interleave(operands.groups, 1).transpose(-1, -2) * operands.scale
+        return adjusted(operands, shape, products)
 
     def write_scores(
         self, operands: Operands, shape: BlockShape, out: Tensor, *, with_similarity: bool = False

@@ -68,8 +68,7 @@ class SinkWindow(Policy):
     def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.scores`."""
         grid, device = operands.grid(shape), operands.device
-        offset = operands.mask.offset(grid.q_len, grid.k_len)
-        first_q = torch.arange(grid.count_q, device=device)[:, None] * shape.q + offset
+        first_q = torch.arange(grid.count_q, device=device)[:, None] * shape.q + operands.offset
         first_k = torch.arange(grid.count_k, device=device) * shape.k
         # Tokens between the two blocks' nearest rows, at least 1 for blocks that do not overlap.
         behind, ahead = first_q - (first_k + shape.k - 1), first_k - (first_q + shape.q - 1)

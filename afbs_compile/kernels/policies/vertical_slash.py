@@ -75,13 +75,13 @@ class VerticalSlash(GroupedPolicy):
     rule = "mass"
     onnx = OnnxBody("ScoreBySlash", (BLOCK_MASS, WITH_PREVIOUS, SCORE_BY_SLASH))
 
-    def features(self, q: Tensor, k: Tensor, scale: float) -> Features:
+    def features(self, operands: Operands) -> Features:
         """The first query of every group against every key."""
-        return Features(q[:, :, ::GROUP], k, scale, parts=1, reverse=False, span=1, last=0)
+        return Features(operands.q[:, :, ::GROUP], operands.k, operands.scale, parts=1, reverse=False, span=1, last=0)
 
     def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.scores`."""
-        mass = block_mass(self.features(operands.q, operands.k, operands.scale), operands, shape)
+        mass = block_mass(self.features(operands), operands, shape)
         return with_previous(mass, shape.q // shape.k).log()
 
     def write_scores(

@@ -11,6 +11,7 @@ from afbs_compile.kernels.operands import Operands, taken
 from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.registry import heads_by, policy_named
 from afbs_compile.kernels.policies.rules import levels, select_by_mass, softmax
+from afbs_compile.kernels.sight import resolved, sight_of
 from afbs_compile.kernels.spec.selection import kept_blocks, live_blocks, per_head
 
 
@@ -24,15 +25,16 @@ def select(operands: Operands, call: SparseCall) -> BlockLists:
         The lists. Engines agree up to fp32 rounding: a block whose preceding mass lies within about 1e-5 of ``tau``
         may be live on one and not on the other.
     """
-    grid = operands.grid(call.shape)
-    visible, whole = operands.mask.visibility(grid, operands.device)
-    always = kept_blocks(operands.mask, grid, call.kept, operands.device)
+    operands = resolved(operands)
+    sight = sight_of(operands, call.shape)
+    always = kept_blocks(operands, call.shape, call.kept)
     by_policy = heads_by(call.policy)
     parts = []
     for name, heads in by_policy.items():
         mine = call.taken(heads, operands.k.shape[1])
-        parts.append(_live(policy_named(name), operands.taken(heads), mine, visible, always))
-    return lists_of(in_order(parts, list(by_policy.values())), whole)
+        places = tuple(x if x.shape[1] == 1 else taken(x, heads) for x in (sight.visible, always, sight.blurred))
+        parts.append(_live(policy_named(name), operands.taken(heads), mine, *places))
+    return lists_of(in_order(parts, list(by_policy.values())), sight.whole)
 
 
 def in_order(parts: list[Tensor], heads: list[list[int]]) -> Tensor:
@@ -43,7 +45,9 @@ def in_order(parts: list[Tensor], heads: list[list[int]]) -> Tensor:
     return taken(torch.cat(parts, 1), [order[head] for head in range(len(order))])
 
 
-def _live(policy: Policy, operands: Operands, call: SparseCall, visible: Tensor, always: Tensor) -> Tensor:
+def _live(
+    policy: Policy, operands: Operands, call: SparseCall, visible: Tensor, always: Tensor, blurred: Tensor
+) -> Tensor:
     """Live blocks of heads that share a policy."""
     scores = policy.scores(operands, call.shape)
     # A block with an infinite or NaN entry, which reaches its scores, is not similar to itself.
@@ -51,7 +55,7 @@ def _live(policy: Policy, operands: Operands, call: SparseCall, visible: Tensor,
         return live_blocks(operands, call)
     tau = per_head(call.tau, operands.device)
     if policy.rule == "mass":
-        chosen = select_by_mass(softmax(scores, visible), tau) | (tau >= 1.0)
+        chosen = select_by_mass(softmax(scores, visible & ~blurred), tau) | (tau >= 1.0)
     else:
-        chosen = levels(scores, policy.rule, visible) < tau.clamp_max(1.0)
+        chosen = levels(scores, policy.rule, visible & ~blurred) < tau.clamp_max(1.0)
     return (chosen | always) & visible

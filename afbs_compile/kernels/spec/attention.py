@@ -11,6 +11,7 @@ from torch import Tensor
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.sight import changed, product, seen_by_rows
 from afbs_compile.kernels.spec.selection import live_blocks, per_head
 
 LOG2_E = math.log2(math.e)
@@ -25,26 +26,29 @@ def masked_attention(operands: Operands, live: Tensor, lam: Sequence[float] | Te
 
     Args:
         operands: of the call; computed in the dtype given, or fp32 for half precisions.
-        live: bool ``[B, H, n_q, n_k]``. Each query block needs at least one visible key for each of its rows.
+        live: bool ``[B, H, n_q, n_k]``.
         lam: one number per query head, at most 0.
         shape: rows per block.
 
     Returns:
-        ``[B, H, q_len, D]`` in the dtype of ``q``.
+        ``[B, H, q_len, D_v]`` in the dtype of ``q``; 0 where a row has no live key that it sees.
     """
     q = operands.q
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_len, k_len = operands.q_len, operands.k_len
     k, values = (x.to(work).repeat_interleave(operands.groups, 1) for x in (operands.k, operands.v))
     lam = per_head(lam, q.device)[..., 0]
-    scores = q.to(work) @ k.transpose(-1, -2) * (operands.scale * LOG2_E)
+    scores = changed(operands, q.to(work) @ k.transpose(-1, -2) * operands.scale, slice(0, q_len)) * LOG2_E
     allowed = live.repeat_interleave(shape.q, 2).repeat_interleave(shape.k, 3)[..., :q_len, :k_len]
-    allowed = allowed & operands.mask.matrix(q_len, k_len, q.device)
+    allowed = allowed & seen_by_rows(operands, slice(0, q_len))
     scores = scores.masked_fill(~allowed, -math.inf)
 
     running = scores.new_full(scores.shape[:-1], -math.inf)
     total = torch.zeros_like(running)
-    out = torch.zeros_like(q, dtype=work)
+    if operands.sinks is not None:
+        running = (operands.sinks.to(work) * LOG2_E)[:, None].expand_as(running)
+        total = torch.where(running == -math.inf, 0.0, torch.ones_like(running))
+    out = torch.zeros(*q.shape[:3], values.shape[3], dtype=work, device=q.device)
     for start in range(0, k_len, shape.k):
         tile = scores[..., start : start + shape.k]
         tile_max = tile.amax(-1)
@@ -57,9 +61,10 @@ def masked_attention(operands: Operands, live: Tensor, lam: Sequence[float] | Te
         out = out * decay[..., None]
         gap = torch.where(tile_max == -math.inf, -math.inf, tile_max - base)
         needed = ~(gap < lam)
-        out = out + torch.where(needed[..., None], weights @ values[..., start : start + shape.k, :], 0.0)
+        added = product(weights, values[..., start : start + shape.k, :], allowed[..., start : start + shape.k])
+        out = out + torch.where(needed[..., None], added, 0.0)
         running = new
-    result: Tensor = (out / total[..., None]).to(q.dtype)
+    result: Tensor = torch.where(total[..., None] == 0, 0.0, out / total[..., None]).to(q.dtype)
     return result
 
 

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.blocks import BlockShape, Grid, block_count
+from afbs_compile.kernels.blocks import BlockShape, block_count
 from afbs_compile.kernels.call import Kept, SparseCall
-from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import heads_by, policy_named
 from afbs_compile.kernels.policies.rules import ALWAYS, Rule, levels
 from afbs_compile.kernels.policies.statistics import self_similarity
+from afbs_compile.kernels.sight import Sight, resolved, sight_of
 
 PREDICTOR_VERSION = 1
 """Raised whenever the same thresholds would select other blocks; a recipe of another version is refused."""
@@ -29,11 +29,24 @@ def per_head(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
-def near_blocks(mask: Mask, grid: Grid, device: torch.device, local_keys: int = 0) -> Tensor:
-    """``[n_q, n_k]`` bool: key blocks that hold positions of the query block, or the ``local_keys`` before them."""
-    first_q = torch.arange(grid.count_q, device=device)[:, None] * grid.shape.q + mask.offset(grid.q_len, grid.k_len)
-    first_k = torch.arange(grid.count_k, device=device) * grid.shape.k
-    return (first_k < first_q + grid.shape.q) & (first_q < first_k + grid.shape.k + local_keys)
+def near_blocks(operands: Operands, shape: BlockShape, sight: Sight, local_keys: int = 0) -> Tensor:
+    """Key blocks that hold positions of the query block, or the ``local_keys`` before them.
+
+    A row's position is its own key by the formula, or else the last key that the mask lets it see; past the end of the
+    keys it is the last one.
+
+    Returns:
+        bool ``[B or 1, H or 1, n_q, n_k]``.
+    """
+    grid, device = operands.grid(shape), operands.device
+    first_k = torch.arange(grid.count_k, device=device) * shape.k
+    if sight.ends is None:
+        first_q = torch.arange(grid.count_q, device=device)[:, None] * shape.q + operands.offset
+        first_q = first_q.clamp_max(grid.k_len - 1)[None, None]
+        end_q = first_q + shape.q
+    else:
+        first_q, end_q = sight.ends[..., :1], sight.ends[..., 1:] + 1
+    return (first_k < end_q) & (first_q < first_k + shape.k + local_keys)
 
 
 def first_whole_block(q_len: int, block_q: int, last_rows: int) -> int:
@@ -44,11 +57,23 @@ def first_whole_block(q_len: int, block_q: int, last_rows: int) -> int:
     return max(0, q_len - last_rows) // block_q if last_rows > 0 else block_count(q_len, block_q)
 
 
-def kept_blocks(mask: Mask, grid: Grid, kept: Kept, device: torch.device) -> Tensor:
-    """``[n_q, n_k]`` bool: the blocks that every tau keeps: those near the query block, all of the last rows."""
-    blocks = near_blocks(mask, grid, device, kept.local_keys)
-    blocks[first_whole_block(grid.q_len, grid.shape.q, kept.last_rows) :] = True
-    return blocks
+def kept_blocks(operands: Operands, shape: BlockShape, kept: Kept) -> Tensor:
+    """The visible blocks that every tau keeps: blurred ones, those near the query block, and all of the last rows.
+
+    A query block that sees none of those keeps the first block that it sees.
+
+    Args:
+        operands: of the call, :func:`~afbs_compile.kernels.sight.resolved`.
+
+    Returns:
+        bool ``[B or 1, H or 1, n_q, n_k]``.
+    """
+    sight = sight_of(operands, shape)
+    blocks = near_blocks(operands, shape, sight, kept.local_keys) & sight.visible | sight.blurred
+    last = first_whole_block(operands.q_len, shape.q, kept.last_rows)
+    blocks[:, :, last:] = sight.visible[:, :, last:]
+    first = sight.visible & (sight.visible.cumsum(-1) == 1)
+    return torch.where(blocks.any(-1, keepdim=True), blocks, first)
 
 
 Similarities = tuple[Tensor, Tensor]
@@ -57,13 +82,13 @@ Similarities = tuple[Tensor, Tensor]
 
 def similarities(operands: Operands, shape: BlockShape) -> Similarities:
     """Self-similarities of all blocks."""
-    return self_similarity(operands.q, shape.q), self_similarity(operands.k, shape.k)
+    return self_similarity(operands.q, shape.q), self_similarity(operands.k, shape.k, operands.valid)
 
 
 def block_levels(
     scores: Tensor,
     rule: Rule,
-    places: tuple[Tensor, Tensor],
+    places: tuple[Tensor, Tensor, Tensor],
     similar: Similarities | None = None,
     theta: Tensor | float = 0.0,
 ) -> Tensor:
@@ -74,19 +99,20 @@ def block_levels(
 
     Args:
         scores: fp32 ``[B, H, m, n_k]`` of some query blocks; rule: of their policy.
-        places: of these query blocks, those that are visible and those that are always kept, bool ``[m, n_k]`` each.
+        places: of these query blocks, those that are visible, those that are always kept, and those that are blurred,
+            bool, broadcastable to the scores.
         similar: self-similarities, of a policy that has a theta; theta: fp32 ``[H, 1, 1]`` or one number.
 
     Returns:
         fp32 ``[B, H, m, n_k]``: ``ALWAYS`` (-1) for blocks that every tau keeps (rows with NaN among them), infinity
         for invisible ones, in [0, 1) for the others.
     """
-    visible, always = places
-    candidates = visible
+    visible, always, blurred = places
+    candidates = visible & ~blurred
     if similar is not None:
         of_q, of_k = similar
         coherent_k = of_k.repeat_interleave(of_q.shape[1] // of_k.shape[1], 1)[..., None, :] >= theta
-        candidates, always = visible & coherent_k, always | ~coherent_k | ~(of_q[..., None] >= theta)
+        candidates, always = candidates & coherent_k, always | ~coherent_k | ~(of_q[..., None] >= theta)
     level = levels(scores, rule, candidates)
     return torch.where(always, ALWAYS, level).masked_fill(~visible, math.inf)
 
@@ -94,17 +120,20 @@ def block_levels(
 def live_blocks(operands: Operands, call: SparseCall) -> Tensor:
     """Which key blocks each query block attends: bool ``[B, H, n_q, n_k]``.
 
-    Causality: statistics are per block and no block that a query block does not see enters its softmax, so a change at
-    token t alters no row of blocks in query blocks that end before t.
+    Causality: statistics are per block and no block of which a query block does not see every key enters its softmax,
+    so a key alters no row of blocks in query blocks that do not see it.
     """
+    operands = resolved(operands)
     grid, device = operands.grid(call.shape), operands.device
-    visible = operands.mask.visibility(grid, device).visible
-    places = visible, kept_blocks(operands.mask, grid, call.kept, device)
+    sight = sight_of(operands, call.shape)
+    places = sight.visible, kept_blocks(operands, call.shape, call.kept), sight.blurred
     live = torch.empty(*operands.q.shape[:2], grid.count_q, grid.count_k, dtype=torch.bool, device=device)
     for name, heads in heads_by(call.policy).items():
         policy, part = policy_named(name), operands.taken(heads)
         similar = similarities(part, call.shape) if policy.has_theta else None
         theta, tau = (per_head([values[head] for head in heads], device) for values in (call.theta, call.tau))
-        level = block_levels(policy.scores(part, call.shape), policy.rule, places, similar, theta)
+        visible, always, blurred = (x if x.shape[1] == 1 else x[:, heads] for x in places)
+        scores = policy.scores(part, call.shape)
+        level = block_levels(scores, policy.rule, (visible, always, blurred), similar, theta)
         live[:, heads] = level < tau.clamp_max(1.0)
     return live

@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -25,14 +26,24 @@ from torch import Tensor, fx
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from afbs_compile.kernels.attend.engine import Engine
+from afbs_compile.kernels.attend.flex.symbols import tile_symbols_apart
 from afbs_compile.kernels.attend.machine import compile_key
 from afbs_compile.kernels.blocks import BlockLists, BlockShape, chunks, lists_of, live_of
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.compilations import forget_compilations, note_compilation
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.causal import Causal
-from afbs_compile.kernels.operands import Operands, dense_attention
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.select import plain
+from afbs_compile.kernels.sight import (
+    ROWS_AT_ONCE,
+    changed,
+    product,
+    resolved,
+    seen_by_rows,
+    sight_of,
+    weights,
+)
 
 LARGEST_TILE = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 64}
 """Rows per block handed to FlexAttention; larger blocks are cut. On the CPU 128 x 128 takes 6 to 28 % less time than
@@ -40,9 +51,6 @@ LARGEST_TILE = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 64}
 
 COMMONEST = Causal()
 """What a call without partial blocks is compiled with, for its mask is not looked at: no kernel of its own."""
-
-ROWS_AT_ONCE = 512
-"""Query rows whose mask :func:`_attend_by_rows` holds at a time; a multiple of every block shape."""
 
 
 class UnfusedAttentionWarning(UserWarning):
@@ -53,21 +61,76 @@ class NotCompiledError(RuntimeError):
     """FlexAttention was about to run eagerly."""
 
 
-@functools.lru_cache(maxsize=64)
-def _mask_mod(mask: Mask, offset: int) -> Callable[..., Tensor]:
-    """What a row sees inside partial blocks; one function for a mask, so that it compiles once."""
+class _Rules(NamedTuple):
+    """What becomes of scores inside FlexAttention, for one batch element.
+
+    Attributes:
+        mask: the formula. offset: 0-d int64, position of row 0; ``None`` for 0.
+        valid: bool ``[k_len]``. attn_mask: bool or floating ``[H_kv, groups, q_len, k_len]``, any strides.
+        softcap: 0 for none.
+    """
+
+    mask: Mask
+    offset: Tensor | None
+    valid: Tensor | None
+    attn_mask: Tensor | None
+    softcap: float
+
+
+def _mask_mod(rules: _Rules) -> Callable[..., Tensor]:
+    """What a row sees inside partial blocks."""
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return mask.sees(row + offset if offset else row, key)
+        seen = rules.mask.sees(row if rules.offset is None else row + rules.offset, key)
+        if rules.valid is not None:
+            seen = seen & rules.valid[key]
+        if rules.attn_mask is not None and rules.attn_mask.dtype == torch.bool:
+            seen = seen & rules.attn_mask[batch, head, row, key]
+        return seen
 
     return sees
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
-    """Body of the compiled function."""
+def _score_mod(rules: _Rules) -> Callable[..., Tensor] | None:
+    """What becomes of a score; ``None`` where it stays as it is."""
+    bias = rules.attn_mask if rules.attn_mask is not None and rules.attn_mask.dtype != torch.bool else None
+    if bias is None and not rules.softcap:
+        return None
+
+    def changes(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        if rules.softcap:
+            score = rules.softcap * torch.tanh(score / rules.softcap)
+        return score if bias is None else score + bias[batch, head, row, key]
+
+    return changes
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: BlockLists,
+    tiles: BlockShape,
+    rules: _Rules,
+    scale: float,
+) -> Tensor:
+    """Body of the compiled function; ``lists`` are over the tiles."""
     if not torch.compiler.is_dynamo_compiling():
         raise NotCompiledError("torch.compile did not compile it (a stance, or TORCHDYNAMO_DISABLE)")
-    return flex_attention(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=True)
+    place = torch.arange(lists.indices.shape[-1], device=lists.indices.device) + lists.whole[..., None]
+    block_mask = BlockMask.from_kv_blocks(
+        lists.partial,
+        lists.indices.gather(-1, place.clamp_max(lists.indices.shape[-1] - 1)),
+        lists.whole,
+        lists.indices,
+        BLOCK_SIZE=tiles,
+        mask_mod=_mask_mod(rules),
+        seq_lengths=(query.shape[2], key.shape[2]),
+        compute_q_blocks=False,
+    )
+    return flex_attention(
+        query, key, value, score_mod=_score_mod(rules), block_mask=block_mask, scale=scale, enable_gqa=True
+    )
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -149,15 +212,15 @@ def _kind(operands: Operands) -> Hashable:
 def attend(operands: Operands, shape: BlockShape, lists: BlockLists, out: Tensor) -> None:
     """:meth:`Flex.attend`: fused, or else a few hundred rows at a time."""
     tiles = _tiles(operands.q.dtype, shape)
-    if max(operands.q_len, operands.k_len) <= min(tiles):
-        # One block: it is live, or its rows would have no key. FlexAttention would compile this length on its own.
-        out.copy_(dense_attention(operands))
+    if max(operands.q_len, operands.k_len) <= min(tiles) or operands.sinks is not None:
+        # FlexAttention would compile a length of one block on its own, and has no place for sinks.
+        _attend_by_rows(operands, shape, live_of(lists), out)
         return
     reason = _uncompilable.get(_kind(operands), "")
     if not reason:
         try:
             _attend_fused(operands, tiles, _cut(operands, lists, shape, tiles), out)
-            if not (operands.q.sum(dtype=torch.float32) + operands.k.sum(dtype=torch.float32)).isfinite():
+            if not all(x.sum(dtype=torch.float32).isfinite() for x in (operands.q, operands.k, operands.v)):
                 _repair(operands, shape, live_of(lists), out)
             return
         except NotCompiledError as error:
@@ -172,11 +235,12 @@ def _cut(operands: Operands, lists: BlockLists, shape: BlockShape, tiles: BlockS
     """The same lists over smaller blocks, those that no row sees dropped; tiles divide blocks."""
     if tiles == shape:
         return lists
+    operands = resolved(operands)
     grid, live = operands.grid(tiles), live_of(lists)
     for dim, block, tile, count in ((2, shape.q, tiles.q, grid.count_q), (3, shape.k, tiles.k, grid.count_k)):
         live = live.repeat_interleave(block // tile, dim).narrow(dim, 0, count)
-    visible, whole = operands.mask.visibility(grid, live.device)
-    return lists_of(live & visible, whole)
+    sight = sight_of(operands, tiles)
+    return lists_of(live & sight.visible, sight.whole)
 
 
 def _attend_fused(operands: Operands, tiles: BlockShape, lists: BlockLists, out: Tensor) -> None:
@@ -193,11 +257,13 @@ def _attend_fused(operands: Operands, tiles: BlockShape, lists: BlockLists, out:
             accumulated_recompile_limit=2**30,
             suppress_errors=False,
             error_on_recompile=False,
+            specialize_float=True,  # a cap is part of the kernel
         ),
         torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        tile_symbols_apart(),
     ):
         for i in range(q.shape[0]):
-            one = Operands(q[i], k[i], v[i], operands.mask, operands.scale)
+            one = replace(operands.element(i), q=q[i : i + 1], k=k[i : i + 1], v=v[i : i + 1])
             out[i] = _attend_one(one, tiles, BlockLists(*(x[i] for x in lists)))
 
 
@@ -208,63 +274,71 @@ def _attend_one(operands: Operands, tiles: BlockShape, lists: BlockLists) -> Ten
     in: ``q [H, N, D]`` goes in as ``[H_kv, groups, N, D]``, a view.
 
     Args:
-        operands: ``q [H, q_len, D]``, ``k, v [H_kv, k_len, D]``.
-        tiles: rows of queries and of keys per block.
+        operands: batch size 1; tiles: rows of queries and of keys per block.
         lists: ``[H, ...]`` over the tiles, at least two of each.
 
     Returns:
         ``[H, q_len, D]``.
     """
-    q, k, v, mask = operands.q, operands.k, operands.v, operands.mask
-    q_len, k_len, split = q.shape[1], k.shape[1], (k.shape[0], q.shape[0] // k.shape[0])
-    if mask.hides_nothing:  # FlexAttention itself knows where the keys end
+    q, k, v, mask = operands.q[0], operands.k[0], operands.v[0], operands.mask
+    split = (k.shape[0], operands.groups)
+    if mask.hides_nothing and operands.by_formula:  # FlexAttention itself knows where the keys end
         mask, lists = COMMONEST, BlockLists(lists.counts, torch.zeros_like(lists.partial), lists.indices)
-    # Copies: Dynamo compiles again for views of something else.
-    whole, partial, indices = (x.unflatten(0, split).clone() for x in lists)
-    place = torch.arange(indices.shape[-1], device=indices.device) + whole[..., None]
-    block_mask = BlockMask.from_kv_blocks(
-        partial,
-        indices.gather(-1, place.clamp_max(indices.shape[-1] - 1)),
-        whole,
-        indices,
-        BLOCK_SIZE=tiles,
-        mask_mod=_mask_mod(mask, mask.offset(q_len, k_len)),
-        seq_lengths=(q_len, k_len),
-        compute_q_blocks=False,
+    given = operands.attn_mask
+    if given is not None:
+        given = given[0].expand(q.shape[0], q.shape[1], k.shape[1]).unflatten(0, split)
+    rules = _Rules(
+        mask,
+        torch.tensor(operands.offset, device=q.device) if operands.offset else None,
+        None if operands.valid is None else operands.valid[0],
+        given,
+        operands.softcap,
     )
-    return _compiled()(q.unflatten(0, split), k[:, None], v[:, None], block_mask, operands.scale).flatten(0, 1)
+    # Copies: Dynamo compiles again for views of something else.
+    parts = BlockLists(*(x.unflatten(0, split).clone() for x in lists))
+    out = _compiled()(q.unflatten(0, split), k[:, None], v[:, None], parts, tiles, rules, operands.scale)
+    return out.flatten(0, 1)
 
 
 def _rows(operands: Operands, shape: BlockShape, live: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some query rows at a time, and what they attend, bool ``[B, H, rows, k_len]``."""
-    keys = torch.arange(operands.k_len, device=operands.device)
-    offset = operands.mask.offset(operands.q_len, operands.k_len)
     for some in chunks(operands.q_len, ROWS_AT_ONCE):
         rows = torch.arange(some.start, some.stop, device=operands.device)
         attended = live[:, :, rows // shape.q].repeat_interleave(shape.k, 3)[..., : operands.k_len]
-        yield some, attended & operands.mask.sees(rows[:, None] + offset, keys)
+        yield some, attended & seen_by_rows(operands, some)
 
 
 def _attend_by_rows(operands: Operands, shape: BlockShape, live: Tensor, out: Tensor) -> None:
-    """Dense attention under the mask, a few hundred query rows at a time."""
+    """Attention under the mask by its definition, a few hundred query rows at a time."""
     for rows, attended in _rows(operands, shape, live):
-        out[:, :, rows] = F.scaled_dot_product_attention(
-            operands.q[:, :, rows], operands.k, operands.v, attn_mask=attended, scale=operands.scale, enable_gqa=True
-        )
+        if operands.is_plain:
+            query = operands.q[:, :, rows]
+            out[:, :, rows] = F.scaled_dot_product_attention(
+                query, operands.k, operands.v, attn_mask=attended, scale=operands.scale, enable_gqa=True
+            )
+        else:
+            out[:, :, rows] = _exact(operands, rows, attended)
+
+
+def _exact(operands: Operands, rows: slice, attended: Tensor) -> Tensor:
+    k, v = (x.float().repeat_interleave(operands.groups, 1) for x in (operands.k, operands.v))
+    scores = changed(operands, operands.q[:, :, rows].float() @ k.mT * operands.scale, rows)
+    mass = weights(scores.masked_fill(~attended, -torch.inf), operands.sinks)
+    return product(mass, v, attended).to(operands.q.dtype)
 
 
 def _repair(operands: Operands, shape: BlockShape, live: Tensor, out: Tensor) -> None:
-    """Compute again, in place, the rows that may have met infinite or NaN scores.
+    """Compute again, in place, the rows that may have met what is infinite or NaN.
 
     FlexAttention's running maximum passes over NaN: such rows come out as zeros, or as if some keys were not there.
+    What is not finite in a value reaches rows that do not see it, as NaN times zero.
     """
-    q = operands.q
-    k, v = (x.repeat_interleave(operands.groups, 1) for x in (operands.k, operands.v))
-    flawed = ~k.isfinite().all(-1)
+    q, groups = operands.q, operands.groups
+    k_flawed, v_flawed = (~x.isfinite().all(-1).repeat_interleave(groups, 1) for x in (operands.k, operands.v))
     for rows, attended in _rows(operands, shape, live):
-        affected = ~q[:, :, rows].isfinite().all(-1) | (attended & flawed[:, :, None]).any(-1)
-        if not affected.any():
-            continue
-        scores = (q[:, :, rows].float() @ k.float().mT * operands.scale).masked_fill(~attended, -torch.inf)
-        exact = (scores.softmax(-1) @ v.float()).to(out.dtype)
-        out[:, :, rows] = torch.where(affected[..., None], exact, out[:, :, rows])
+        touched = live[:, :, torch.arange(rows.start, rows.stop, device=q.device) // shape.q]
+        touched = touched.repeat_interleave(shape.k, 3)[..., : operands.k_len]
+        affected = ~q[:, :, rows].isfinite().all(-1)
+        affected |= (touched & (k_flawed | v_flawed)[:, :, None]).any(-1)
+        if affected.any():
+            out[:, :, rows] = torch.where(affected[..., None], _exact(operands, rows, attended), out[:, :, rows])

@@ -1,0 +1,246 @@
+"""What the rows of a call see, and what that makes of its blocks: formula, valid keys and dense mask together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afbs_compile.kernels.blocks import BlockShape, chunks
+from afbs_compile.kernels.operands import Operands
+
+ROWS_AT_ONCE = 512
+"""Query rows whose keys are looked at one by one at a time; a multiple of every block shape."""
+
+
+class Sight(NamedTuple):
+    """What the rows of a call see of its blocks; bool ``[B or 1, H or 1, n_q, n_k]`` each.
+
+    Attributes:
+        visible: some row of the query block sees some key of the key block.
+        whole: every row sees every key, no key is missing at the end, and nothing is added to a score.
+        blurred: visible, and some key of the key block is seen by no row of the query block. Statistics of the key
+            block would tell the rows of what they do not see: it takes no part in any softmax of blocks, and is kept.
+        bias: fp32, the logarithm of the mean of ``exp(bias)`` over what is seen of the block; ``None`` where nothing
+            is added to scores.
+        ends: int64 ``[B or 1, H or 1, n_q, 2]``, the last key that the first row of a query block sees, and the last
+            one that any of its rows does; -1 for none. ``None`` where the formula says it.
+    """
+
+    visible: Tensor
+    whole: Tensor
+    blurred: Tensor
+    bias: Tensor | None = None
+    ends: Tensor | None = None
+
+
+def seen_by_rows(operands: Operands, rows: slice | Tensor) -> Tensor:
+    """Which keys some rows see, bool, broadcastable to ``[B, H, rows, k_len]``: the specification.
+
+    Args:
+        operands: of the call; rows: from where to where, or int64 ``[rows]``.
+    """
+    keys = torch.arange(operands.k_len, device=operands.device)
+    places = torch.arange(rows.start, rows.stop, device=operands.device) if isinstance(rows, slice) else rows
+    seen = operands.mask.sees(places[:, None] + operands.offset, keys)[None, None]
+    if operands.valid is not None:
+        seen = seen & operands.valid[:, None, None, :]
+    if operands.attn_mask is None:
+        return seen
+    given = of_rows(operands.attn_mask, rows)
+    if given.dtype == torch.bool:
+        return seen & given
+    there = seen & (given != -math.inf)
+    clearly = there & ~(given <= torch.finfo(given.dtype).min)
+    # Beside anything larger the lowest number has no weight; a row of nothing else weighs its keys by the scores.
+    return torch.where(clearly.any(-1, keepdim=True), clearly, there)
+
+
+def of_rows(mask: Tensor, rows: slice | Tensor) -> Tensor:
+    """Some rows of a dense mask that may have one for all."""
+    return mask if mask.shape[2] == 1 else mask[:, :, rows]
+
+
+def changed(operands: Operands, scores: Tensor, rows: slice) -> Tensor:
+    """Scores ``[B, H, rows, k_len]`` of some rows, capped, and with what the mask adds to them."""
+    scores = capped(scores, operands.softcap)
+    if operands.attn_mask is not None and operands.has_bias:
+        scores = scores + of_rows(operands.attn_mask, rows).to(scores.dtype)
+    return scores
+
+
+def weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of ``[B, H, rows, k_len]``, hidden keys at -inf, over what is there and the sinks ``[H]``.
+
+    A row without a key is 0.
+    """
+    peak = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None]
+        peak = torch.maximum(peak, sink)
+    peak = torch.where(peak == -math.inf, 0.0, peak)
+    powers = torch.exp(scores - peak)
+    total = powers.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - peak)
+    return torch.where(total == 0, 0.0, powers / total)
+
+
+def product(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """``weights @ values`` that reads the values of keys which a row sees: NaN elsewhere is not multiplied by zero.
+
+    Args:
+        weights: ``[.., rows, keys]``; values: ``[.., keys, D]``; seen: bool, broadcastable to the weights.
+    """
+    if values.isfinite().all():
+        return weights @ values
+    out = weights @ values.nan_to_num(0.0, 0.0, 0.0)
+    rows = seen.to(weights.dtype).expand(weights.shape)
+    for value, there in ((math.inf, values == math.inf), (-math.inf, values == -math.inf), (math.nan, values.isnan())):
+        out = torch.where(rows @ there.to(weights.dtype) > 0, out + value, out)
+    return out
+
+
+def resolved(operands: Operands) -> Operands:
+    """The same call, in which a key that the mask hides from every row is not valid.
+
+    What is not valid enters no statistic of a block; so a mask that hides padding blurs nothing.
+    """
+    if "resolved" not in operands.derived:
+        operands.derived["resolved"] = _resolved(operands)
+    found: Operands = operands.derived["resolved"]
+    return found
+
+
+def _resolved(operands: Operands) -> Operands:
+    mask = operands.attn_mask
+    if mask is None:
+        return operands
+    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
+        valid = mask[:, 0, 0].expand(operands.q.shape[0], -1)
+        return replace(operands, valid=valid if operands.valid is None else valid & operands.valid, attn_mask=None)
+    parts = [seen_by_rows(operands, rows).any(2).any(1) for rows in chunks(operands.q_len, ROWS_AT_ONCE)]
+    seen = torch.stack(parts).any(0).expand(operands.q.shape[0], -1)
+    return replace(operands, valid=seen)
+
+
+def sight_of(operands: Operands, shape: BlockShape) -> Sight:
+    """What the rows of a call see of its blocks.
+
+    Args:
+        operands: of the call, :func:`resolved`; shape: rows per block.
+    """
+    if shape not in operands.derived:
+        look = _by_keys if operands.attn_mask is None else _by_elements
+        operands.derived[shape] = look(operands, shape)
+    found: Sight = operands.derived[shape]
+    return found
+
+
+def valid_blocks(valid: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Whether any, and whether every key of each block is valid, bool ``[B, n_k]`` each; missing keys do not count."""
+    missing = -valid.shape[1] % block
+    some = F.pad(valid, (0, missing)).unflatten(1, (-1, block)).any(2)
+    return some, F.pad(valid, (0, missing), value=True).unflatten(1, (-1, block)).all(2)
+
+
+def _by_keys(operands: Operands, shape: BlockShape) -> Sight:
+    grid = operands.grid(shape)
+    visible, whole, blurred = (x[None, None] for x in operands.mask.visibility(grid, operands.device))
+    if operands.valid is None:
+        return Sight(visible, whole, blurred)
+    some, every = (x[:, None, None, :] for x in valid_blocks(operands.valid, shape.k))
+    return Sight(visible & some, whole & every, blurred & some)
+
+
+def _by_elements(operands: Operands, shape: BlockShape) -> Sight:
+    grid, mask = operands.grid(shape), operands.attn_mask
+    assert mask is not None
+    exists = operands.valid
+    if exists is None:
+        exists = torch.ones(1, grid.k_len, dtype=torch.bool, device=mask.device)
+    parts = []
+    for rows in chunks(grid.q_len, ROWS_AT_ONCE):
+        seen = seen_by_rows(operands, rows)
+        seen = seen.expand(*seen.shape[:2], rows.stop - rows.start, -1)
+        given = of_rows(mask, rows) if operands.has_bias else None
+        parts.append(_sight_of_rows(seen, given, exists[:, None, None, :], shape))
+    joined = [torch.cat([part[place] for part in parts], 2) for place in range(4)]
+    bias = torch.cat([part[4] for part in parts], 2) if operands.has_bias else None
+    visible, whole, blurred, ends = joined
+    return Sight(visible, whole, blurred, bias, ends)
+
+
+def _sight_of_rows(seen: Tensor, given: Tensor | None, exists: Tensor, shape: BlockShape) -> tuple[Tensor, ...]:
+    """Of whole query blocks: visible, whole, blurred, ends and, where numbers are ``given``, bias."""
+    by_q = _in_rows(seen, shape.q, value=False)
+    somewhere = by_q.any(3)  # [.., n_q, k_len]
+    everywhere = _in_rows(seen, shape.q, value=True).all(3)
+    if given is not None:
+        nothing = given == 0
+        everywhere = everywhere & (nothing if given.shape[2] == 1 else _in_rows(nothing, shape.q, value=True).all(3))
+    visible = _in_keys(somewhere, shape.k, value=False).any(-1)
+    whole = _in_keys(everywhere, shape.k, value=False).all(-1)
+    blurred = visible & _in_keys(exists & ~somewhere, shape.k, value=False).any(-1)
+    places = torch.arange(1, seen.shape[3] + 1, device=seen.device)
+    first, last = ((rows * places).amax(-1) - 1 for rows in (by_q[:, :, :, 0], somewhere))
+    ends = torch.stack([first, last], -1)
+    if given is None:
+        return visible, whole, blurred, ends
+    numbers = given.float().expand(*given.shape[:2], seen.shape[2], -1).masked_fill(~seen, -math.inf)
+    numbers = _in_keys(_in_rows(numbers, shape.q, value=-math.inf), shape.k, value=-math.inf)
+    counts = _in_keys(by_q, shape.k, value=False).sum((3, 5))
+    return visible, whole, blurred, ends, numbers.logsumexp((3, 5)) - counts.clamp_min(1).log()
+
+
+def _in_rows(x: Tensor, block: int, *, value: float) -> Tensor:
+    """``[.., rows, k]`` as ``[.., n, block, k]``."""
+    padded: Tensor = F.pad(x, (0, 0, 0, -x.shape[2] % block), value=value).unflatten(2, (-1, block))
+    return padded
+
+
+def _in_keys(x: Tensor, block: int, *, value: float) -> Tensor:
+    """``[.., k]`` as ``[.., n, block]``."""
+    padded: Tensor = F.pad(x, (0, -x.shape[-1] % block), value=value).unflatten(-1, (-1, block))
+    return padded
+
+
+def adjusted(operands: Operands, shape: BlockShape, scores: Tensor) -> Tensor:
+    """Scores of blocks ``[B, H, n_q, n_k]``, capped as those of keys are, and with what the mask adds on average."""
+    scores = capped(scores, operands.softcap)
+    return scores + sight_of(operands, shape).bias if operands.has_bias else scores  # type: ignore[operator]
+
+
+def capped(scores: Tensor, softcap: float) -> Tensor:
+    """``softcap * tanh(scores / softcap)``; the scores themselves where softcap is 0."""
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def rows_that_count(operands: Operands) -> Tensor | None:
+    """The rows whose errors count, bool ``[B, q_len]``; ``None`` for all: rows of padding are nobody's output.
+
+    Where rows have keys of their own, a row whose key is not valid is padding.
+    """
+    if operands.valid is None or not operands.mask.local:
+        return None
+    own = torch.arange(operands.q_len, device=operands.device) + operands.offset
+    return operands.valid[:, own.clamp(0, operands.k_len - 1)]
+
+
+def looks_back(operands: Operands) -> bool:
+    """Whether rows look back: each sees no further than its own key, and later rows see later keys."""
+    if operands.mask.local or operands.attn_mask is None or operands.q_len < 2:
+        return operands.mask.local
+    if "looks back" not in operands.derived:
+        places = torch.arange(1, operands.k_len + 1, device=operands.device)
+        parts = [(seen_by_rows(operands, rows) * places).amax(-1) for rows in chunks(operands.q_len, ROWS_AT_ONCE)]
+        ends = torch.cat([part.expand(*part.shape[:2], -1) for part in parts], 2)
+        steps = ends.diff(dim=2)
+        # Rows of padding see nothing.
+        ordinary = (steps == 1) | (ends[:, :, 1:] == 0) | (ends[:, :, :-1] == 0)
+        operands.derived["looks back"] = bool(ordinary.all()) and bool((ends > 0).any())
+    return bool(operands.derived["looks back"])
