@@ -78,7 +78,7 @@ def _attn_mask(draw: random.Random, torch_draw: torch.Generator, sizes: tuple[in
     )
     if kind == "none":
         return None
-    batch, heads, q_len, k_len = sizes
+    q_len, k_len = sizes[2:]
     shape = [size if draw.random() < 0.5 else 1 for size in sizes[:3]]
     if kind == "documents":
         edges = torch.rand(k_len, generator=torch_draw) < 0.02

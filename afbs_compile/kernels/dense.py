@@ -10,7 +10,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.blocks import chunks
 from afbs_compile.kernels.operands import Operands, empty_output
-from afbs_compile.kernels.sight import ROWS_AT_ONCE, changed, product, seen_by_rows, weights
+from afbs_compile.kernels.sight import ROWS_AT_ONCE, allowed_by_rows, changed, product, weights
 
 
 def dense_attention(operands: Operands) -> Tensor:
@@ -55,6 +55,6 @@ def _by_rows(operands: Operands) -> Tensor:
     k, v = (x.float().repeat_interleave(operands.groups, 1) for x in (operands.k, operands.v))
     for rows in chunks(operands.q_len, ROWS_AT_ONCE):
         scores = changed(operands, operands.q[:, :, rows].float() @ k.mT * operands.scale, rows)
-        seen = seen_by_rows(operands, rows)
-        out[:, :, rows] = product(weights(scores.masked_fill(~seen, -torch.inf), operands.sinks), v, seen).to(out.dtype)
+        scores = scores.masked_fill(~allowed_by_rows(operands, rows), -torch.inf)
+        out[:, :, rows] = product(weights(scores, operands.sinks), v).to(out.dtype)
     return out

@@ -38,8 +38,8 @@ class Sight(NamedTuple):
     ends: Tensor | None = None
 
 
-def seen_by_rows(operands: Operands, rows: slice | Tensor) -> Tensor:
-    """Which keys some rows see, bool, broadcastable to ``[B, H, rows, k_len]``: the specification.
+def allowed_by_rows(operands: Operands, rows: slice | Tensor) -> Tensor:
+    """Which keys some rows may attend, bool, broadcastable to ``[B, H, rows, k_len]``; numbers that are added apart.
 
     Args:
         operands: of the call; rows: from where to where, or int64 ``[rows]``.
@@ -49,15 +49,24 @@ def seen_by_rows(operands: Operands, rows: slice | Tensor) -> Tensor:
     seen = operands.mask.sees(places[:, None] + operands.offset, keys)[None, None]
     if operands.valid is not None:
         seen = seen & operands.valid[:, None, None, :]
-    if operands.attn_mask is None:
+    if operands.attn_mask is not None:
+        given = of_rows(operands.attn_mask, rows)
+        seen = seen & (given if given.dtype == torch.bool else given != -math.inf)
+    return seen
+
+
+def seen_by_rows(operands: Operands, rows: slice | Tensor) -> Tensor:
+    """Which keys some rows see: those that they may attend, and of which anything is left with the numbers added.
+
+    Arguments and result: see :func:`allowed_by_rows`.
+    """
+    seen = allowed_by_rows(operands, rows)
+    if operands.attn_mask is None or not operands.has_bias:
         return seen
     given = of_rows(operands.attn_mask, rows)
-    if given.dtype == torch.bool:
-        return seen & given
-    there = seen & (given != -math.inf)
-    clearly = there & ~(given <= torch.finfo(given.dtype).min)
+    clearly = seen & ~(given <= torch.finfo(given.dtype).min)
     # Beside anything larger the lowest number has no weight; a row of nothing else weighs its keys by the scores.
-    return torch.where(clearly.any(-1, keepdim=True), clearly, there)
+    return torch.where(clearly.any(-1, keepdim=True), clearly, seen)
 
 
 def of_rows(mask: Tensor, rows: slice | Tensor) -> Tensor:
@@ -90,16 +99,16 @@ def weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.where(total == 0, 0.0, powers / total)
 
 
-def product(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """``weights @ values`` that reads the values of keys which a row sees: NaN elsewhere is not multiplied by zero.
+def product(weights: Tensor, values: Tensor) -> Tensor:
+    """``weights @ values`` that reads no value of weight 0: NaN is not multiplied by zero.
 
     Args:
-        weights: ``[.., rows, keys]``; values: ``[.., keys, D]``; seen: bool, broadcastable to the weights.
+        weights: ``[.., rows, keys]``; values: ``[.., keys, D]``.
     """
     if values.isfinite().all():
         return weights @ values
     out = weights @ values.nan_to_num(0.0, 0.0, 0.0)
-    rows = seen.to(weights.dtype).expand(weights.shape)
+    rows = (weights > 0).to(weights.dtype)
     for value, there in ((math.inf, values == math.inf), (-math.inf, values == -math.inf), (math.nan, values.isnan())):
         out = torch.where(rows @ there.to(weights.dtype) > 0, out + value, out)
     return out

@@ -12,7 +12,7 @@ from torch import Tensor
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.measure.visit import Visit
 from afbs_compile.kernels.operands import Operands
-from afbs_compile.kernels.sight import capped, of_rows, rows_that_count, seen_by_rows
+from afbs_compile.kernels.sight import allowed_by_rows, capped, of_rows, product, rows_that_count, weights
 
 FAR_APART = 60.0
 """Beyond this distance of two row maxima, in nats, fp32 weights relative to one lose the other."""
@@ -47,7 +47,7 @@ def plain_pass(
     counts, places = live.tolist(), rows.tolist()
     for i, place in enumerate(places):
         some = slice(place * shape.q, min((place + 1) * shape.q, q_len))
-        by_key = F.pad(seen_by_rows(operands, some), (0, padding[3]))[0]
+        by_key = F.pad(allowed_by_rows(operands, some), (0, padding[3]))[0]
         for head in range(heads):
             keys, values = (blocks[head // operands.groups] for blocks in (blocks_k, blocks_v))
             ends = sorted(set(counts[head][i]))  # most thresholds keep what the one before them keeps
@@ -98,18 +98,25 @@ def _outputs(scores: Tensor, values: Tensor, sink: Tensor | None, ends: list[int
     peak = torch.where(peak == -math.inf, 0.0, peak)
     nearest = scores[:, : ends[0]].amax(1, keepdim=True) if ends[0] else torch.full_like(peak, -math.inf)
     far = (peak - nearest > FAR_APART) & (nearest > -math.inf)
-    if scores.dtype == torch.float32 and bool(far.any()):
+    if bool(far.any()):
+        if scores.dtype == torch.float64:
+            return torch.stack([_output(scores[:, :end], values[:end], sink) for end in ends])
         wide_sink = None if sink is None else sink.double()
         return _outputs(scores.double(), values.double(), wide_sink, ends).float()
     # With one maximum for all keys, sums over the first keys are running sums.
-    weights = scores.sub_(peak).exp_()
+    powers = scores.sub_(peak).exp_()
     total = torch.zeros_like(peak) if sink is None else torch.exp(sink - peak)
     out = torch.zeros(len(scores), values.shape[1], dtype=scores.dtype, device=scores.device)
-    values = values.masked_fill(~values.isfinite() & (weights == 0).all(0)[:, None], 0.0)
+    values = values.masked_fill(~values.isfinite() & (powers == 0).all(0)[:, None], 0.0)
     outputs = []
     for first, end in itertools.pairwise([0, *ends]):
-        part = weights[:, first:end]
+        part = powers[:, first:end]
         total = total + part.sum(1, keepdim=True)
         out = torch.addmm(out, part, values[first:end])
         outputs.append(torch.where(total == 0, 0.0, out / total))
     return torch.stack(outputs)
+
+
+def _output(scores: Tensor, values: Tensor, sink: Tensor | None) -> Tensor:
+    """Attention of some rows over all of the keys, ``[rows, D_v]``."""
+    return product(weights(scores[None, None], None if sink is None else sink[None])[0, 0], values)

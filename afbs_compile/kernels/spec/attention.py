@@ -11,7 +11,7 @@ from torch import Tensor
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
-from afbs_compile.kernels.sight import changed, product, seen_by_rows
+from afbs_compile.kernels.sight import allowed_by_rows, changed, product, resolved
 from afbs_compile.kernels.spec.selection import live_blocks, per_head
 
 LOG2_E = math.log2(math.e)
@@ -33,6 +33,7 @@ def masked_attention(operands: Operands, live: Tensor, lam: Sequence[float] | Te
     Returns:
         ``[B, H, q_len, D_v]`` in the dtype of ``q``; 0 where a row has no live key that it sees.
     """
+    operands = resolved(operands)
     q = operands.q
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_len, k_len = operands.q_len, operands.k_len
@@ -40,7 +41,7 @@ def masked_attention(operands: Operands, live: Tensor, lam: Sequence[float] | Te
     lam = per_head(lam, q.device)[..., 0]
     scores = changed(operands, q.to(work) @ k.transpose(-1, -2) * operands.scale, slice(0, q_len)) * LOG2_E
     allowed = live.repeat_interleave(shape.q, 2).repeat_interleave(shape.k, 3)[..., :q_len, :k_len]
-    allowed = allowed & seen_by_rows(operands, slice(0, q_len))
+    allowed = allowed & allowed_by_rows(operands, slice(0, q_len))
     scores = scores.masked_fill(~allowed, -math.inf)
 
     running = scores.new_full(scores.shape[:-1], -math.inf)
@@ -61,7 +62,7 @@ def masked_attention(operands: Operands, live: Tensor, lam: Sequence[float] | Te
         out = out * decay[..., None]
         gap = torch.where(tile_max == -math.inf, -math.inf, tile_max - base)
         needed = ~(gap < lam)
-        added = product(weights, values[..., start : start + shape.k, :], allowed[..., start : start + shape.k])
+        added = product(weights, values[..., start : start + shape.k, :])
         out = out + torch.where(needed[..., None], added, 0.0)
         running = new
     result: Tensor = torch.where(total[..., None] == 0, 0.0, out / total[..., None]).to(q.dtype)

@@ -37,10 +37,10 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.select import plain
 from afbs_compile.kernels.sight import (
     ROWS_AT_ONCE,
+    allowed_by_rows,
     changed,
     product,
     resolved,
-    seen_by_rows,
     sight_of,
     weights,
 )
@@ -211,6 +211,7 @@ def _kind(operands: Operands) -> Hashable:
 
 def attend(operands: Operands, shape: BlockShape, lists: BlockLists, out: Tensor) -> None:
     """:meth:`Flex.attend`: fused, or else a few hundred rows at a time."""
+    operands = resolved(operands)
     tiles = _tiles(operands.q.dtype, shape)
     if max(operands.q_len, operands.k_len) <= min(tiles) or operands.sinks is not None:
         # FlexAttention would compile a length of one block on its own, and has no place for sinks.
@@ -219,9 +220,10 @@ def attend(operands: Operands, shape: BlockShape, lists: BlockLists, out: Tensor
     reason = _uncompilable.get(_kind(operands), "")
     if not reason:
         try:
-            _attend_fused(operands, tiles, _cut(operands, lists, shape, tiles), out)
-            if not all(x.sum(dtype=torch.float32).isfinite() for x in (operands.q, operands.k, operands.v)):
-                _repair(operands, shape, live_of(lists), out)
+            clean = _cleaned(operands)
+            _attend_fused(clean, tiles, _cut(clean, lists, shape, tiles), out)
+            if not _is_finite(clean):
+                _repair(clean, shape, live_of(lists), out)
             return
         except NotCompiledError as error:
             reason = str(error)
@@ -231,11 +233,22 @@ def attend(operands: Operands, shape: BlockShape, lists: BlockLists, out: Tensor
     _attend_by_rows(operands, shape, live_of(lists), out)
 
 
+def _is_finite(operands: Operands) -> bool:
+    return all(bool(x.sum(dtype=torch.float32).isfinite()) for x in (operands.q, operands.k, operands.v))
+
+
+def _cleaned(operands: Operands) -> Operands:
+    """The same call with zeros in place of keys that are not valid, if anything is infinite or NaN."""
+    if operands.valid is None or _is_finite(operands):
+        return operands
+    away = ~operands.valid[:, None, :, None]
+    return replace(operands, k=operands.k.masked_fill(away, 0.0), v=operands.v.masked_fill(away, 0.0))
+
+
 def _cut(operands: Operands, lists: BlockLists, shape: BlockShape, tiles: BlockShape) -> BlockLists:
     """The same lists over smaller blocks, those that no row sees dropped; tiles divide blocks."""
     if tiles == shape:
         return lists
-    operands = resolved(operands)
     grid, live = operands.grid(tiles), live_of(lists)
     for dim, block, tile, count in ((2, shape.q, tiles.q, grid.count_q), (3, shape.k, tiles.k, grid.count_k)):
         live = live.repeat_interleave(block // tile, dim).narrow(dim, 0, count)
@@ -305,7 +318,7 @@ def _rows(operands: Operands, shape: BlockShape, live: Tensor) -> Iterator[tuple
     for some in chunks(operands.q_len, ROWS_AT_ONCE):
         rows = torch.arange(some.start, some.stop, device=operands.device)
         attended = live[:, :, rows // shape.q].repeat_interleave(shape.k, 3)[..., : operands.k_len]
-        yield some, attended & seen_by_rows(operands, some)
+        yield some, attended & allowed_by_rows(operands, some)
 
 
 def _attend_by_rows(operands: Operands, shape: BlockShape, live: Tensor, out: Tensor) -> None:
@@ -324,7 +337,7 @@ def _exact(operands: Operands, rows: slice, attended: Tensor) -> Tensor:
     k, v = (x.float().repeat_interleave(operands.groups, 1) for x in (operands.k, operands.v))
     scores = changed(operands, operands.q[:, :, rows].float() @ k.mT * operands.scale, rows)
     mass = weights(scores.masked_fill(~attended, -torch.inf), operands.sinks)
-    return product(mass, v, attended).to(operands.q.dtype)
+    return product(mass, v).to(operands.q.dtype)
 
 
 def _repair(operands: Operands, shape: BlockShape, live: Tensor, out: Tensor) -> None:

@@ -8,6 +8,7 @@ symbolic strides) it replaces half of that, and the C++ does not compile. Here t
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from unittest.mock import patch
 @contextmanager
 def tile_symbols_apart() -> Iterator[None]:
     """Compile FlexAttention for the CPU with names of their own for the sizes of a tile."""
+    importlib.import_module("torch._inductor.lowering")  # the template cannot be imported first
     from torch._inductor.codegen.cpp_flex_attention_template import CppFlexAttentionTemplate
 
     original = CppFlexAttentionTemplate.modification
