@@ -16,8 +16,9 @@ from afbs_compile.kernels.attend import machine
 from afbs_compile.kernels.attend.engines import family_on, precision_refusal
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
+from afbs_compile.passes.rules import work_of
 from afbs_compile.passes.site import AttentionSite
-from afbs_compile.passes.sizes import holds, shown
+from afbs_compile.passes.sizes import holds
 from afbs_compile.passes.unmask import has_needless_mask
 from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
 from afbs_compile.tuner.lengths import Outside, extrapolated_tau
@@ -72,7 +73,7 @@ class Plan:
         }
         longest = graph.samples.lengths[1]
         open_question = [row for row in rows if row.outcome == "dense" and row.sparse_ms and not _pays(row)]
-        longer = any(_size(site.q_len) > longest for site in found.sites)
+        longer = any(_size(site.k_len) > longest for site in found.sites)
         return cls(calls, (*rows, *refused), covered=not (open_question and longer))
 
     def without_masks(self, found: FoundGraph) -> Plan:
@@ -136,26 +137,27 @@ def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside,
     """The recorded decision, as it applies to a site at this graph's length."""
     if recorded is None or recorded.outcome == "refused":
         return SiteRecipe(site.name, "dense", NOT_CALIBRATED)
-    here = (str(site.mask), site.heads, site.kv_heads, site.head_dim, str(site.dtype).removeprefix("torch."))
-    there = (recorded.mask, len(recorded.heads), recorded.kv_heads, recorded.head_dim, recorded.dtype)
+    # What rows see is not part of it: thresholds hold for a model's weights, and calls differ in their masks.
+    here = (site.heads, site.kv_heads, site.head_dim, str(site.dtype).removeprefix("torch."))
+    there = (len(recorded.heads), recorded.kv_heads, recorded.head_dim, recorded.dtype)
     if here != there:
-        raise RecipeError(f"does not fit {site.name}: (mask, heads, kv heads, head_dim, dtype) is {here}, not {there}.")
+        raise RecipeError(f"does not fit {site.name}: (heads, kv heads, head_dim, dtype) is {here}, not {there}.")
     if recorded.outcome != "sparse":
         return recorded
     # Of a symbolic length this makes a guard, so that Dynamo compiles again for the other side and short sequences keep
     # the real call, at its real cost. Where no guard can be made the operator decides at run time.
     shortest = recorded.calibrated.min_length
-    if shortest and holds(site.q_len < shortest):
-        reason = f"too short: {shown(site.q_len)} tokens, sparse was measured to pay from {shortest}"
+    if shortest and holds(site.q_len * site.k_len < shortest**2):
+        reason = f"too short: {work_of(site.q_len, site.k_len)}, sparse was measured to pay from {shortest}"
         return replace(recorded, outcome="dense", reason=reason)
     validated = recorded.validated_lengths
-    if validated is None or not isinstance(site.q_len, int):
+    if validated is None or not isinstance(site.k_len, int):
         return recorded
-    if validated[0] <= site.q_len <= validated[1]:
+    if validated[0] <= site.k_len <= validated[1]:
         return recorded
     if outside == "extrapolate":
-        return _extrapolated(recorded, validated, site.q_len, tolerance)
-    reason = f"outside the validated lengths: {site.q_len} tokens, validated from {validated[0]} to {validated[1]}"
+        return _extrapolated(recorded, validated, site.k_len, tolerance)
+    reason = f"outside the validated lengths: {site.k_len} tokens, validated from {validated[0]} to {validated[1]}"
     return replace(recorded, outcome="dense", reason=reason)
 
 
@@ -191,10 +193,11 @@ def _extrapolated(row: SiteRecipe, validated: tuple[int, int], length: int, tole
 def _call(site: AttentionSite, row: SiteRecipe, outside: Outside) -> SparseCall:
     """The constants that are written into the graph."""
     shortest, longest = row.calibrated.min_length, 0
-    if isinstance(site.q_len, torch.SymInt) and statically_known_true(site.q_len >= shortest):
+    symbolic = isinstance(site.q_len, torch.SymInt) or isinstance(site.k_len, torch.SymInt)
+    if symbolic and statically_known_true(site.q_len * site.k_len >= shortest**2):
         # A guard says so. A graph without it, or with one for another length, must not look the same: inductor's cache
         # would bring the guard along. One token less is as never reached, and tells them apart.
         shortest = max(0, shortest - 1)
-    if outside != "extrapolate" and row.validated_lengths is not None and not isinstance(site.q_len, int):
+    if outside != "extrapolate" and row.validated_lengths is not None and not isinstance(site.k_len, int):
         shortest, longest = max(shortest, row.validated_lengths[0]), row.validated_lengths[1]
     return replace(row.calibrated, min_length=shortest, max_length=longest)

@@ -41,6 +41,11 @@ def checked(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> tuple[Ope
     """
     scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
     extras = {name: given[name] for name in ("valid", "attn_mask", "softcap", "sinks")}
+    valid, attn_mask = extras["valid"], extras["attn_mask"]
+    if valid is not None and valid.dim() == 2 and valid.shape[0] == 1:
+        extras["valid"] = valid.expand(q.shape[0], -1)
+    if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[3] == 1:
+        extras["attn_mask"] = attn_mask.expand(-1, -1, -1, k.shape[2])
     operands = Operands(q, k, v, mask_of(given["mask"]), scale, **extras)
     check_operands(operands)
     call = SparseCall.of_arguments(int(q.shape[1]), given)  # a number, also where its graph is dynamic
@@ -90,7 +95,8 @@ def sparse_attention(
             :meth:`afbs_compile.kernels.spec.fp8.Fp8Constants.unpacked` takes it.
         last_rows, local_keys: which blocks every tau keeps, as in :class:`afbs_compile.kernels.call.Kept`.
         valid, attn_mask: what else hides keys, softcap, sinks: what else becomes of scores, as in
-            :class:`afbs_compile.kernels.operands.Operands`.
+            :class:`afbs_compile.kernels.operands.Operands`; of ``valid`` the batch, and of ``attn_mask`` every
+            dimension, may be 1.
 
     Returns:
         ``[B, H, q_len, D_v]`` in the dtype of ``q``; in memory ``[B, q_len, H, D_v]``.

@@ -109,12 +109,7 @@ class _Walker(fx.Interpreter):
 
     def _keep_operands(self, run: SampleRun) -> None:
         """Unrepeated K and V may have their last use before the call: keep each operand until its last site."""
-        last_site = {
-            node: site.node
-            for site in run.sites
-            for node in (site.q, site.k, site.v, site.scale)
-            if isinstance(node, fx.Node)
-        }
+        last_site = {node: site.node for site in run.sites for node in (site.q, site.k, site.v, *site.extras)}
         order = {node: index for index, node in enumerate(run.gm.graph.nodes)}
         for user, dying in list(self.user_to_last_uses.items()):
             for node in [n for n in dying if n in last_site and order[last_site[n]] > order[user]]:
@@ -134,17 +129,21 @@ class _Walker(fx.Interpreter):
                 self.step(node)
 
     def operands(self, site: AttentionSite) -> Operands:
-        q, k, v = (site.canonical(self.env[node].detach()) for node in (site.q, site.k, site.v))
-        scale = self.env[site.scale] if isinstance(site.scale, fx.Node) else site.scale
-        return Operands(q, k, v, site.mask, float(scale))
+        def value(node: fx.Node) -> Any:
+            found = self.env[node]
+            return found.detach() if isinstance(found, Tensor) else found
+
+        return site.operands(value)
 
     @torch.no_grad()
     def attend(self, site: AttentionSite, attention: Attention) -> Tensor | None:
         """The site's result by ``attention``, in the shape and memory order that the graph expects."""
         with autocast_kept(site.device):
             out = attention(site.name, self.operands(site))
-        # The output has the shape of q: one head_dim for all operands.
-        return None if out is None else laid_out_like(out.reshape(self.env[site.q].shape), value_of(site.node))
+        if out is None:
+            return None
+        shape = (*self.env[site.q].shape[:-1], out.shape[-1])
+        return laid_out_like(out.reshape(shape), value_of(site.node))
 
 
 def concrete(value: Any) -> Any:

@@ -7,16 +7,15 @@ from math import prod
 
 from torch import fx
 
-from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.kernels.masks.full import Full
-from afbs_compile.passes.constants import ConstantTensors, NotConstantError
+from afbs_compile.passes.constants import ConstantTensors
 from afbs_compile.passes.effects import submodule_of, value_of
 from afbs_compile.passes.kv_heads import head_repeat
-from afbs_compile.passes.mask_proof import MaskProver
+from afbs_compile.passes.mask_parts import MaskParts, MaskReader
 from afbs_compile.passes.names import SiteNames
 from afbs_compile.passes.operands import Call, is_sdpa
-from afbs_compile.passes.rules import first_refusal, hidden_refusal, mask_refusal, too_short
+from afbs_compile.passes.rules import first_refusal, hidden_refusal, too_short
 from afbs_compile.passes.site import AttentionSite, Refusal
 from afbs_compile.passes.sizes import Size, fixed, holds
 
@@ -28,7 +27,7 @@ def find(gm: fx.GraphModule, *, min_length: int) -> tuple[list[AttentionSite], l
     compiled again where it does not hold: ``length >= min_length`` for a dynamic length, the number of heads, and for
     a dense mask the exact length that it was proven at. Outside (torch.export), and for sizes marked dynamic, a
     condition that does not hold for every size refuses the call, except ``min_length``: the operator checks it again
-    when it runs. A dense mask is then proven for every length at once.
+    when it runs. A dense mask is then proven for every length at once, or read when the graph runs.
 
     Args:
         gm: a graph from Dynamo, before AOTAutograd, or from torch.export, before decompositions.
@@ -43,7 +42,7 @@ class _Finder:
         self._min_length = min_length
         self._names = SiteNames()
         self._constants = ConstantTensors(gm)
-        self._prover = MaskProver(self._constants)
+        self._masks = MaskReader(self._constants)
         self._sites: list[AttentionSite] = []
         self._refusals: list[Refusal] = []
 
@@ -61,43 +60,27 @@ class _Finder:
     def _take(self, node: fx.Node) -> None:
         call = Call.of(node)
         try:
-            mask = self._accept(call)
+            parts = self._accept(call)
         except _RefusedError as refused:
             self._refuse(node, str(refused))
         else:
-            self._sites.append(self._site(call, mask))
+            self._sites.append(self._site(call, parts))
 
     def _refuse(self, node: fx.Node, reason: str, at: fx.Node | None = None) -> None:
         self._refusals.append(Refusal(self._names.name(node), reason, at or node))
 
-    def _accept(self, call: Call) -> Mask:
-        """What the rows of an accepted call see. The length is asked first: evaluating a mask pins it."""
+    def _accept(self, call: Call) -> MaskParts:
+        """What hides keys in an accepted call. The length is asked first: evaluating a mask pins it."""
         if sentence := first_refusal(call):
             raise _RefusedError(sentence)
-        program = self._mask_program(call)
         q_len, k_len = (tensor.shape[-2] for tensor in call.tensors[:2])
-        if holds(q_len < self._min_length):
-            raise _RefusedError(too_short(q_len, self._min_length))
+        if holds(q_len * k_len < self._min_length**2):
+            raise _RefusedError(too_short(q_len, k_len, self._min_length))
         if call.mask is None:
-            return Causal() if call.is_causal else Full()
-        rows, keys = fixed(q_len), fixed(k_len)
-        return self._proven(call.mask, program, None if rows is None or keys is None else (rows, keys))
+            return MaskParts(Causal() if call.is_causal else Full())
+        return self._masks.parts(call.mask, site=call.node, lengths=(q_len, k_len))
 
-    def _mask_program(self, call: Call) -> tuple[fx.Node, ...]:
-        if call.mask is None:
-            return ()
-        try:
-            return self._prover.program(call.mask, site=call.node)
-        except NotConstantError as error:
-            raise _RefusedError(mask_refusal(call.mask, str(error))) from error
-
-    def _proven(self, mask: fx.Node, program: tuple[fx.Node, ...], lengths: tuple[int, int] | None) -> Mask:
-        try:
-            return self._prover.mask(mask, program, lengths=lengths)
-        except NotConstantError as error:
-            raise _RefusedError(mask_refusal(mask, str(error))) from error
-
-    def _site(self, call: Call, mask: Mask) -> AttentionSite:
+    def _site(self, call: Call, parts: MaskParts) -> AttentionSite:
         q = call.tensors[0]
         k, v = self._unrepeated(call)
         four_d = q.dim() >= 4
@@ -107,16 +90,21 @@ class _Finder:
             q=call.q,
             k=k,
             v=v,
-            mask=mask,
+            mask=parts.mask,
+            valid=parts.valid,
+            attn_mask=parts.attn_mask,
             scale=_scale(call),
+            softcap=0.0,
+            sinks=None,
             batch=prod(q.shape[: -3 if four_d else -2]),
             q_len=q.shape[-2],
             k_len=call.tensors[1].shape[-2],
             heads=_known(q.shape[-3]) if four_d else 1,
             kv_heads=_known(value_of(k).shape[-3]) if four_d else 1,
             head_dim=_known(q.shape[-1]),
+            value_dim=_known(call.tensors[2].shape[-1]),
             rank=q.dim(),
-            dtype=q.dtype,
+            dtype=call.result.dtype,
             device=q.device,
         )
 

@@ -9,19 +9,17 @@ because :class:`ConstantTensors` has shown that nothing else can enter it. Where
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from afbs_compile.kernels.blocks import chunks
 from afbs_compile.kernels.masks.base import Mask
-from afbs_compile.kernels.masks.causal import Causal
-from afbs_compile.kernels.masks.full import Full
 from afbs_compile.kernels.masks.registry import MASKS
 from afbs_compile.passes.constants import ConstantTensors, NotConstantError, run
-from afbs_compile.passes.effects import value_of
-from afbs_compile.passes.mask_symbolic import attended_distances
+from afbs_compile.passes.mask_symbolic import symbolic_mask
+from afbs_compile.passes.sizes import Size, fixed
 
 CHUNK = 2**24
 """Mask elements that are compared at once."""
@@ -32,7 +30,7 @@ class MaskProver:
 
     def __init__(self, constants: ConstantTensors) -> None:
         self._constants = constants
-        self._proved: dict[tuple[fx.Node, ...], Mask | NotConstantError] = {}
+        self._proved: dict[Hashable, Mask | NotConstantError] = {}
 
     def program(self, mask: fx.Node, *, site: fx.Node) -> tuple[fx.Node, ...]:
         """Nodes that compute the mask that ``site`` reads, from constants alone. Adds no guard.
@@ -42,41 +40,52 @@ class MaskProver:
         """
         return self._constants.program(mask, before=site)
 
-    def mask(self, mask: fx.Node, program: tuple[fx.Node, ...], *, lengths: tuple[int, int] | None) -> Mask:
-        """Which mask a tensor of so many rows and keys is, from what its program computes; ``None`` is every length.
+    def mask(self, parts: Sequence[tuple[fx.Node, tuple[fx.Node, ...]]], *, lengths: tuple[Size, Size]) -> Mask:
+        """Which mask the AND of some constant tensors is, on so many rows and keys.
+
+        Args:
+            parts: each tensor and its program. A single one may be floating: 0 shows, -inf or the lowest number hides.
+            lengths: rows and keys. Where one is free the mask is proven for every length at once or, inside Dynamo, for
+                this one, by a guard.
 
         Raises:
             NotConstantError: it cannot be evaluated, or hides something else.
         """
-        key = (mask, *program)
+        key = (tuple(parts), tuple(map(str, lengths)))
         if key not in self._proved:
-            self._proved[key] = (
-                _symbolic_mask(mask, program) if lengths is None else _evaluated_mask(mask, program, lengths)
-            )
+            self._proved[key] = _proved(parts, lengths)
         outcome = self._proved[key]
         if isinstance(outcome, NotConstantError):
             raise outcome
         return outcome
 
 
-def _evaluated_mask(mask: fx.Node, program: tuple[fx.Node, ...], lengths: tuple[int, int]) -> Mask | NotConstantError:
-    try:
-        found = classify(run(program, mask), *lengths)
-    except NotConstantError as error:
-        return error
-    return found or NotConstantError("it was evaluated and is neither causal nor true everywhere")
+Parts = Sequence[tuple[fx.Node, tuple[fx.Node, ...]]]
 
 
-def _symbolic_mask(mask: fx.Node, program: tuple[fx.Node, ...]) -> Mask | NotConstantError:
+def _proved(parts: Parts, lengths: tuple[Size, Size]) -> Mask | NotConstantError:
+    if any(isinstance(size, torch.SymInt) for size in lengths):
+        try:
+            return symbolic_mask(parts, lengths)
+        except NotConstantError as error:
+            outcome = error
+        if (rows := fixed(lengths[0])) is None or (keys := fixed(lengths[1])) is None:
+            return outcome
+        lengths = rows, keys
     try:
-        past, future = attended_distances(mask, program)
+        return _evaluated_mask(parts, (int(lengths[0]), int(lengths[1])))
     except NotConstantError as error:
         return error
-    if past and not future:
-        return Causal()
-    if past and future and value_of(mask).dtype == torch.bool:
-        return Full()
-    return NotConstantError("it is neither causal nor true everywhere")
+
+
+def _evaluated_mask(parts: Parts, lengths: tuple[int, int]) -> Mask:
+    tensors = [run(program, part) for part, program in parts]
+    whole = tensors[0]
+    for tensor in tensors[1:]:
+        whole = whole & tensor
+    if (found := classify(whole, *lengths)) is None:
+        raise NotConstantError("it was evaluated and is none of the masks that are formulas")
+    return found
 
 
 def classify(tensor: Tensor, q_len: int, k_len: int) -> Mask | None:
@@ -84,20 +93,20 @@ def classify(tensor: Tensor, q_len: int, k_len: int) -> Mask | None:
 
     Args:
         tensor: bool (true attends) or floating (added to the scores; 0 attends, -inf or the dtype's lowest number
-            hides), broadcastable to ``[..., q_len, k_len]``, at least 2-D. A floating one is never taken for one that
-            hides nothing: nn.MultiheadAttention makes such a one of every boolean mask; any other is a bias.
+            hides), broadcastable to ``[..., q_len, k_len]``.
         q_len: rows; k_len: keys.
 
     Returns:
         The mask that every slice is, or None. A mask of one row and key that is true hides nothing.
     """
+    if tensor.dim() < 2:
+        tensor = tensor.expand(1, k_len)
     slices = list(_distinct_slices(tensor.expand(*tensor.shape[:-2], q_len, k_len)))
     if not slices:
         return None
     seen, _ = _attended_and_hidden(slices[0])
     for mask in (mask for kind in MASKS.values() for mask in kind.proposed(seen)):
-        accepted = tensor.dtype == torch.bool or not mask.hides_nothing
-        if accepted and all(_is(part, mask) for part in slices):
+        if all(_is(part, mask) for part in slices):
             return mask
     return None
 

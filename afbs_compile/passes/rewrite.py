@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,6 +15,7 @@ from afbs_compile.files import write_whole
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.op import arguments_of
 from afbs_compile.passes.build import NodeBuilder, erase_unused
+from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.unmask import unmask
 
@@ -90,19 +92,57 @@ def _replace(gm: fx.GraphModule, site: AttentionSite, call: SparseCall, here: Ma
     """
     operands = site.node.all_input_nodes
     build = NodeBuilder(site.node)
-    q, k, v = (here.get(node, node) for node in (site.q, site.k, site.v))
+    q, k, v = (_in_dtype(build, here.get(node, node), site.dtype) for node in (site.q, site.k, site.v))
     sparse = build.call(
         torch.ops.afbs.sparse_attention.default,
         tuple(_four_d(build, node, site.rank) for node in (q, k, v)),
-        arguments_of(call, site.mask, site.scale),
+        {**arguments_of(call, site.mask, site.scale), **_extras(build, site, here)},
     )
-    if site.rank != 4:  # the output has the shape of q: one head_dim for all operands
+    if site.rank < 4:
+        sparse = build.call(aten.squeeze.dims, (sparse, [1] if site.rank == 3 else [0, 1]))
+    elif site.rank > 4:  # the output has the shape of q: a rule says so
         sparse = build.call(aten.reshape_as.default, (sparse, q))
     result = build.in_layout_of(site.node, sparse)
     site.node.replace_all_uses_with(result)
     gm.graph.erase_node(site.node)
     erase_unused(gm.graph, operands)
     return result
+
+
+def _extras(build: NodeBuilder, site: AttentionSite, here: Mapping[fx.Node, fx.Node]) -> dict[str, Any]:
+    """What the operator is told beside q, k, v, the formula and the constants."""
+    valid, attn_mask, sinks = (
+        None if node is None else here.get(node, node) for node in (site.valid, site.attn_mask, site.sinks)
+    )
+    given: dict[str, Any] = {"softcap": site.softcap} if site.softcap else {}
+    if valid is not None:
+        rank = value_of(valid).dim()
+        given["valid"] = build.call(aten.flatten.using_ints, (valid, 0, -2)) if rank > 1 else _leading(build, valid, 1)
+    if attn_mask is not None:
+        mask = attn_mask if value_of(attn_mask).dtype == torch.bool else _in_dtype(build, attn_mask, site.dtype)
+        given["attn_mask"] = _mask_in_four_d(build, mask, site.rank)
+    if sinks is not None:
+        given["sinks"] = sinks
+    return given
+
+
+def _in_dtype(build: NodeBuilder, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if value_of(node).dtype == dtype else build.call(aten.to.dtype, (node, dtype))
+
+
+def _leading(build: NodeBuilder, node: fx.Node, count: int) -> fx.Node:
+    """The node with so many dimensions of one element before its own."""
+    for _ in range(count):
+        node = build.call(aten.unsqueeze.default, (node, 0))
+    return node
+
+
+def _mask_in_four_d(build: NodeBuilder, node: fx.Node, rank: int) -> fx.Node:
+    """What :func:`afbs_compile.passes.site.as_attn_mask` does to a tensor, but for the last dimension."""
+    node = _leading(build, node, max(rank, 2) - value_of(node).dim())
+    if rank < 4:
+        return build.call(aten.unsqueeze.default, (node, 1)) if rank == 3 else _leading(build, node, 2)
+    return node if rank == 4 else build.call(aten.flatten.using_ints, (node, 0, rank - 4))
 
 
 def _four_d(build: NodeBuilder, node: fx.Node, rank: int) -> fx.Node:

@@ -17,6 +17,9 @@ from afbs_compile.passes.sizes import Size, fixed, holds, shown
 
 RANKS = range(2, 6)
 
+FEWEST_ROWS = 16
+"""Query rows from which a call is looked at: the fewest that a block has."""
+
 GRADIENT = "gradient needed: the output requires grad; run under torch.no_grad() or torch.inference_mode()"
 
 Rule = Callable[[Call], str | None]
@@ -45,14 +48,14 @@ def rank(call: Call) -> str | None:
     return None
 
 
-def lengths(call: Call) -> str | None:
-    """Self-attention over one sequence: as many query rows as keys."""
+def rows(call: Call) -> str | None:
+    """Enough query rows that blocks of them share keys: a decode step has one."""
     q, k, _ = call.tensors
-    if holds(q.shape[-2] == k.shape[-2]):
+    if not holds(q.shape[-2] < FEWEST_ROWS):
         return None
     return (
-        f"q_len != k_len: {shown(q.shape[-2])} query rows against {shown(k.shape[-2])} keys; only self-attention over "
-        "one whole sequence (prefill) is accepted, so decoding, a longer cache and cross-attention stay dense"
+        f"decoding: {shown(q.shape[-2])} query rows against {shown(k.shape[-2])} keys; a few rows read every key once, "
+        f"so there is no work to save, and calls of fewer than {FEWEST_ROWS} rows stay dense"
     )
 
 
@@ -71,28 +74,24 @@ def gradient(call: Call) -> str | None:
 
 
 def dtype(call: Call) -> str | None:
-    """One accepted dtype for all operands, and the output in it: autocast may change it inside the call."""
-    dtypes = {value.dtype for value in call.tensors}
+    """It computes in an accepted dtype: that of its output, also where autocast changes it inside the call."""
+    if call.result.dtype in DTYPES:
+        return None
     found = ", ".join(_short(value.dtype) for value in call.tensors)
-    if len(dtypes) > 1:
-        return f"unsupported dtype: q, k, v are {found}; one of float16, bfloat16, float32 for all three is accepted"
-    if not dtypes <= set(DTYPES):
-        return f"unsupported dtype: q, k, v are {found}; float16, bfloat16 and float32 are accepted"
-    if call.result.dtype not in dtypes:
-        return (
-            f"unsupported dtype: autocast computes {found} in {_short(call.result.dtype)}; cast q, k and v before the "
-            "call or load the model in that dtype"
-        )
-    return None
+    return (
+        f"unsupported dtype: q, k, v are {found}; float16, bfloat16 and float32 are accepted (load the model in one of "
+        "them, or run it under torch.autocast)"
+    )
 
 
 def head_dim(call: Call) -> str | None:
-    """One head_dim for all operands, of a size the kernels have."""
-    sizes = [fixed(value.shape[-1]) for value in call.tensors]
-    if len(set(sizes)) == 1 and sizes[0] in HEAD_DIMS:
+    """Head sizes that are known, and that the kernels have."""
+    q, k, v = (fixed(value.shape[-1]) for value in call.tensors)
+    same_rank = len(call.tensors[0].shape) <= 4 or q == v
+    if q == k and same_rank and all(size in HEAD_DIMS for size in (q, v)):
         return None
     found = ", ".join(str(shown(value.shape[-1])) for value in call.tensors)
-    return f"unsupported head_dim: q, k, v have {found}; one size from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} is accepted"
+    return f"unsupported head_dim: q, k, v have {found}; sizes from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} are accepted"
 
 
 def batch(call: Call) -> str | None:
@@ -125,13 +124,32 @@ def heads(call: Call) -> str | None:
 def causal_flag(call: Call) -> str | None:
     """Either a plain ``is_causal`` or a mask."""
     if not isinstance(call.is_causal, bool):
-        return "mask not proven: is_causal is computed in the graph; pass True or False"
+        return "unsupported mask: is_causal is computed in the graph; pass True or False"
     if call.is_causal and call.mask is not None:
-        return "mask not proven: is_causal=True together with attn_mask; pass one of them"
+        return "unsupported mask: is_causal=True together with attn_mask; pass one of them"
     return None
 
 
-RULES: tuple[Rule, ...] = (layout, rank, lengths, dropout, gradient, dtype, head_dim, batch, heads, causal_flag)
+def mask_shape(call: Call) -> str | None:
+    """A mask with the dimensions of the operands, or fewer."""
+    if call.mask is None:
+        return None
+    value, q = value_of(call.mask), call.tensors[0]
+    if not isinstance(value, Tensor) or value.is_nested or value.layout != torch.strided:
+        return "unsupported mask: its shape is not recorded, or it is nested or sparse; pass a strided tensor"
+    leading = value.shape[:-3] if q.dim() > 4 else ()
+    if value.dim() > q.dim() or not (all(_is_one(n) for n in leading) or len(leading) == q.dim() - 3):
+        return f"unsupported mask: shape {[shown(n) for n in value.shape]} over {_shapes(call)}; expand it to q's batch"
+    return None
+
+
+def _is_one(size: Size) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+RULES: tuple[Rule, ...] = (
+    layout, rank, rows, dropout, gradient, dtype, head_dim, batch, heads, causal_flag, mask_shape,
+)  # fmt: skip
 """In the order in which they are asked; what cannot be changed by the user's next step comes first."""
 
 
@@ -153,23 +171,16 @@ def hidden_refusal(node: fx.Node) -> str | None:
     return f"fused operator: {name} hides its attention from the graph; {FUSED[name]}"
 
 
-def mask_refusal(mask: fx.Node, why: str) -> str:
-    """The sentence for a mask that is not proven to be causal or true everywhere."""
-    value = value_of(mask)
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
-        return (
-            f"mask not proven: {why}; pass no mask (is_causal=True for a causal model) or a causal mask made of "
-            "constants such as torch.arange"
-        )
-    return (
-        f"additive bias: a floating mask is added to the scores, and {why}; only 0 and -inf in the causal pattern, "
-        "made of constants, is accepted"
-    )
+def too_short(q_len: Size, k_len: Size, min_length: int) -> str:
+    """The sentence for a call on which sparse attention would not pay."""
+    return f"too short: {work_of(q_len, k_len)}; sparse attention is worth it here from {min_length} on"
 
 
-def too_short(length: Size, min_length: int) -> str:
-    """The sentence for a sequence on which sparse attention would not pay."""
-    return f"too short: {shown(length)} tokens; sparse attention is worth it here from {min_length} on"
+def work_of(q_len: Size, k_len: Size) -> str:
+    """How long a call is, for the user to read."""
+    if shown(q_len) == shown(k_len):
+        return f"{shown(q_len)} tokens"
+    return f"{shown(q_len)} query rows over {shown(k_len)} keys"
 
 
 def _shapes(call: Call) -> str:

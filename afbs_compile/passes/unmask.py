@@ -24,7 +24,8 @@ def has_needless_mask(site: AttentionSite) -> bool:
 
     PyTorch's CPU kernels return NaN for ``is_causal=True`` with a scale of 0 or less: there the mask stays.
     """
-    masked = site.mask == Causal() and Call.of(site.node).mask is not None
+    by_formula = site.valid is None and site.attn_mask is None
+    masked = site.mask == Causal() and by_formula and Call.of(site.node).mask is not None
     scaled = isinstance(site.scale, float) and site.scale > 0
     return masked and scaled and same_sizes(value_of(site.node).shape, value_of(site.q).shape)
 
