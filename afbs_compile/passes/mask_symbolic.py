@@ -89,7 +89,7 @@ def _formula_at_distance(mask: fx.Node, program: Sequence[fx.Node], offset: Any)
         elements[node] = evaluated(node, elements)
     shape = value_of(mask).shape
     leading = tuple(0 if is_one(n) else free_index(place) for place, n in enumerate(shape[:-2]))
-    places = (ROW, KEY)[-len(shape) :]
+    places = (ROW, KEY)[max(0, 2 - len(shape)) :]
     last = tuple(0 if is_one(n) else at for n, at in zip(shape[-2:], places, strict=True))
     return sympy.sympify(elements[mask]((*leading, *last))).subs(KEY, ROW + offset + DISTANCE)
 

@@ -23,7 +23,7 @@ def in_basic_operators(mask: fx.Node, program: Sequence[fx.Node]) -> Program:
     Raises:
         NotConstantError: it cannot be traced.
     """
-    if all(isinstance(node.target, OpOverload) or node.op != "call_function" for node in program if _is_tensor(node)):
+    if all(isinstance(node.target, OpOverload) or node.op == "get_attr" for node in program if _is_tensor(node)):
         return mask, tuple(program)
     sizes = _symbolic_sizes(program)
 
@@ -48,9 +48,10 @@ def _is_tensor(node: fx.Node) -> bool:
 def _symbolic_sizes(program: Sequence[fx.Node]) -> dict[str, torch.SymInt]:
     """The symbolic sizes that the program reads, by their expression."""
     found: dict[str, torch.SymInt] = {}
-    for node in program:
+    for node in {*program, *(used for node in program for used in node.all_input_nodes)}:
         recorded = value_of(node)
-        for size in recorded if isinstance(recorded, tuple) else (recorded,):
+        sizes = recorded.shape if isinstance(recorded, Tensor) else recorded
+        for size in sizes if isinstance(sizes, tuple) else (sizes,):
             if isinstance(size, torch.SymInt):
                 found.setdefault(str(size.node.expr), size)
     return found
@@ -61,6 +62,14 @@ def _run(mask: fx.Node, program: Sequence[fx.Node], sizes: dict[str, Any]) -> An
         return sizes[str(value.node.expr)] if isinstance(value, torch.SymInt) else value
 
     values: dict[fx.Node, Any] = {}
+
+    def read(node: fx.Node) -> Any:
+        if node not in values:  # a function that only looks at its shape and dtype
+            recorded = value_of(node)
+            flat = torch.zeros((), dtype=recorded.dtype, device=recorded.device)
+            return flat.expand([sized(size) for size in recorded.shape])
+        return values[node]
+
     for node in program:
         recorded = value_of(node)
         if isinstance(recorded, int | torch.SymInt):
@@ -68,9 +77,9 @@ def _run(mask: fx.Node, program: Sequence[fx.Node], sizes: dict[str, Any]) -> An
         elif isinstance(recorded, tuple) and all(isinstance(size, int | torch.SymInt) for size in recorded):
             values[node] = torch.Size([sized(size) for size in recorded])
         else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
             target: Any = node.target
-            values[node] = (
-                getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
-            )
+            if node.op == "call_method":
+                target, args = getattr(args[0], target), args[1:]
+            values[node] = target(*args, **kwargs)
     return values[mask]
