@@ -48,7 +48,7 @@ def _is_tensor(node: fx.Node) -> bool:
 def _symbolic_sizes(program: Sequence[fx.Node]) -> dict[str, torch.SymInt]:
     """The symbolic sizes that the program reads, by their expression."""
     found: dict[str, torch.SymInt] = {}
-    for node in {*program, *(used for node in program for used in node.all_input_nodes)}:
+    for node in {*program, *(used for each in program for used in each.all_input_nodes)}:
         recorded = value_of(node)
         sizes = recorded.shape if isinstance(recorded, Tensor) else recorded
         for size in sizes if isinstance(sizes, tuple) else (sizes,):
