@@ -1,4 +1,4 @@
-"""What kernels are told of masks that are bands, and the sentence for those that are not."""
+"""What kernels are told of masks that are bands, and the sentences for what they do not take."""
 
 from __future__ import annotations
 
@@ -11,18 +11,45 @@ def told(operands: Operands) -> Band:
     """What kernels are told of the operands' mask.
 
     Raises:
-        ValueError: the mask is no band; engines refuse such a call.
+        ValueError: it is not all by a band, or not by one that starts at the first key; engines refuse such a call.
     """
+    reason = refusal(operands)
     band = operands.mask.band(operands.q_len, operands.k_len)
-    if band is None:
-        raise ValueError(refusal(operands))
+    if reason is not None or band is None:
+        raise ValueError(reason)
     return band
 
 
 def refusal(operands: Operands) -> str | None:
-    """Why a kernel that computes bands does not take the operands' mask, or ``None`` if it does."""
-    if operands.mask.band(operands.q_len, operands.k_len) is None:
+    """Why a kernel of scores and one bound does not take the operands, or ``None`` if it does."""
+    given = [
+        name
+        for name, value in (("valid", operands.valid), ("attn_mask", operands.attn_mask), ("sinks", operands.sinks))
+        if value is not None
+    ]
+    if operands.softcap:
+        given.append("softcap")
+    if given:
+        return f"{', '.join(given)} given; accepted: calls without"
+    band = operands.mask.band(operands.q_len, operands.k_len)
+    if band is None:
         return f"mask is {operands.mask}; accepted: masks that are a band about the diagonal"
+    if band.width:
+        return f"mask is {operands.mask}; accepted: bands that start at the first key"
+    if band.bounded and band.upper < 0:
+        return f"mask is {operands.mask} over {operands.q_len} rows and {operands.k_len} keys; accepted: as many keys"
+    return None
+
+
+def selection_refusal(operands: Operands, shape: BlockShape) -> str | None:
+    """Why kernels that select blocks by the positions of a band do not take the operands, or ``None`` if they do."""
+    if (reason := refusal(operands)) is not None:
+        return reason
+    offset = operands.offset
+    if operands.mask.local and offset % shape.k:
+        return f"row 0 is at key {offset}; accepted: a multiple of {shape.k}, or blocks hold keys that no row sees"
+    if offset + operands.q_len > operands.k_len:
+        return f"{operands.q_len} rows over {operands.k_len} keys; accepted: rows that have keys of their own"
     return None
 
 

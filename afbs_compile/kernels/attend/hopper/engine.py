@@ -31,8 +31,8 @@ def unsuited(operands: Operands, call: SparseCall, accepted: Sequence[BlockShape
         return f"{kind(q.device)} is no NVIDIA GPU of compute capability 9.x"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype is {q.dtype}; accepted: float16, bfloat16"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head_dim is {q.shape[3]}; accepted: {HEAD_DIMS}"
+    if q.shape[3] not in HEAD_DIMS or operands.v.shape[3] != q.shape[3]:
+        return f"head_dim is {q.shape[3]}, of v {operands.v.shape[3]}; accepted: {HEAD_DIMS}, the same for both"
     if shape not in accepted:
         return f"blocks are {shape}; accepted: {', '.join(map(str, accepted))}"
     if call.uses_lambda:
