@@ -3,9 +3,9 @@
     python benchmarks/calls.py                          the shipped model at 4,096 tokens, and three modules
     python benchmarks/calls.py --forms default ones     some of them
 
-Every form is one row: how many of its attention calls are sites and how many are sparse, the relative L1 distance of its
-output from the dense model's over the rows that are not padding, and its time against ``torch.compile(model)`` on the
-same inputs, in turns in one process. The language model is calibrated once, by the first form: its recipe serves the
+Every form is one row: how many attention calls it has and how many are sparse, the relative L1 distance of its output
+from the dense model's over the rows that are not padding, and its time against ``torch.compile(model)`` on the same
+inputs, in turns in one process. The language model is calibrated once, by the first form: its recipe serves the
 others. Padded rows are nobody's output and are left out.
 """
 

@@ -20,6 +20,25 @@ def told(operands: Operands) -> Band:
     return band
 
 
+def as_band(operands: Operands) -> Band:
+    """The operands' formula as a band, whatever else hides keys.
+
+    Raises:
+        ValueError: it is none; engines refuse such a call.
+    """
+    band = operands.mask.band(operands.q_len, operands.k_len)
+    if band is None:
+        raise ValueError(band_refusal(operands))
+    return band
+
+
+def band_refusal(operands: Operands) -> str | None:
+    """Why a kernel of any band does not take the operands' formula, or ``None`` if it does."""
+    if operands.mask.band(operands.q_len, operands.k_len) is None:
+        return f"mask is {operands.mask}; accepted: masks that are a band about the diagonal"
+    return None
+
+
 def refusal(operands: Operands) -> str | None:
     """Why a kernel of scores and one bound does not take the operands, or ``None`` if it does."""
     given = [
@@ -33,7 +52,7 @@ def refusal(operands: Operands) -> str | None:
         return f"{', '.join(given)} given; accepted: calls without"
     band = operands.mask.band(operands.q_len, operands.k_len)
     if band is None:
-        return f"mask is {operands.mask}; accepted: masks that are a band about the diagonal"
+        return band_refusal(operands)
     if band.width:
         return f"mask is {operands.mask}; accepted: bands that start at the first key"
     if band.bounded and band.upper < 0:

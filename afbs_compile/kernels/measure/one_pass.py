@@ -21,7 +21,7 @@ from torch import Tensor
 from afbs_compile.kernels.attend.machine import runs_triton
 from afbs_compile.kernels.blocks import BlockShape, Grid, block_count, chunks
 from afbs_compile.kernels.call import Kept
-from afbs_compile.kernels.masks.band import refusal
+from afbs_compile.kernels.masks.band import band_refusal
 from afbs_compile.kernels.measure.levels import Places, levels_of
 from afbs_compile.kernels.measure.pass_plain import plain_pass
 from afbs_compile.kernels.measure.visit import visit_order
@@ -130,7 +130,7 @@ def one_pass(operands: Operands, dense: Tensor, tau: Tensor, theta: Tensor, plan
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.
         limits = tau[some, None].expand(-1, len(sight.rows), -1).contiguous()
         live = torch.searchsorted(visit.level, limits, out_int32=True)
-        if runs_triton(device) and refusal(operands) is None:
+        if runs_triton(device) and band_refusal(operands) is None:
             from afbs_compile.kernels.measure.pass_triton import triton_pass  # Triton is not installed everywhere.
 
             sums = triton_pass(part, mine, plan.shape, visit, live, sight.rows)
