@@ -39,20 +39,22 @@ def band_refusal(operands: Operands) -> str | None:
     return None
 
 
-def refusal(operands: Operands) -> str | None:
-    """Why a kernel of scores and one bound does not take the operands, or ``None`` if it does."""
-    given = [
-        name
-        for name, value in (("valid", operands.valid), ("attn_mask", operands.attn_mask), ("sinks", operands.sinks))
-        if value is not None
-    ]
+def extras_refusal(operands: Operands, *, takes_valid: bool) -> str | None:
+    """Why a kernel of any band, and of valid keys maybe, does not take the operands, or ``None`` if it does."""
+    names = ("attn_mask", "sinks") if takes_valid else ("valid", "attn_mask", "sinks")
+    given = [name for name in names if getattr(operands, name) is not None]
     if operands.softcap:
         given.append("softcap")
     if given:
         return f"{', '.join(given)} given; accepted: calls without"
-    band = operands.mask.band(operands.q_len, operands.k_len)
-    if band is None:
-        return band_refusal(operands)
+    return band_refusal(operands)
+
+
+def refusal(operands: Operands) -> str | None:
+    """Why a kernel of nothing but one bound does not take the operands, or ``None`` if it does."""
+    if (reason := extras_refusal(operands, takes_valid=False)) is not None:
+        return reason
+    band = as_band(operands)
     if band.width:
         return f"mask is {operands.mask}; accepted: bands that start at the first key"
     if band.bounded and band.upper < 0:
@@ -72,7 +74,16 @@ def selection_refusal(operands: Operands, shape: BlockShape) -> str | None:
     return None
 
 
+def seen_by_blocks(operands: Operands, shape: BlockShape) -> bool:
+    """Whether every key of a visible block is seen by some row of the query block, and every row sees a key."""
+    band = as_band(operands)
+    return operands.by_formula and not (band.width or (band.bounded and (band.upper < 0 or band.upper % shape.k)))
+
+
 def partial_at_most(operands: Operands, shape: BlockShape) -> int:
-    """How many partial blocks a query block has at most: those that the bound crosses, or the last one."""
-    band = told(operands)
+    """How many partial blocks a query block has at most, of what :func:`seen_by_blocks` holds for.
+
+    Those that the bound crosses, or the last one.
+    """
+    band = as_band(operands)
     return shape.q // shape.k + (band.upper % shape.k != 0) if band.bounded else 1

@@ -37,7 +37,7 @@ def unsuited(operands: Operands, call: SparseCall, accepted: Sequence[BlockShape
         return f"blocks are {shape}; accepted: {', '.join(map(str, accepted))}"
     if call.uses_lambda:
         return f"lam is {list(call.lam)}; accepted: at most {LAMBDA_OFF} for every head, which skips nothing"
-    return band.refusal(operands)
+    return None
 
 
 def misplaced(x: Tensor) -> bool:
@@ -61,7 +61,7 @@ class Hopper(TritonFamily):
 
     def refusal(self, operands: Operands, call: SparseCall) -> str | None:
         """See :meth:`Engine.refusal`."""
-        reason = unsuited(operands, call, self.shapes)
+        reason = unsuited(operands, call, self.shapes) or band.extras_refusal(operands, takes_valid=True)
         if reason is not None:
             return reason
         for name, x in (("q", operands.q), ("k", operands.k), ("v", operands.v)):
