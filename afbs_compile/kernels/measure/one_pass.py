@@ -116,7 +116,7 @@ def one_pass(operands: Operands, dense: Tensor, tau: Tensor, theta: Tensor, plan
     Returns:
         Sums per query block, on the device of ``q``. A row whose output overflows measures NaN or infinity.
     """
-    operands = resolved(operands)
+    operands = resolved(operands, plan.shape)
     device, grid = operands.device, operands.grid(plan.shape)
     tau = tau.to(device, non_blocking=True)
     look = _look(operands, plan)
