@@ -7,6 +7,7 @@ from torch._C import _functorch
 
 from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.masks.window import Window
 from afbs_compile.passes import constants
 from afbs_compile.passes.find import find
 from afbs_compile.passes.mask_proof import classify
@@ -47,10 +48,9 @@ def test_layers_share_the_evaluation(look, qkv, monkeypatch):
     assert len(runs) == 1
 
 
-def test_a_mask_too_large_to_evaluate_is_refused(look, qkv, monkeypatch):
+def test_a_mask_too_large_to_evaluate_is_read_as_it_is(look, qkv, monkeypatch):
     monkeypatch.setattr(constants, "LARGEST_TENSOR", N * N - 1)
-    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=causal()), *qkv).reason
-    assert "GiB to evaluate" in reason
+    assert look(lambda q, k, v: sdpa(q, k, v, attn_mask=causal()), *qkv).site.attn_mask is not None
 
 
 def test_vmap_levels_are_left_after_a_failure(look, qkv):
@@ -59,7 +59,7 @@ def test_vmap_levels_are_left_after_a_failure(look, qkv):
         mask = torch.vmap(lambda row: torch.empty(N, dtype=torch.bool) & (row >= i))(i)
         return sdpa(q, k, v, attn_mask=mask)
 
-    assert "uninitialised" in look(fn, *qkv).reason
+    assert look(fn, *qkv).site.attn_mask is not None
     assert not _functorch.maybe_current_level()
 
 
@@ -77,21 +77,21 @@ class TestDynamicShapes:
     def inputs(self, length):
         return [torch.randn(2, 4, length, 16) for _ in range(3)]
 
-    def test_each_length_is_proven_for_itself(self, compile_with):
+    def test_one_proof_is_for_all_lengths(self, compile_with):
         found = compile_with(self.masked, dynamic=True, change=True)
         with torch.no_grad():
             for length in (24, 40):
                 inputs = self.inputs(length)
                 torch.testing.assert_close(found.call(*inputs), self.masked(*inputs))
-        assert [len(sites) for sites in found.sites] == [1, 1]
+        assert [[site.mask for site in sites] for sites in found.sites] == [[Causal()]]
 
-    def test_a_mask_that_is_causal_at_one_length_only(self, compile_with):
+    def test_a_window_that_shorter_inputs_fill(self, compile_with):
         found = compile_with(self.up_to_32, dynamic=True, change=True)
         with torch.no_grad():
             for length in (24, 40, 30, 41):
                 inputs = self.inputs(length)
                 torch.testing.assert_close(found.call(*inputs), self.up_to_32(*inputs))
-        assert [len(sites) for sites in found.sites] == [1, 0, 1, 0]
+        assert [[site.mask for site in sites] for sites in found.sites] == [[Window(32)]]
 
     def test_a_short_call_is_not_pinned_to_its_length(self, compile_with):
         found = compile_with(self.masked, dynamic=True, min_length=100)
@@ -115,17 +115,16 @@ class TestDynamicShapes:
                 torch._dynamo.mark_dynamic(x, 2)
             found.call(*inputs)
         assert len(found.graphs) == 1
-        assert found.reason.startswith("mask not proven: the length is free")
+        assert found.site.mask == Causal()
 
-    def test_an_exported_graph_whose_mask_is_causal_at_some_lengths_is_refused(self):
+    def test_an_exported_graph_whose_mask_is_causal_at_some_lengths_is_a_window(self):
         class Masked(torch.nn.Module):
             forward = TestDynamicShapes.up_to_32
 
         length = torch.export.Dim("length", min=2, max=4096)
         exported = torch.export.export(Masked(), tuple(self.inputs(24)), dynamic_shapes=({2: length},) * 3)
-        sites, (refusal,) = find(exported.module(), min_length=1)
-        assert sites == []
-        assert refusal.reason.startswith("mask not proven: it is neither causal nor true everywhere at every length")
+        (site,), _ = find(exported.module(), min_length=1)
+        assert site.mask == Window(32)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -151,8 +150,8 @@ def test_exported_buffer_is_no_constant():
 
     exported = torch.export.export(Masked(), (torch.randn(2, 4, N, 16),))
     for gm in (exported.module(), exported.graph_module):
-        _, (refusal,) = find(gm, min_length=1)
-        assert refusal.reason.startswith("mask not proven: it ")
+        (site,), _ = find(gm, min_length=1)
+        assert site.attn_mask is not None
 
 
 class TestClassify:

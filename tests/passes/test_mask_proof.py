@@ -7,7 +7,12 @@ from torch.utils.checkpoint import checkpoint
 
 from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.masks.window import Around, Window
+from afbs_compile.passes.constants import ConstantTensors, NotConstantError
+from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.find import find
+from afbs_compile.passes.mask_proof import MaskProver
+from afbs_compile.passes.operands import Call
 
 N = 24
 sdpa = F.scaled_dot_product_attention
@@ -107,16 +112,28 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("make", OTHER.values(), ids=OTHER.keys())
-def test_another_pattern_is_refused(look, qkv, make):
-    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).reason
-    assert reason.startswith("mask not proven: it was evaluated and is neither causal nor true everywhere")
+BANDS = {"sliding window": Window(9), "shifted by one": Around(N - 1, 1), "anti-causal": Around(0, N - 1)}
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", OTHER)
+def test_another_pattern_is_a_band_or_read_as_it_is(look, compile_with, qkv, name):
+    def call(q, k, v):
+        return sdpa(q, k, v, attn_mask=OTHER[name]())
+
+    site = look(call, *qkv).site
+    assert (site.mask, site.attn_mask is None) == ((BANDS[name], True) if name in BANDS else (Full(), False))
+    torch.testing.assert_close(compile_with(call, change=True).call(*qkv), call(*qkv))
+
+
+@pytest.mark.parametrize("value", [1.0, -1e30, float("nan"), float("inf")])
 def test_another_number_in_a_floating_mask_is_a_bias(look, qkv, value):
-    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.full((N, N), value).triu(1)), *qkv).reason
-    assert reason.startswith("additive bias: a floating mask is added to the scores, and it was evaluated")
+    site = look(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.full((N, N), value).triu(1)), *qkv).site
+    assert (site.mask, value_of(site.attn_mask).dtype) == (Full(), torch.float32)
+
+
+def test_a_floating_mask_of_zeros_hides_nothing(look, qkv):
+    site = look(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.zeros(N, N)), *qkv).site
+    assert (site.mask, site.attn_mask) == (Full(), None)
 
 
 class Buffered(torch.nn.Module):
@@ -194,15 +211,18 @@ def overwritten_out(q):
 def test_what_may_change_between_calls_is_no_constant(look, qkv, make, why):
     module = Buffered()
     module.forward = lambda q, k, v: sdpa(q, k, v, attn_mask=make(module, q))
-    reason = look(module, *qkv).reason
-    assert reason.startswith("mask not proven: ")
-    assert why in reason
+    found = look(module, *qkv)
+    assert found.site.attn_mask is not None
+    constants, node = ConstantTensors(found.graphs[0]), found.site.node
+    mask = Call.of(node).mask
+    with pytest.raises(NotConstantError, match=why):
+        MaskProver(constants).mask([(mask, constants.program(mask, before=node))], lengths=(N, N))
 
 
 def test_random_numbers_are_not_drawn_by_the_attempt(look, qkv):
     (gm,) = look(lambda q, k, v: sdpa(q, k, v, attn_mask=random_but_causal()), *qkv).graphs
     state = torch.random.get_rng_state()
-    assert find(gm, min_length=1)[0] == []
+    assert find(gm, min_length=1)[0][0].attn_mask is not None
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -216,8 +236,8 @@ def test_a_mask_written_between_two_calls_is_judged_twice(look, qkv):
         return sdpa(second, k, v, attn_mask=mask)
 
     found = look(fn, *qkv)
-    assert [site.mask for site in found.sites[0]] == [Causal(), Full()]
-    assert len(found.refusals[0]) == 1
+    assert [site.mask for site in found.sites[0]] == [Causal(), Full(), Full()]
+    assert [site.attn_mask is None for site in found.sites[0]] == [True, True, False]
 
 
 def test_writes_to_other_tensors_do_not_matter(look, qkv):

@@ -88,10 +88,14 @@ def test_causal_at_every_length(make):
 
 
 @pytest.mark.parametrize("make", NEITHER.values(), ids=NEITHER)
-def test_refused_unless_it_holds_at_every_length(make):
-    sites, (refusal,) = found(make)
-    assert sites == []
-    assert refusal.reason.startswith(("mask not proven: ", "additive bias: "))
+def test_read_as_it_is_unless_it_is_a_band_at_every_length(make):
+    (site,), refusals = found(make)
+    assert refusals == []
+    if site.attn_mask is None:
+        for length in (2, 3, 24, 70):
+            expected = make(length).expand(length, length)
+            seen = expected if expected.dtype == torch.bool else expected == 0
+            assert torch.equal(site.mask.matrix(length, length, torch.device("cpu")), seen)
 
 
 def test_true_everywhere():
