@@ -22,7 +22,7 @@ from tests.sweeps import slow_after
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="interpreted kernels only")
 
-SEEDS = slow_after(6, range(16))
+SEEDS = slow_after(3, range(8))
 
 
 def attended(operands, call):
