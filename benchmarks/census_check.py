@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from census_inputs import LENGTH, input_makers
-from census_models import enliven, tiny_models
+from census_inputs import input_makers
+from census_models import LENGTH, enliven, tiny_models
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -68,11 +68,12 @@ def running(model_type: str) -> tuple[str, nn.Module, Callable[[int], Inputs]]:
     Raises:
         NotRunError: none does.
     """
-    first: Exception | None = None
+    reasons: list[str] = []
     for level, model in tiny_models(model_type):
         if isinstance(model, Exception):
-            first = first or model
+            reasons.append(f"cannot be built: {_said(model)}")
             continue
+        failed = f"no inputs known for it: {', '.join(inspect.signature(model.forward).parameters)}"
         before = {name: value.clone() for name, value in model.state_dict().items()}
         enliven(model)
         for make in input_makers(model):
@@ -81,10 +82,11 @@ def running(model_type: str) -> tuple[str, nn.Module, Callable[[int], Inputs]]:
                     model.load_state_dict(before)  # some take no weights but their own
                 _called(model, make(1))
             except Exception as error:
-                first = first or error
+                failed = f"does not run on {', '.join(make(1))}: {_said(error)}"
             else:
                 return level, model, make
-    raise NotRunError("no inputs known for it" if first is None else _said(first))
+        reasons.append(failed)
+    raise NotRunError(next((reason for reason in reasons if not reason.startswith("cannot")), reasons[0]))
 
 
 def _inputs(form: str, make: Callable[[int], Inputs]) -> tuple[Inputs, Tensor | None]:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from census_models import VOCABULARY
+from census_models import LENGTH, VOCABULARY
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-LENGTH = 192
 DECODER_LENGTH = 128
 """Not that of the encoder, so that cross attention has two lengths."""
 

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
+LENGTH = 192
+"""Tokens of a text, and about as many rows of anything else."""
+
 VOCABULARY = 256
 LAYERS = 2
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -36,7 +39,7 @@ LEVELS = (
 
 RULES: tuple[tuple[str, str, int | str], ...] = (
     ("sizes", r"(^|_)vocab_size|^n_vocab$|num_.*tokens?_types?$", VOCABULARY),
-    ("sizes", r"max_source_positions|max_length$", 192),
+    ("sizes", r"max_source_positions|max_length$", LENGTH),
     ("sizes", r"max_.*positions?(_embeddings)?$|^n_positions$|^n_ctx$|max_seq_len|max_context", POSITIONS),
     ("sizes", r"^sliding_window$|attention_window$|attention_chunk_size|^local_attention$|^window_size$", WINDOW),
     ("sizes", r"n_group$|topk_group$|num_expert_group", 1),
@@ -55,6 +58,10 @@ RULES: tuple[tuple[str, str, int | str], ...] = (
     ("widths", r"(proj|projection)_(dim|size)$|text_hidden|vision_hidden|audio_hidden|out_hidden", WIDTH),
 )  # fmt: skip
 """Part, words of a field's name, and what larger numbers become; the first that fits counts."""
+
+
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Names for the number of layers, where that is one number."""
 
 
 def architectures() -> dict[str, str]:
@@ -117,10 +124,9 @@ class Shrinking:
 
     def layers_kept(self, fields: dict[str, Any]) -> list[int]:
         """Layers to keep: the first of each type, at least :data:`LAYERS`."""
-        count = next((fields[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in fields), 0)
         types = fields.get("layer_types")
         kept = [types.index(kind) for kind in dict.fromkeys(types)] if isinstance(types, list) else []
-        others = [index for index in range(count if isinstance(count, int) else 0) if index not in kept]
+        others = [index for index in range(_layers(fields)) if index not in kept]
         return sorted(kept + others[: max(0, LAYERS - len(kept))])
 
     def value(self, name: str, value: Any, fields: dict[str, Any], layers: list[int]) -> Any:
@@ -149,9 +155,9 @@ class Shrinking:
             if most == "kv_heads":
                 heads = fields.get("num_attention_heads", fields.get("n_head"))
                 most = HEADS if value == heads else KV_HEADS
-            if part == "layers" and most == LAYERS:
-                most = max(LAYERS, len(layers)) if name in ("num_hidden_layers", "n_layer", "num_layers") else LAYERS
-            return min(value, int(most))
+            if name in COUNTS:
+                return len(layers) or value
+            return POSITIONS if most == POSITIONS else min(value, int(most))
         return value
 
     def items(self, name: str, value: Any, fields: dict[str, Any], layers: list[int]) -> Any:
@@ -163,8 +169,7 @@ class Shrinking:
             return value
         if re.search(r"depths?$|num_.*layers$|layer_depths", name) and all(isinstance(n, int) for n in value):
             return kind(1 for _ in value)
-        count = next((fields[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in fields), None)
-        if len(value) == count:
+        if len(value) == _layers(fields):
             return kind(value[index] for index in layers)
         if re.search(r"(index(es)?|indices|_layers)$", name) and all(isinstance(n, int) for n in value):
             return kind(sorted({min(n, LAYERS - 1) for n in value}))
@@ -196,6 +201,13 @@ class Shrinking:
         if not isinstance(value, int) or value <= LARGEST_SIDE:
             return value
         return PATCHES * patch if isinstance(patch, int) and patch > 8 else LARGEST_SIDE
+
+
+def _layers(fields: dict[str, Any]) -> int:
+    """Layers of a configuration; 0 where it has stages with numbers of their own."""
+    if any(isinstance(fields.get(name), list | tuple) for name in ("depths", *COUNTS)):
+        return 0
+    return next((fields[name] for name in COUNTS if isinstance(fields.get(name), int)), 0)
 
 
 @torch.no_grad()
