@@ -19,6 +19,8 @@ import argparse
 import json
 import logging
 import multiprocessing
+import resource
+import signal
 import time
 import warnings
 from collections import Counter
@@ -35,6 +37,9 @@ from common import RESULTS, save, settings
 
 FORK = multiprocessing.get_context("fork")  # libraries take longer to import than most models to examine
 
+WAITING = 5
+"""Times the limit that a process may exist, for others share the processor."""
+
 
 class Job(NamedTuple):
     """A model that is being examined."""
@@ -44,7 +49,8 @@ class Job(NamedTuple):
     began: float
 
 
-def _work(model: str, forms: list[str], out: Connection) -> None:
+def _work(model: str, forms: list[str], seconds: int, out: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -52,18 +58,18 @@ def _work(model: str, forms: list[str], out: Connection) -> None:
     out.send(examine(model, forms))
 
 
-def records(models: list[str], forms: list[str], workers: int, seconds: float) -> Iterator[dict[str, Any]]:
+def records(models: list[str], forms: list[str], workers: int, seconds: int) -> Iterator[dict[str, Any]]:
     """The record of each model, as they come.
 
     Args:
-        models: to examine; forms: of each; workers: models at a time; seconds: that each may take.
+        models: to examine; forms: of each; workers: models at a time; seconds: of a processor that each may take.
     """
     waiting, running = list(reversed(models)), dict[Connection, Job]()
     while waiting or running:
         while waiting and len(running) < workers:
             model = waiting.pop()
             receive, send = FORK.Pipe(duplex=False)
-            process = FORK.Process(target=_work, args=(model, forms, send), daemon=True)
+            process = FORK.Process(target=_work, args=(model, forms, seconds, send), daemon=True)
             process.start()
             send.close()
             running[receive] = Job(model, process, time.perf_counter())
@@ -72,8 +78,8 @@ def records(models: list[str], forms: list[str], workers: int, seconds: float) -
             spent = time.perf_counter() - job.began
             if connection in ready:
                 record = _received(connection, job)
-            elif spent > seconds:
-                record = {"not_run": f"more than {seconds:g} s"}
+            elif spent > WAITING * seconds:
+                record = {"not_run": f"no end after {spent:.0f} s"}
             else:
                 continue
             job.process.kill()
@@ -87,7 +93,9 @@ def _received(connection: Connection, job: Job) -> dict[str, Any]:
         return connection.recv()
     except EOFError:
         job.process.join()
-        return {"not_run": f"its process ended with {job.process.exitcode}"}
+        code = job.process.exitcode
+        late = code is not None and -code in (signal.SIGXCPU, signal.SIGKILL)
+        return {"not_run": "out of time or memory" if late else f"its process ended with {code}"}
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -139,8 +147,8 @@ def show(result: dict[str, Any]) -> None:
     for form, row in result["forms"].items():
         share = "" if row["share"] is None else f"{row['share']:.1%}"
         print(
-            f"{form:12} {row['sites']} of {row['calls']} calls are sites {share} in {row['with calls']} models with calls "
-            f"({row['models without a site']} without a site); {row['models run']} ran"
+            f"{form:12} {row['sites']} of {row['calls']} calls are sites {share} in {row['with calls']} models with "
+            f"calls ({row['models without a site']} without a site); {row['models run']} ran"
         )
     for kind, entry in sorted(result["refused"].items(), key=lambda item: -item[1]["calls"]):
         print(
@@ -159,7 +167,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--limit", type=int, help="only so many architectures")
     parser.add_argument("--workers", type=int, default=2, help="models at a time, a thread each")
-    parser.add_argument("--seconds", type=float, default=60.0, help="that a model may take")
+    parser.add_argument("--seconds", type=int, default=60, help="of a processor that a model may take")
     parser.add_argument("--resume", action="store_true", help="keep the records that are there")
     parser.add_argument("--out", type=Path, default=RESULTS / "census_cpu.json")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""One model's part in the census: its attention calls in every form, and what its output becomes without any of them."""
+"""One model's part in the census: its attention calls in every form, and its output with all of them replaced."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig, ResNetConfig
 
 LENGTH = 192
 """Tokens of a text, and about as many rows of anything else."""
@@ -29,6 +30,7 @@ LARGEST_SIDE = 224
 MOST_PARAMETERS = 200_000_000
 
 LEVELS = (
+    ("all but head sizes", frozenset({"layers", "fewer heads", "sizes"})),
     ("all", frozenset({"layers", "heads", "widths", "sizes"})),
     ("all but widths", frozenset({"layers", "sizes"})),
     ("all but layers", frozenset({"heads", "widths", "sizes"})),
@@ -36,6 +38,12 @@ LEVELS = (
     ("nothing", frozenset()),
 )
 """What is made small, the most first: fields of some architectures depend on each other in ways of their own."""
+
+COUNTED_HEADS = (
+    r"(kv|key_value|multi_query)_.*heads?|heads?_(kv|key_value)|num_kv$",
+    r"(^|_)(n|num)_?.*heads?$|attention_heads$|^heads$",
+)
+"""Words of numbers of heads: of keys, and of any."""
 
 RULES: tuple[tuple[str, str, int | str], ...] = (
     ("sizes", r"(^|_)vocab_size|^n_vocab$|num_.*tokens?_types?$", VOCABULARY),
@@ -47,8 +55,8 @@ RULES: tuple[tuple[str, str, int | str], ...] = (
     ("sizes", r"n_?(um)?_?(routed_|local_|moe_)?experts$|^moe_num_experts$", 4),
     ("layers", r"first_k_dense_replace|num_hash_layers", 1),
     ("layers", r"(^|_)n?_?layers?$|(^|_)depth$|^num_blocks$|num_.*_blocks$|^n_block$", LAYERS),
-    ("heads", r"(kv|key_value|multi_query)_.*heads?|heads?_(kv|key_value)|num_kv$", "kv_heads"),
-    ("heads", r"(^|_)(n|num)_?.*heads?$|attention_heads$|^heads$", HEADS),
+    ("heads", COUNTED_HEADS[0], "kv_heads"),
+    ("heads", COUNTED_HEADS[1], HEADS),
     ("heads", r"qk_rope_head_dim|^rotary_dim$", HEAD_DIM // 2),
     ("heads", r"^qk_head_dim$", HEAD_DIM + HEAD_DIM // 2),
     ("heads", r"head_dim$|head_size$|^d_kv$|^kv_channels$|^d_head$|head_dims?$|^attention_key_size$", HEAD_DIM),
@@ -110,7 +118,10 @@ class Shrinking:
 
     def of(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """A small configuration of the same class, whose nested ones are small as well."""
-        fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+        if config.model_type == "timm_backbone":  # of a library of its own
+            return ResNetConfig(depths=[1] * 4, out_features=[f"stage{index}" for index in config.out_indices or [4]])
+        known = {field.name for field in dataclasses.fields(config)}  # the others are computed from them
+        fields = {name: value for name, value in vars(config).items() if name in known}
         layers = self.layers_kept(fields)
         changed: dict[str, Any] = {}
         for name, value in fields.items():
@@ -147,14 +158,16 @@ class Shrinking:
         return value
 
     def number(self, name: str, value: int, fields: dict[str, Any], layers: list[int]) -> int:
+        """A number by the first rule that its name fits."""
         for part, words, most in RULES:
             if not re.search(words, name):
                 continue
-            if part not in self.parts:
+            if part == "widths" and "fewer heads" in self.parts:
+                return value * HEADS // max(HEADS, _heads(fields))
+            if part not in self.parts and not (words in COUNTED_HEADS and "fewer heads" in self.parts):
                 return value
             if most == "kv_heads":
-                heads = fields.get("num_attention_heads", fields.get("n_head"))
-                most = HEADS if value == heads else KV_HEADS
+                most = HEADS if value == _heads(fields) else KV_HEADS
             if name in COUNTS:
                 return len(layers) or value
             return POSITIONS if most == POSITIONS else min(value, int(most))
@@ -194,6 +207,7 @@ class Shrinking:
         return self.token_ids.setdefault(name, VOCABULARY - 1 - len(self.token_ids))
 
     def image(self, value: Any, fields: dict[str, Any]) -> Any:
+        """Sides with about as many patches as a text has tokens."""
         if isinstance(value, list | tuple):
             return type(value)(self.image(side, fields) for side in value)
         patch = fields.get("patch_size")
@@ -201,6 +215,12 @@ class Shrinking:
         if not isinstance(value, int) or value <= LARGEST_SIDE:
             return value
         return PATCHES * patch if isinstance(patch, int) and patch > 8 else LARGEST_SIDE
+
+
+def _heads(fields: dict[str, Any]) -> int:
+    """Query heads of a configuration; 0 where it has none of its own, or other numbers in other stages."""
+    names = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
+    return next((fields[name] for name in names if isinstance(fields.get(name), int)), 0)
 
 
 def _layers(fields: dict[str, Any]) -> int:
