@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from census_models import LENGTH, VOCABULARY
+from census_models import LENGTH, PATCHES, SOUND, VOCABULARY
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -70,14 +70,25 @@ def _video(facts: Facts, batch: int) -> Tensor:
     return _image(facts, batch * frames).unflatten(0, (batch, frames))
 
 
+def _patches(facts: Facts, batch: int) -> Tensor:
+    patch = facts.get("patch_size", default=16)
+    frames = facts.get("temporal_patch_size", default=1)
+    size = facts.get("num_channels", "in_channels", "in_chans", default=3) * frames * patch * patch
+    return torch.randn(batch, PATCHES * PATCHES, size)
+
+
+def _grid(batch: int, *sizes: int) -> Tensor:
+    return torch.tensor([sizes] * batch)
+
+
 def _mel(facts: Facts, batch: int) -> Tensor:
-    frames = 2 * facts.get("max_source_positions", default=LENGTH)
+    frames = 2 * facts.get("max_source_positions", default=SOUND // 2)
     return torch.randn(batch, facts.get("num_mel_bins", "n_mels", default=80), frames)
 
 
 def _feature_rows(facts: Facts, batch: int) -> Tensor:
     size = facts.get("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins", default=80)
-    return torch.randn(batch, 2 * LENGTH, size)
+    return torch.randn(batch, SOUND, size)
 
 
 def _spectrogram(facts: Facts, batch: int) -> Tensor:
@@ -104,7 +115,7 @@ MAKERS: dict[str, tuple[Callable[[Facts, int], Tensor], ...]] = {
     "input_ids": (lambda facts, batch: facts.tokens(batch, LENGTH),),
     "decoder_input_ids": (lambda facts, batch: facts.tokens(batch, DECODER_LENGTH),),
     "bbox": (_boxes,),
-    "pixel_values": (_image, _video),
+    "pixel_values": (_image, _video, _patches),
     "pixel_values_videos": (_video,),
     "input_values": (_waveform, _spectrogram, lambda facts, batch: _waveform(facts, batch)[:, None]),
     "input_features": (_mel, _feature_rows),
@@ -115,6 +126,18 @@ MAKERS: dict[str, tuple[Callable[[Facts, int], Tensor], ...]] = {
 }
 """Arguments of forward that are made, and the shapes in which models take them, the usual one first."""
 
+REQUIRED: dict[str, tuple[Callable[[Facts, int], Tensor], ...]] = {
+    "hidden_states": (lambda facts, batch: _patches(facts, batch).flatten(0, 1),),
+    "grid_thw": (lambda facts, batch: _grid(batch, 1, PATCHES, PATCHES),),
+    "spatial_shapes": (lambda facts, batch: _grid(batch, PATCHES, PATCHES),),
+    "pixel_attention_mask": (lambda facts, batch: torch.ones(batch, PATCHES * PATCHES, dtype=torch.long),),
+    "input_features_mask": (lambda facts, batch: torch.ones(batch, SOUND, dtype=torch.long),),
+    "query_embeds": (lambda facts, batch: torch.randn(batch, LENGTH, facts.get("hidden_size", default=768)),),
+}
+"""The same of arguments that are made only where forward has no default for them."""
+
+KNOWN = {**MAKERS, **REQUIRED}
+
 
 def input_makers(model: nn.Module) -> Iterator[Callable[[int], dict[str, Tensor]]]:
     """What makes a batch of the model's inputs, several to be tried in turn.
@@ -123,22 +146,25 @@ def input_makers(model: nn.Module) -> Iterator[Callable[[int], dict[str, Tensor]
     """
     taken = inspect.signature(model.forward).parameters
     main = model.main_input_name
-    everything = [name for name in MAKERS if name in taken]
-    sets = [everything, [name for name in everything if name in (main, "decoder_input_ids", "bbox")], [main]]
+    required = [name for name in REQUIRED if name in taken and taken[name].default is inspect.Parameter.empty]
+    everything = [name for name in MAKERS if name in taken] + required
+    few = (main, "decoder_input_ids", "bbox", *required)
+    sets = [everything, [name for name in everything if name in few]]
+    sets.append([name for name in everything if name in (main, *required)])
     if main == "pixel_values" and "input_ids" in everything:
         sets.append(["input_ids"])
     tried = []
     for names in sets:
-        if names in tried or not names or any(name not in MAKERS for name in names):
+        if names in tried or not names:
             continue
         tried.append(names)
-        for shape in range(max(len(MAKERS[name]) for name in names)):
+        for shape in range(max(len(KNOWN[name]) for name in names)):
             yield _maker(Facts(model.config), names, shape)
 
 
 def _maker(facts: Facts, names: list[str], shape: int) -> Callable[[int], dict[str, Tensor]]:
     def make(batch: int) -> dict[str, Tensor]:
         torch.manual_seed(2)
-        return {name: MAKERS[name][min(shape, len(MAKERS[name]) - 1)](facts, batch) for name in names}
+        return {name: KNOWN[name][min(shape, len(KNOWN[name]) - 1)](facts, batch) for name in names}
 
     return make

@@ -15,6 +15,9 @@ from transformers import AutoModel, PreTrainedConfig, ResNetConfig
 LENGTH = 192
 """Tokens of a text, and about as many rows of anything else."""
 
+SOUND = 400
+"""Frames of a spectrogram whose rows a model then halves."""
+
 VOCABULARY = 256
 LAYERS = 2
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -47,7 +50,8 @@ COUNTED_HEADS = (
 
 RULES: tuple[tuple[str, str, int | str], ...] = (
     ("sizes", r"(^|_)vocab_size|^n_vocab$|num_.*tokens?_types?$", VOCABULARY),
-    ("sizes", r"max_source_positions|max_length$", LENGTH),
+    ("sizes", r"max_source_positions$", SOUND // 2),
+    ("sizes", r"max_length$", LENGTH),
     ("sizes", r"max_.*positions?(_embeddings)?$|^n_positions$|^n_ctx$|max_seq_len|max_context", POSITIONS),
     ("sizes", r"^sliding_window$|attention_window$|attention_chunk_size|^local_attention$|^window_size$", WINDOW),
     ("sizes", r"n_group$|topk_group$|num_expert_group", 1),
