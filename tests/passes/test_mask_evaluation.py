@@ -7,6 +7,7 @@ from torch._C import _functorch
 
 from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.masks.window import Window
 from afbs_compile.passes import constants
 from afbs_compile.passes.find import find
 from afbs_compile.passes.mask_proof import classify
@@ -47,10 +48,10 @@ def test_layers_share_the_evaluation(look, qkv, monkeypatch):
     assert len(runs) == 1
 
 
-def test_a_mask_too_large_to_evaluate_is_refused(look, qkv, monkeypatch):
+def test_a_mask_too_large_to_evaluate_is_read_when_the_graph_runs(same, qkv, monkeypatch):
     monkeypatch.setattr(constants, "LARGEST_TENSOR", N * N - 1)
-    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=causal()), *qkv).reason
-    assert "GiB to evaluate" in reason
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=causal()), *qkv).site
+    assert (site.mask, site.attn_mask is not None) == (Full(), True)
 
 
 def test_vmap_levels_are_left_after_a_failure(look, qkv):
@@ -59,7 +60,7 @@ def test_vmap_levels_are_left_after_a_failure(look, qkv):
         mask = torch.vmap(lambda row: torch.empty(N, dtype=torch.bool) & (row >= i))(i)
         return sdpa(q, k, v, attn_mask=mask)
 
-    assert "uninitialised" in look(fn, *qkv).reason
+    assert look(fn, *qkv).site.attn_mask is not None
     assert not _functorch.maybe_current_level()
 
 
@@ -77,21 +78,34 @@ class TestDynamicShapes:
     def inputs(self, length):
         return [torch.randn(2, 4, length, 16) for _ in range(3)]
 
-    def test_each_length_is_proven_for_itself(self, compile_with):
-        found = compile_with(self.masked, dynamic=True, change=True)
-        with torch.no_grad():
-            for length in (24, 40):
-                inputs = self.inputs(length)
-                torch.testing.assert_close(found.call(*inputs), self.masked(*inputs))
-        assert [len(sites) for sites in found.sites] == [1, 1]
+    def by_the_length(self, q, k, v):
+        """Causal in one of two ways: that is no formula of the positions."""
+        n = q.shape[2]
+        rows = torch.arange(n)
+        return sdpa(q, k, v, attn_mask=(rows[:, None] >= rows) & (rows[:, None] * rows < 30 * n))
 
-    def test_a_mask_that_is_causal_at_one_length_only(self, compile_with):
-        found = compile_with(self.up_to_32, dynamic=True, change=True)
+    def test_one_graph_serves_all_lengths_of_a_formula(self, compile_with):
+        for fn, mask in ((self.masked, Causal()), (self.up_to_32, Window(32))):
+            found = compile_with(fn, dynamic=True, change=True)
+            with torch.no_grad():
+                for length in (24, 40, 30, 41):
+                    inputs = self.inputs(length)
+                    torch.testing.assert_close(found.call(*inputs), fn(*inputs))
+            assert len(found.graphs) == 1
+            assert found.site.mask == mask
+
+    def test_what_has_no_formula_is_proven_at_each_length(self, compile_with):
+        found = compile_with(self.by_the_length, dynamic=True, change=True)
         with torch.no_grad():
             for length in (24, 40, 30, 41):
                 inputs = self.inputs(length)
-                torch.testing.assert_close(found.call(*inputs), self.up_to_32(*inputs))
-        assert [len(sites) for sites in found.sites] == [1, 0, 1, 0]
+                torch.testing.assert_close(found.call(*inputs), self.by_the_length(*inputs))
+        assert [(site.mask, site.attn_mask is None) for (site,) in found.sites] == [
+            (Causal(), True),
+            (Full(), False),
+            (Causal(), True),
+            (Full(), False),
+        ]
 
     def test_a_short_call_is_not_pinned_to_its_length(self, compile_with):
         found = compile_with(self.masked, dynamic=True, min_length=100)
@@ -115,17 +129,26 @@ class TestDynamicShapes:
                 torch._dynamo.mark_dynamic(x, 2)
             found.call(*inputs)
         assert len(found.graphs) == 1
-        assert found.reason.startswith("mask not proven: the length is free")
+        assert found.site.mask == Causal()
 
-    def test_an_exported_graph_whose_mask_is_causal_at_some_lengths_is_refused(self):
+    def test_a_free_length_without_a_formula_is_not_pinned_either(self, compile_with):
+        found = compile_with(self.by_the_length, dynamic=None, change=True)
+        for length in (24, 40):
+            inputs = self.inputs(length)
+            for x in inputs:
+                torch._dynamo.mark_dynamic(x, 2)
+            torch.testing.assert_close(found.call(*inputs), self.by_the_length(*inputs))
+        assert len(found.graphs) == 1
+        assert (found.site.mask, found.site.attn_mask is not None) == (Full(), True)
+
+    def test_an_exported_graph_whose_mask_is_causal_at_some_lengths(self):
         class Masked(torch.nn.Module):
             forward = TestDynamicShapes.up_to_32
 
         length = torch.export.Dim("length", min=2, max=4096)
         exported = torch.export.export(Masked(), tuple(self.inputs(24)), dynamic_shapes=({2: length},) * 3)
-        sites, (refusal,) = find(exported.module(), min_length=1)
-        assert sites == []
-        assert refusal.reason.startswith("mask not proven: it is neither causal nor true everywhere at every length")
+        (site,), _ = find(exported.module(), min_length=1)
+        assert (site.mask, site.attn_mask) == (Window(32), None)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -151,8 +174,8 @@ def test_exported_buffer_is_no_constant():
 
     exported = torch.export.export(Masked(), (torch.randn(2, 4, N, 16),))
     for gm in (exported.module(), exported.graph_module):
-        _, (refusal,) = find(gm, min_length=1)
-        assert refusal.reason.startswith("mask not proven: it ")
+        (site,), _ = find(gm, min_length=1)
+        assert (site.mask, site.attn_mask is not None) == (Full(), True)
 
 
 class TestClassify:

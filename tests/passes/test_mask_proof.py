@@ -1,13 +1,16 @@
-"""Dense masks: which are proven, and that nothing else is."""
+"""Dense masks: which are proven to be formulas, and that nothing else is: it is read when the graph runs."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.causal import Causal, CausalEnd
 from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.masks.window import Around, Chunk, Window
+from afbs_compile.passes.constants import ConstantTensors, NotConstantError
 from afbs_compile.passes.find import find
+from afbs_compile.passes.operands import Call
 
 N = 24
 sdpa = F.scaled_dot_product_attention
@@ -89,34 +92,71 @@ def cut_off(length):
     return mask
 
 
+FORMULAS = {
+    "sliding window": (lambda: torch.ones(N, N, dtype=torch.bool).tril().triu(-8), Window(9)),
+    "chunks": (lambda: (torch.arange(N)[:, None] // 7 == torch.arange(N) // 7).tril(), Chunk(7)),
+    "shifted by one": (lambda: torch.ones(N, N, dtype=torch.bool).tril(1), Around(N - 1, 1)),
+    "anti-causal": (lambda: torch.ones(N, N, dtype=torch.bool).triu(), Around(0, N - 1)),
+    "both ways": (lambda: torch.ones(N, N).tril(3).triu(-5) > 0, Around(5, 3)),
+    "zeros that are added": (lambda: torch.zeros(N, N), Full()),
+    "an added window": (lambda: torch.full((N, N), float("-inf")).triu(1) + lowest_before(4), Window(5)),
+    "of a sum": (lambda: torch.ones(2, 1, N, N).cumsum(-1).tril() > 0, Causal()),
+}
+
+
+def lowest_before(width):
+    return torch.zeros(N, N).masked_fill(torch.ones(N, N).tril(-width - 1) > 0, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize(("make", "mask"), FORMULAS.values(), ids=FORMULAS.keys())
+def test_another_formula(same, qkv, make, mask):
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site
+    assert (site.mask, site.valid, site.attn_mask) == (mask, None, None)
+
+
+BEHIND_A_CACHE = {
+    "aligned at the end": (lambda: torch.ones(N, N + 8, dtype=torch.bool).tril(8), CausalEnd()),
+    "aligned at the start": (lambda: torch.ones(N, N + 8, dtype=torch.bool).tril(), Causal()),
+    "window": (lambda: torch.ones(N, N + 8, dtype=torch.bool).tril(8).triu(4), Window(5)),
+    "full": (lambda: torch.ones(N, N + 8, dtype=torch.bool), Full()),
+    "aligned nowhere": (lambda: torch.ones(N, N + 8, dtype=torch.bool).tril(4), None),
+}
+
+
+@pytest.mark.parametrize(("make", "mask"), BEHIND_A_CACHE.values(), ids=BEHIND_A_CACHE.keys())
+def test_more_keys_than_rows(same, qkv, make, mask):
+    k, v = (torch.randn(2, 4, N + 8, 16) for _ in range(2))
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), qkv[0], k, v).site
+    assert (site.mask, site.attn_mask is None) == (mask or Full(), mask is not None)
+
+
 OTHER = {
     "one bit of the past": lambda: flipped(20, 3),
     "one bit of the future": lambda: flipped(3, 20),
     "the last bit": lambda: flipped(N - 1, N - 1),
     "the first bit": lambda: flipped(0, 0),
-    "shifted by one": lambda: torch.ones(N, N, dtype=torch.bool).tril(1),
     "strict": lambda: torch.ones(N, N, dtype=torch.bool).tril(-1),
-    "sliding window": lambda: torch.ones(N, N, dtype=torch.bool).tril().triu(-8),
-    "anti-causal": lambda: torch.ones(N, N, dtype=torch.bool).triu(),
     "last keys only": lambda: cut_off(4),
     "one head of eight": lambda: torch.stack([torch.ones(N, N).tril() > 0] * 7 + [torch.ones(N, N) > 0]).view(
         2, 4, N, N
     ),
     "keys hidden everywhere": lambda: (torch.arange(N) < N - 1)[None, None, None],
     "written after tril": lambda: torch.ones(N, N, dtype=torch.bool).tril().logical_not_(),
+    "one window of two heads": lambda: torch.stack([torch.ones(N, N).tril().triu(-w) > 0 for w in (8, 8, 8, 7)]),
 }
 
 
 @pytest.mark.parametrize("make", OTHER.values(), ids=OTHER.keys())
-def test_another_pattern_is_refused(look, qkv, make):
-    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).reason
-    assert reason.startswith("mask not proven: it was evaluated and is neither causal nor true everywhere")
+def test_another_pattern_is_read_when_the_graph_runs(same, qkv, make):
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site
+    assert (site.mask, site.valid) == (Full(), None)
+    assert site.attn_mask is not None
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -1e30, float("nan"), float("inf")])
-def test_another_number_in_a_floating_mask_is_a_bias(look, qkv, value):
-    reason = look(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.full((N, N), value).triu(1)), *qkv).reason
-    assert reason.startswith("additive bias: a floating mask is added to the scores, and it was evaluated")
+@pytest.mark.parametrize("value", [1.0, -1e30, float("nan"), float("inf")])
+def test_another_number_in_a_floating_mask_is_a_bias(same, qkv, value):
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.full((N, N), value).triu(1)), *qkv).site
+    assert (site.mask, site.valid, site.attn_mask is not None) == (Full(), None, True)
 
 
 class Buffered(torch.nn.Module):
@@ -190,23 +230,54 @@ def overwritten_out(q):
     return mask
 
 
-@pytest.mark.parametrize(("make", "why"), UNSAFE.values(), ids=UNSAFE.keys())
-def test_what_may_change_between_calls_is_no_constant(look, qkv, make, why):
+def masked(make):
     module = Buffered()
     module.forward = lambda q, k, v: sdpa(q, k, v, attn_mask=make(module, q))
-    reason = look(module, *qkv).reason
-    assert reason.startswith("mask not proven: ")
-    assert why in reason
+    return module
+
+
+@pytest.mark.parametrize(("make", "why"), UNSAFE.values(), ids=UNSAFE.keys())
+def test_what_may_change_between_calls_is_no_constant(look, qkv, make, why):
+    found = look(masked(make), *qkv)
+    assert found.site.attn_mask is not None
+    constants = ConstantTensors(found.graphs[0])
+    with pytest.raises(NotConstantError, match=why):
+        constants.program(Call.of(found.site.node).mask, before=found.site.node)
+
+
+UNINITIALISED = ("uninitialised memory", "half filled memory")
+
+
+@pytest.mark.parametrize("name", [name for name in UNSAFE if name not in UNINITIALISED])
+def test_what_may_change_between_calls_is_read_in_each(same, qkv, name):
+    same(masked(UNSAFE[name][0]), *qkv)
+
+
+@pytest.mark.parametrize("name", ["mask", "plain", "weight"])
+def test_a_mask_of_the_module_that_changes_is_followed(compile_with, qkv, name):
+    module = masked(lambda m, q: getattr(m, name) > 0)
+    found = compile_with(module, change=True)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(found.call(*qkv), module(*qkv))
+            getattr(module, name)[5:9, :3] = 0
+    assert len(found.graphs) == 1
+
+
+def test_a_part_that_is_constant_is_still_a_formula(same, qkv):
+    site = same(masked(UNSAFE["an input's values"][0]), *qkv).site
+    assert (site.mask, site.valid, site.attn_mask is not None) == (Causal(), None, True)
 
 
 def test_random_numbers_are_not_drawn_by_the_attempt(look, qkv):
     (gm,) = look(lambda q, k, v: sdpa(q, k, v, attn_mask=random_but_causal()), *qkv).graphs
     state = torch.random.get_rng_state()
-    assert find(gm, min_length=1)[0] == []
+    (site,) = find(gm, min_length=1)[0]
+    assert site.attn_mask is not None
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_mask_written_between_two_calls_is_judged_twice(look, qkv):
+def test_a_mask_written_between_two_calls_is_judged_twice(same, qkv):
     def fn(q, k, v):
         mask = torch.ones(N, N, dtype=torch.bool).tril()
         first = sdpa(q, k, v, attn_mask=mask)
@@ -215,9 +286,9 @@ def test_a_mask_written_between_two_calls_is_judged_twice(look, qkv):
         mask[0, 0] = False
         return sdpa(second, k, v, attn_mask=mask)
 
-    found = look(fn, *qkv)
-    assert [site.mask for site in found.sites[0]] == [Causal(), Full()]
-    assert len(found.refusals[0]) == 1
+    (sites,) = same(fn, *qkv).sites
+    assert [site.mask for site in sites] == [Causal(), Full(), Full()]
+    assert [site.attn_mask is not None for site in sites] == [False, False, True]
 
 
 def test_writes_to_other_tensors_do_not_matter(look, qkv):
