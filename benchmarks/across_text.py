@@ -124,7 +124,7 @@ def site_curves(sample: Operands) -> Iterator[tuple[str, Tensor]]:
     sample = replace(sample, q=q, k=k, v=v)
     grid, count = sample.grid(SHAPE), q.shape[2] // BLOCK
     visible = sample.mask.visibility(grid, q.device).visible
-    always = kept_blocks(sample.mask, grid, kept_for(sample.mask), q.device)
+    always = kept_blocks(sample, SHAPE, kept_for(sample))[0, 0]
     weights_of = _row_softmax(q, k, sample.scale)
     levels: dict[str, dict[str, Tensor]] = {}
     for name in (*SCORES, "sink_window"):

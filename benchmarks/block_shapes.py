@@ -24,8 +24,9 @@ from torch import Tensor
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import KEEP_ALL, SparseCall
+from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.masks.causal import Causal
-from afbs_compile.kernels.operands import Operands, dense_attention
+from afbs_compile.kernels.operands import Operands
 
 BISECTIONS = 8
 

@@ -68,7 +68,7 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
 
         def run() -> torch.Tensor:
             launch.STAGES = stages
-            out = empty_output(call.q)
+            out = empty_output(call.q, call.v)
             launch.attend(call, smoothed, lists, out)
             return out
 

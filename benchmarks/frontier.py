@@ -182,7 +182,7 @@ class Oracle:
         mass = probability.unflatten(-1, (blocks, BLOCK)).sum(-1).unflatten(-2, (blocks, BLOCK)).mean(-2)
         mass = mass / mass.sum(-1, keepdim=True)
         visible = operands.mask.visibility(grid, device).visible
-        kept = kept_blocks(operands.mask, grid, measure.kept_for(operands.mask), device)
+        kept = kept_blocks(operands, SHAPE, measure.kept_for(operands))[0, 0]
         live = ((levels(mass.log(), "mass", visible) < self._mass) | kept) & visible
         self._sparsities.append(1 - float(live.sum() / visible.sum() / len(live)))
         allowed = live.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :length, :length]

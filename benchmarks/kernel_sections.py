@@ -73,7 +73,7 @@ def attention(engine: Engine, call: Operands, constants: SparseCall, lists: Bloc
     """One engine's attention over given lists, or why it does not take the call."""
 
     def attend() -> Tensor:
-        out = empty_output(call.q)
+        out = empty_output(call.q, call.v)
         engine.attend(call, constants, lists, out)
         return out
 

@@ -27,6 +27,7 @@ from afbs_compile.kernels.call import LAMBDA_OFF, THETA_OFF, SparseCall
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import Operands, empty_output
 from afbs_compile.kernels.select import triton
+from afbs_compile.kernels.sight import sight_of
 from afbs_compile.kernels.spec.attention import masked_attention
 from afbs_compile.kernels.spec.fp8 import BLOCK
 from afbs_compile.kernels.spec.selection import near_blocks
@@ -86,7 +87,7 @@ def _compare(engine: Engine, operands: Operands, call: SparseCall, lists: BlockL
     """
     reason = engine.refusal(operands, call)
     assert reason is None, reason
-    q, out = operands.q, empty_output(operands.q)
+    q, out = operands.q, empty_output(operands.q, operands.v)
     engine.attend(operands, call, lists, out)
     off = float((out - masked_attention(operands, live_of(lists), call.lam, call.shape)).float().abs().mean())
     print(f"{engine.name:9} {q.shape[2]} x {q.shape[3]} {q.dtype} {operands.mask} {call.shape}: {off:.1e}", flush=True)
@@ -97,9 +98,9 @@ def _half(operands: Operands, shape: BlockShape) -> BlockLists:
     """Random blocks of every head and those on the diagonal: lists without the predictor and its compilation."""
     grid = operands.grid(shape)
     live = torch.rand(1, HEADS, grid.count_q, grid.count_k, device="cuda") < 0.5
-    live |= near_blocks(operands.mask, grid, live.device)
-    visible, whole = operands.mask.visibility(grid, live.device)
-    return lists_of(live & visible, whole)
+    sight = sight_of(operands, shape)
+    live |= near_blocks(operands, shape, sight)
+    return lists_of(live & sight.visible, sight.whole)
 
 
 def _operands(length: int, dim: int, dtype: torch.dtype, mask: str) -> Operands:

@@ -137,7 +137,7 @@ def _search(name: str, operands: list[Operands], tolerance: float, outcome: Outc
         chosen, sparsity, evaluations, calls = result.call, result.measured.sparsity, result.evaluations, math.nan
         path = [(math.nan, evaluations, float(sparsity.mean()), float(result.measured.worst.mean()))]
     else:
-        search = Search(Meter(operands), kept_for(operands[0].mask), tolerance)
+        search = Search(Meter(operands), kept_for(operands[0]), tolerance)
         PEERS[name](search)
         chosen, sparsity = search.best, search.sparsity
         evaluations, calls, path = search.meter.evaluations, search.meter.calls, search.path

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afbs_compile.kernels.attend.machine import runs_triton
 from afbs_compile.kernels.blocks import BlockShape, chunks
 from afbs_compile.kernels.operands import Operands
 
+if TYPE_CHECKING:
+    from afbs_compile.kernels.sight_triton import MaskBlocks
+
 ROWS_AT_ONCE = 512
 """Query rows whose keys are looked at one by one at a time; a multiple of every block shape."""
+
+
+LARGEST = BlockShape(128, 128)
 
 
 class Sight(NamedTuple):
@@ -114,27 +121,93 @@ def product(weights: Tensor, values: Tensor) -> Tensor:
     return out
 
 
-def resolved(operands: Operands) -> Operands:
+def resolved(operands: Operands, shape: BlockShape = LARGEST) -> Operands:
     """The same call, in which a key that the mask hides from every row is not valid.
 
     What is not valid enters no statistic of a block; so a mask that hides padding blurs nothing.
+
+    Args:
+        operands: of the call.
+        shape: rows per block that the result is looked at with; a GPU finds out about these at the same time.
     """
     if "resolved" not in operands.derived:
-        operands.derived["resolved"] = _resolved(operands)
+        operands.derived["resolved"] = _resolved(operands, shape)
     found: Operands = operands.derived["resolved"]
+    found.derived["resolved"] = found
     return found
 
 
-def _resolved(operands: Operands) -> Operands:
+def _resolved(operands: Operands, shape: BlockShape) -> Operands:
     mask = operands.attn_mask
     if mask is None:
         return operands
     if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
         valid = mask[:, 0, 0].expand(operands.q.shape[0], -1)
         return replace(operands, valid=valid if operands.valid is None else valid & operands.valid, attn_mask=None)
+    if _by_triton(operands):
+        return _resolved_by_triton(operands, shape)
     parts = [seen_by_rows(operands, rows).any(2).any(1) for rows in chunks(operands.q_len, ROWS_AT_ONCE)]
     seen = torch.stack(parts).any(0).expand(operands.q.shape[0], -1)
     return replace(operands, valid=seen)
+
+
+def _by_triton(operands: Operands) -> bool:
+    """Whether a kernel looks at the mask."""
+    return (
+        runs_triton(operands.device)
+        and not operands.has_bias
+        and operands.mask.band(operands.q_len, operands.k_len) is not None
+    )
+
+
+def _resolved_by_triton(operands: Operands, shape: BlockShape) -> Operands:
+    from afbs_compile.kernels import sight_triton  # Triton is not installed everywhere.
+
+    blocks = sight_triton.mask_blocks(operands, shape)
+    by_key = ((_anywhere(blocks)[..., None] & _bits(operands)) != 0).flatten(1)[:, : operands.k_len]
+    found = replace(operands, valid=by_key.expand(operands.q.shape[0], -1))
+    found.derived[shape] = _of_mask_blocks(blocks, _bits(operands))
+    return found
+
+
+def _by_kernel(operands: Operands, shape: BlockShape) -> Sight:
+    from afbs_compile.kernels import sight_triton  # Triton is not installed everywhere.
+
+    return _of_mask_blocks(sight_triton.mask_blocks(operands, shape), _bits(operands))
+
+
+def _bits(operands: Operands) -> Tensor:
+    """The bits of a word, lowest first."""
+    from afbs_compile.kernels import sight_triton  # Triton is not installed everywhere.
+
+    return 1 << torch.arange(sight_triton.WORD, dtype=torch.int32, device=operands.device)
+
+
+def _anywhere(blocks: MaskBlocks) -> Tensor:
+    """Bits of the keys that any row of any head sees, ``[B, n_k, words]``."""
+    return _any_of_bits(_any_of_bits(blocks.seen, 2), 1)
+
+
+def _of_mask_blocks(blocks: MaskBlocks, bits: Tensor) -> Sight:
+    """The sight that follows from what a kernel saw of the mask; keys that no row sees do not count."""
+    blurred = blocks.visible & ((_anywhere(blocks)[:, None, None] & ~blocks.seen) != 0).any(-1)
+    width = bits.shape[0]
+    highest = ((blocks.seen[..., None] & bits) != 0).int() * (torch.arange(width, device=bits.device) + 1)
+    words = torch.arange(blocks.seen.shape[-2] * blocks.seen.shape[-1], device=bits.device).view(blocks.seen.shape[-2:])
+    inside = highest.amax(-1)
+    last = torch.where(inside > 0, words * width + inside - 1, -1).flatten(3).amax(-1)
+    ends = torch.stack([blocks.first.amax(-1).long(), last.long()], -1)
+    return Sight(blocks.visible, blocks.whole, blurred, None, ends)
+
+
+def _any_of_bits(words: Tensor, dim: int) -> Tensor:
+    """OR over a dimension: PyTorch has no such reduction."""
+    while words.shape[dim] > 1:
+        half = words.shape[dim] // 2
+        joined = words.narrow(dim, 0, half) | words.narrow(dim, half, half)
+        odd = words.narrow(dim, 2 * half, words.shape[dim] - 2 * half)
+        words = torch.cat([joined, odd], dim)
+    return words.squeeze(dim)
 
 
 def sight_of(operands: Operands, shape: BlockShape) -> Sight:
@@ -144,7 +217,10 @@ def sight_of(operands: Operands, shape: BlockShape) -> Sight:
         operands: of the call, :func:`resolved`; shape: rows per block.
     """
     if shape not in operands.derived:
-        look = _by_keys if operands.attn_mask is None else _by_elements
+        if operands.attn_mask is None:
+            look = _by_keys
+        else:
+            look = _by_kernel if _by_triton(operands) else _by_elements
         operands.derived[shape] = look(operands, shape)
     found: Sight = operands.derived[shape]
     return found

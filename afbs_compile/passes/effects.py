@@ -23,6 +23,9 @@ INPLACE_OPERATORS = frozenset({
     "ior", "ipow", "irshift", "isub", "itruediv", "ixor",
 })  # fmt: skip
 
+KEYWORDS = frozenset({"and_", "or_", "not_", "is_"})
+"""Python's operators whose names end like those of functions that write, for they are keywords without it."""
+
 RANDOM_WORDS = (
     "rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel", "attention", "rnn",
 )  # fmt: skip
@@ -117,6 +120,8 @@ def _written_by_name(node: fx.Node, target: Any) -> list[fx.Node]:
 
 
 def _is_inplace_name(name: str) -> bool:
+    if name in KEYWORDS:
+        return False
     if name.startswith("__"):
         return name in {"__setitem__", "__set__"} or name.strip("_") in INPLACE_OPERATORS
     return name.endswith("_")

@@ -24,6 +24,7 @@ from afbs_compile.kernels.masks.window import Around, Window
 from afbs_compile.passes.constants import NotConstantError
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.mask_formulas import evaluated, free_index, is_one
+from afbs_compile.passes.mask_trace import in_basic_operators
 from afbs_compile.passes.sizes import Size
 
 ROW, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("row", "key"))
@@ -41,6 +42,7 @@ def symbolic_mask(parts: Sequence[tuple[fx.Node, Sequence[fx.Node]]], lengths: t
     Raises:
         NotConstantError: an operator has no formula here, or the mask is no band.
     """
+    parts = [in_basic_operators(mask, program) for mask, program in parts]
     end = _expression(lengths[1]) - _expression(lengths[0])
     for offset in dict.fromkeys((end, sympy.Integer(0))):
         found = _mask_about(parts, offset)
@@ -87,7 +89,7 @@ def _formula_at_distance(mask: fx.Node, program: Sequence[fx.Node], offset: Any)
         elements[node] = evaluated(node, elements)
     shape = value_of(mask).shape
     leading = tuple(0 if is_one(n) else free_index(place) for place, n in enumerate(shape[:-2]))
-    places = (ROW, KEY)[-len(shape) :]
+    places = (ROW, KEY)[max(0, 2 - len(shape)) :]
     last = tuple(0 if is_one(n) else at for n, at in zip(shape[-2:], places, strict=True))
     return sympy.sympify(elements[mask]((*leading, *last))).subs(KEY, ROW + offset + DISTANCE)
 

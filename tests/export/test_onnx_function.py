@@ -14,6 +14,7 @@ from afbs_compile.kernels.masks.full import Full
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies import rules
 from afbs_compile.kernels.policies.statistics import block_means
+from afbs_compile.kernels.sight import sight_of
 from afbs_compile.kernels.spec import attention as specification
 from afbs_compile.kernels.spec.selection import live_blocks, near_blocks
 
@@ -122,8 +123,9 @@ def test_heads_that_select_by_share(mask):
     call = call_of(tau, (-1.0,) * 4, (share, share, mass, share))
     q, k, v = operands(777)
     (found,) = run(predictor(call, mask), q=q, k=k)
-    grid = Operands(q, k, v, mask, SCALE).grid(call.shape)
-    visible, diagonal = mask.visibility(grid, q.device).visible, near_blocks(mask, grid, q.device)
+    one = Operands(q, k, v, mask, SCALE)
+    sight = sight_of(one, call.shape)
+    visible, diagonal = sight.visible[0, 0], near_blocks(one, call.shape, sight)[0, 0]
     scores = block_means(q, 64) @ block_means(k, 64).repeat_interleave(2, 1).transpose(-1, -2) * SCALE
     p = rules.softmax(scores, visible)
     taus = torch.tensor(tau)[:, None, None]

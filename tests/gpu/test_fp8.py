@@ -76,7 +76,7 @@ def attend(operands: Operands, live: Tensor, shape: Shape, constants: tuple[floa
 
 def attend_lists(operands: Operands, lists: BlockLists, shape: Shape, constants: tuple[float, ...] = ()) -> Tensor:
     """The kernels over lists."""
-    out = empty_output(operands.q)
+    out = empty_output(operands.q, operands.v)
     launch.attend(operands, replace(every_block(shape), fp8_constants=constants), lists, out)
     return out
 

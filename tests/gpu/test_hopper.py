@@ -67,7 +67,7 @@ def attend(operands: Operands, live: Tensor, shape: Shape) -> Tensor:
 
 def attend_lists(operands: Operands, lists: BlockLists, shape: Shape) -> Tensor:
     """The Hopper kernel over lists."""
-    out = empty_output(operands.q)
+    out = empty_output(operands.q, operands.v)
     launch.attend(operands, every_block(shape), lists, out)
     return out
 
@@ -240,7 +240,7 @@ def test_offsets_past_32_bits() -> None:
     live = some_blocks(shape, "cuda", share=0.05)
     out = attend(shape.of(q, k, v), live, shape)
     assert torch.equal(out, attend(shape.of(q.contiguous(), k.contiguous(), v.contiguous()), live, shape))
-    expected = empty_output(q)
+    expected = empty_output(q, v)
     portable_launch.attend(
         shape.of(q, k, v), every_block(shape), listed(live, shape.of(q, k, v), shape.blocks), expected
     )

@@ -8,9 +8,10 @@ import torch
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.measure.one_pass import PassPlan, one_pass
-from afbs_compile.kernels.operands import Operands, dense_attention
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import UNNAMED
 
 pytestmark = pytest.mark.gpu

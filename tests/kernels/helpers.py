@@ -16,6 +16,7 @@ from afbs_compile.kernels.call import LAMBDA_OFF, THETA_OFF, SparseCall
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import Operands, empty_output
 from afbs_compile.kernels.policies.registry import UNNAMED
+from afbs_compile.kernels.sight import sight_of
 from afbs_compile.kernels.spec.attention import masked_attention
 from afbs_compile.kernels.spec.selection import near_blocks
 
@@ -149,7 +150,9 @@ def visible_blocks(shape: Shape, device: str | torch.device = "cpu") -> Tensor:
 
 def diagonal_blocks(shape: Shape, device: str | torch.device = "cpu") -> Tensor:
     """``[n_q, n_k]``: what holds positions of the query block."""
-    return near_blocks(mask_of(shape.mask), shape.grid, torch.device(device))
+    empty = torch.empty(1, 1, shape.length, 1, device=device)
+    operands = shape.of(empty, empty, empty)
+    return near_blocks(operands, shape.block_shape, sight_of(operands, shape.block_shape))[0, 0]
 
 
 def all_blocks(shape: Shape, device: str = "cpu") -> Tensor:
@@ -224,7 +227,7 @@ def _reference(operands: Operands, live: Tensor, call: SparseCall) -> Tensor:
 
 
 def _flex(operands: Operands, live: Tensor, call: SparseCall) -> Tensor:
-    out = empty_output(operands.q)
+    out = empty_output(operands.q, operands.v)
     flex.Flex().attend(operands, call, listed(live, operands, call.shape), out)
     return out
 
@@ -232,7 +235,7 @@ def _flex(operands: Operands, live: Tensor, call: SparseCall) -> Tensor:
 def _triton(operands: Operands, live: Tensor, call: SparseCall) -> Tensor:
     from afbs_compile.kernels.attend.portable import launch
 
-    out = empty_output(operands.q)
+    out = empty_output(operands.q, operands.v)
     launch.attend(operands, call, listed(live, operands, call.shape), out)
     return out
 

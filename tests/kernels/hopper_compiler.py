@@ -37,7 +37,7 @@ def only_compile(*kernels):
 def attend_by(launched):
     operands = operands_of(shape)
     lists = listed(all_blocks(shape), operands, shape.blocks)
-    launched.attend(operands, every_block(shape), lists, empty_output(operands.q))
+    launched.attend(operands, every_block(shape), lists, empty_output(operands.q, operands.v))
 """
 
 

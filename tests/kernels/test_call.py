@@ -151,9 +151,15 @@ def test_what_a_call_says_of_itself() -> None:
 
 
 def test_lengths_that_run_dense() -> None:
-    assert [CALL.dense_at(length) for length in (99, 100, 9000, 9001)] == [True, False, False, True]
-    assert [OTHER.dense_at(length) for length in (0, 10**9)] == [False, False]
-    assert SparseCall.uniform(2, KEEP_ALL).dense_at(1000)
+    assert [CALL.dense_at(length, length) for length in (99, 100, 9000, 9001)] == [True, False, False, True]
+    assert [CALL.dense_at(*lengths) for lengths in ((50, 200), (50, 199), (9000, 100), (10, 9001))] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert [OTHER.dense_at(length, length) for length in (0, 10**9)] == [False, False]
+    assert SparseCall.uniform(2, KEEP_ALL).dense_at(1000, 1000)
 
 
 def test_a_graph_holds_six_digits() -> None:

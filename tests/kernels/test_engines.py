@@ -116,7 +116,7 @@ def test_what_is_told_is_what_is_launched(monkeypatch: pytest.MonkeyPatch, dim: 
     monkeypatch.setattr(hopper_launch, "attend", lambda *_: launched.append("hopper"))
     monkeypatch.setattr(portable_launch, "attend", lambda *_: launched.append("portable"))
     lists = listed(all_blocks(shape, TRITON_DEVICE), operands, shape.blocks)
-    engine_of(operands, call)[0].attend(operands, call, lists, empty_output(operands.q))
+    engine_of(operands, call)[0].attend(operands, call, lists, empty_output(operands.q, operands.v))
     assert launched == ["hopper" if dim == 64 else "portable"]
     run(operands, call)
     assert launched == ["hopper" if dim == 64 else "portable"] * 2

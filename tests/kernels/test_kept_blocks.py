@@ -68,7 +68,7 @@ def test_every_policy_and_engine_keeps_the_same(name: str, shape: Shape, kept: K
     live = live_blocks(operands, call)
     before = live_blocks(operands, sparse_call(shape, TAU, policy=name))
     assert torch.equal(live, before | (always(shape, kept) & visible))
-    places = Places(visible, kept_blocks(operands.mask, shape.grid, kept, operands.device))
+    places = Places(visible[None, None], kept_blocks(operands, shape.block_shape, kept), torch.zeros_like(visible))
     levels = levels_of(operands, shape.block_shape, name, places)
     assert torch.equal(levels < per_head(TAU, operands.device), live)
     assert torch.equal(live_of(plain.select(operands, call)), live)

@@ -12,11 +12,12 @@ from afbs_compile.kernels.attend.portable import tiling
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.blocks import BlockShape, block_count
 from afbs_compile.kernels.call import LAMBDA_OFF, SparseCall
+from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.measure import one_pass, pass_triton
 from afbs_compile.kernels.measure.one_pass import PassPlan, PassSums
 from afbs_compile.kernels.measure.visit import visit_order
-from afbs_compile.kernels.operands import Operands, dense_attention
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import POLICIES, UNNAMED
 from afbs_compile.kernels.spec.attention import masked_attention
 from afbs_compile.kernels.spec.selection import live_blocks

@@ -354,7 +354,7 @@ def test_refused_while_tracing_too() -> None:
     mode = FakeTensorMode()
     q, k, v = (mode.from_tensor(x) for x in inputs(SHAPE))
     shorter = k[:, :, 1:]
-    with mode, pytest.raises(ValueError, match="k has size 299 in dimension 2"):
+    with mode, pytest.raises(ValueError, match="v has size 300 in dimension 2"):
         run(q, shorter, v)
 
 

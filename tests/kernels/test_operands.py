@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockShape
-from afbs_compile.kernels.operands import check_operands, dense_attention
+from afbs_compile.kernels.dense import dense_attention
+from afbs_compile.kernels.operands import check_operands
 from tests.kernels.helpers import MASKS, Shape, all_blocks, dense, error, exact, inputs, operands_of
 
 SHAPE = Shape(length=300, heads=4, kv_heads=2, batch=2, layout="bnhd")
@@ -25,24 +26,41 @@ REFUSED_OPERANDS = {
     "q has 3 dimensions; accepted: 4": _with(0, lambda x: x[0]),
     "k has dtype torch.int64; accepted: torch.float16, torch.bfloat16, torch.float32": _with(1, Tensor.long),
     "v is torch.float16 on cpu, q is torch.float32 on cpu; accepted: the same": _with(2, Tensor.half),
-    "q has head_dim 8; accepted: 16 to 256": lambda qkv: [x[..., :8] for x in qkv],
-    "q has head_dim 257; accepted: 16 to 256": lambda qkv: [F.pad(x, (0, 257 - 64)) for x in qkv],
+    "q has head_dim 513; accepted: 1 to 512": lambda qkv: [F.pad(x, (0, 513 - 64)) for x in qkv],
     "q has 4 heads and k has 3; accepted: a multiple": _with(1, lambda x: F.pad(x, (0, 0, 0, 0, 0, 1))),
-    "k has size 299 in dimension 2; accepted: 300": _with(1, lambda x: x[:, :, 1:]),
+    "v has size 300 in dimension 2; accepted: 299": _with(1, lambda x: x[:, :, 1:]),
     "k has size 1 in dimension 0; accepted: 2": _with(1, lambda x: x[:1]),
-    "v has size 32 in dimension 3; accepted: 64": _with(2, lambda x: x[..., :32]),
+    "k has size 32 in dimension 3; accepted: 64": _with(1, lambda x: x[..., :32]),
+    "v has size 299 in dimension 2; accepted: 300": _with(2, lambda x: x[:, :, 1:]),
 }
 
 
 @pytest.mark.parametrize("sentence", REFUSED_OPERANDS)
 def test_operands_are_refused_in_a_sentence(sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        check_operands(*REFUSED_OPERANDS[sentence](list(inputs(SHAPE))))
+        check_operands(SHAPE.of(*REFUSED_OPERANDS[sentence](list(inputs(SHAPE)))))
+
+
+REFUSED_EXTRAS = {
+    "valid is torch.float32 on cpu; accepted: torch.bool, on cpu": {"valid": torch.ones(2, 300)},
+    "valid has size 1 in dimension 0; accepted: 2": {"valid": torch.ones(1, 300, dtype=torch.bool)},
+    "attn_mask is torch.int64 on cpu; accepted: torch.bool": {"attn_mask": torch.ones(2, 1, 1, 300).long()},
+    "attn_mask has 2 dimensions; accepted: 4": {"attn_mask": torch.ones(300, 300)},
+    "attn_mask has size 3 in dimension 1; accepted: 4": {"attn_mask": torch.ones(1, 3, 1, 300)},
+    "sinks has size 2 in dimension 0; accepted: 4": {"sinks": torch.ones(2)},
+    "softcap is -1.0; accepted: 0 for none": {"softcap": -1.0},
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED_EXTRAS)
+def test_what_else_a_call_has_is_refused_in_a_sentence(sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check_operands(replace(operands_of(SHAPE), **REFUSED_EXTRAS[sentence]))
 
 
 def test_sizes_that_follow_from_the_tensors() -> None:
     operands = operands_of(SHAPE)
-    check_operands(operands.q, operands.k, operands.v)
+    check_operands(operands)
     assert (operands.heads, operands.groups, operands.q_len, operands.k_len) == (4, 2, 300, 300)
     assert operands.work == 300 * 301 // 2
     assert operands.grid(BlockShape(128, 64))[:2] == (300, 300)
@@ -59,12 +77,12 @@ def test_some_heads_bring_a_key_head_each() -> None:
     assert part.groups == 1
 
 
-def test_groups_elements_and_first_tokens_are_views() -> None:
+def test_groups_elements_and_first_rows_are_views() -> None:
     operands = operands_of(SHAPE)
     for part, q, k in (
         (operands.grouped(2, 4), operands.q[:, 2:4], operands.k[:, 1:]),
         (operands.element(1), operands.q[1:], operands.k[1:]),
-        (operands.first_tokens(70), operands.q[:, :, :70], operands.k[:, :, :70]),
+        (operands.first_rows(70), operands.q[:, :, :70], operands.k[:, :, :70]),
     ):
         assert torch.equal(part.q, q)
         assert torch.equal(part.k, k)

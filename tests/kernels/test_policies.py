@@ -46,7 +46,8 @@ GROUP = 16
 
 def levels(name: str, operands: Operands, shape: Shape, theta: list[float] | None = None) -> Tensor:
     """Levels of all query blocks."""
-    places = Places(visible_blocks(shape, operands.device), diagonal_blocks(shape, operands.device))
+    visible, diagonal = (blocks(shape, operands.device)[None, None] for blocks in (visible_blocks, diagonal_blocks))
+    places = Places(visible, diagonal, torch.zeros_like(visible))
     return measured.levels_of(operands, shape.block_shape, name, places, theta)
 
 
@@ -203,7 +204,8 @@ def test_levels_of_some_query_blocks_are_those_of_all(theta: list[float]) -> Non
     operands = operands_of(shape)
     level = levels("meansim", operands, shape, theta)
     rows = torch.tensor([3, 4, 9])
-    places = Places(visible_blocks(shape)[rows], diagonal_blocks(shape)[rows], rows)
+    visible, diagonal = (blocks(shape)[None, None, rows] for blocks in (visible_blocks, diagonal_blocks))
+    places = Places(visible, diagonal, torch.zeros_like(visible), rows)
     some = measured.levels_of(operands, shape.block_shape, "meansim", places, theta)
     assert torch.equal(some, level[:, :, rows])
 

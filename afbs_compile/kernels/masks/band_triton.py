@@ -2,13 +2,25 @@
 # mypy: disable-error-code="no-untyped-def"
 """Bands (:class:`afbs_compile.kernels.masks.base.Band`) as Triton kernels compute them.
 
-A kernel is told ``BOUNDED`` and ``upper`` (:class:`afbs_compile.kernels.masks.base.Band`).
+Kernels that select blocks are told ``BOUNDED`` and ``upper``, those that attend ``FORM`` (:func:`form`), ``upper`` and
+``width``.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from afbs_compile.kernels.masks.base import Band
+
+UNBOUNDED, BOUNDED, WINDOW, CHUNK = range(4)
+
+
+def form(band: Band) -> int:
+    """Which of the bands it is, as attending kernels are told."""
+    if not band.bounded:
+        return UNBOUNDED
+    return CHUNK if band.chunked else WINDOW if band.width else BOUNDED
 
 
 @triton.jit
@@ -36,9 +48,14 @@ def whole_blocks(
 
 
 @triton.jit
-def sees(rows, keys, k_len, upper, BOUNDED: tl.constexpr):
+def sees(rows, keys, k_len, upper, width, FORM: tl.constexpr):
     """Which keys each row sees, ``[rows, keys]``."""
     seen = (keys < k_len)[None, :]
-    if BOUNDED:
-        seen = seen & (keys[None, :] <= rows[:, None] + upper)
+    if FORM > 0:
+        last = rows[:, None] + upper
+        seen = seen & (keys[None, :] <= last)
+        if FORM == 2:
+            seen = seen & (keys[None, :] > last - width)
+        if FORM == 3:  # of rows whose own key is before the first one nothing is left
+            seen = seen & (keys[None, :] // width == last // width)
     return seen

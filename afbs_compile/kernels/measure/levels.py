@@ -11,6 +11,7 @@ from torch import Tensor
 from afbs_compile.kernels.attend.machine import runs_triton
 from afbs_compile.kernels.blocks import BlockLists, BlockShape
 from afbs_compile.kernels.call import THETA_OFF
+from afbs_compile.kernels.masks.band import selection_refusal
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.registry import policy_named
@@ -48,7 +49,8 @@ def levels_of(
     chosen, limits = policy_named(policy), [THETA_OFF] * operands.heads if theta is None else list(theta)
     if max(limits) >= 0.0 and not chosen.has_theta:
         raise ValueError(f"theta is {max(limits)} for policy {policy}; accepted: negative, it has none")
-    score = scored_by_triton if runs_triton(operands.device) else _scored_by_torch
+    by_triton = runs_triton(operands.device) and selection_refusal(operands, shape) is None
+    score = scored_by_triton if by_triton else _scored_by_torch
     scores, similar = score(chosen, operands, shape, with_similarity=max(limits) >= 0.0)
     if places.rows is not None:
         scores = scores[:, :, places.rows]

@@ -21,6 +21,7 @@ from torch import Tensor
 from afbs_compile.kernels.attend.machine import runs_triton
 from afbs_compile.kernels.blocks import BlockShape, Grid, block_count, chunks
 from afbs_compile.kernels.call import Kept
+from afbs_compile.kernels.masks.band import band_refusal
 from afbs_compile.kernels.measure.levels import Places, levels_of
 from afbs_compile.kernels.measure.pass_plain import plain_pass
 from afbs_compile.kernels.measure.visit import visit_order
@@ -115,7 +116,7 @@ def one_pass(operands: Operands, dense: Tensor, tau: Tensor, theta: Tensor, plan
     Returns:
         Sums per query block, on the device of ``q``. A row whose output overflows measures NaN or infinity.
     """
-    operands = resolved(operands)
+    operands = resolved(operands, plan.shape)
     device, grid = operands.device, operands.grid(plan.shape)
     tau = tau.to(device, non_blocking=True)
     look = _look(operands, plan)
@@ -129,7 +130,7 @@ def one_pass(operands: Operands, dense: Tensor, tau: Tensor, theta: Tensor, plan
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.
         limits = tau[some, None].expand(-1, len(sight.rows), -1).contiguous()
         live = torch.searchsorted(visit.level, limits, out_int32=True)
-        if runs_triton(device) and operands.by_formula and operands.mask.band(grid.q_len, grid.k_len) is not None:
+        if runs_triton(device) and band_refusal(operands) is None:
             from afbs_compile.kernels.measure.pass_triton import triton_pass  # Triton is not installed everywhere.
 
             sums = triton_pass(part, mine, plan.shape, visit, live, sight.rows)

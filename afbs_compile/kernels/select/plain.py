@@ -25,7 +25,7 @@ def select(operands: Operands, call: SparseCall) -> BlockLists:
         The lists. Engines agree up to fp32 rounding: a block whose preceding mass lies within about 1e-5 of ``tau``
         may be live on one and not on the other.
     """
-    operands = resolved(operands)
+    operands = resolved(operands, call.shape)
     sight = sight_of(operands, call.shape)
     always = kept_blocks(operands, call.shape, call.kept)
     by_policy = heads_by(call.policy)

@@ -6,9 +6,11 @@ import torch
 
 from afbs_compile.kernels.blocks import BlockLists
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.masks.band import selection_refusal
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.registry import heads_by, policy_named
+from afbs_compile.kernels.select import plain
 from afbs_compile.kernels.select.mass_triton import select_by_mass
 from afbs_compile.kernels.select.plain import in_order
 from afbs_compile.kernels.select.strength_triton import select_by_strength
@@ -21,8 +23,10 @@ def select(operands: Operands, call: SparseCall) -> BlockLists:
     policy are copied together by policy, and so are their lists.
 
     Args:
-        operands: of the call, whose mask is a band; call: its constants.
+        operands: of the call; call: its constants. What no kernel selects by, PyTorch does.
     """
+    if selection_refusal(operands, call.shape) is not None:
+        return plain.select(operands, call)
     by_policy = heads_by(call.policy)
     parts = []
     for name, heads in by_policy.items():

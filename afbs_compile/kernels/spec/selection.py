@@ -123,7 +123,7 @@ def live_blocks(operands: Operands, call: SparseCall) -> Tensor:
     Causality: statistics are per block and no block of which a query block does not see every key enters its softmax,
     so a key alters no row of blocks in query blocks that do not see it.
     """
-    operands = resolved(operands)
+    operands = resolved(operands, call.shape)
     grid, device = operands.grid(call.shape), operands.device
     sight = sight_of(operands, call.shape)
     places = sight.visible, kept_blocks(operands, call.shape, call.kept), sight.blurred

@@ -20,17 +20,7 @@ from afbs_compile.kernels.attend.hopper.softmax import (
     rescale,
     row_sums,
 )
-
-
-@gluon.jit
-def mask(scores, rows, left, right, k_len, upper, BLOCK_K: gl.constexpr, BOUNDED: gl.constexpr):
-    """Hide keys past the end and those that a row does not see."""
-    places = gl.arange(0, STEP, layout=gl.SliceLayout(0, scores.type.layout))
-    keys = gl.where(places < BLOCK_K, left + places, right + places - BLOCK_K)
-    allowed = (keys < k_len)[None, :]
-    if BOUNDED:
-        allowed = allowed & ((rows + upper)[:, None] >= keys[None, :])
-    return gl.where(allowed, scores, float("-inf"))
+from afbs_compile.kernels.attend.hopper.unseen import clean, hide
 
 
 @gluon.jit
@@ -79,17 +69,22 @@ def store(place, stride_row, acc, total, rows_left):
 
 @gluon.jit
 def consumer(
-    out, strides, indices, rings, notes, scale, steep, sizes,
+    out, strides, indices, valid, stride_valid, rings, notes, scale, steep, sizes,
     PART: gl.constexpr, DTYPE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, BOUNDED: gl.constexpr, MORE_MASKS: gl.constexpr,
+    STAGES: gl.constexpr, FORM: gl.constexpr, MORE_MASKS: gl.constexpr, VALID: gl.constexpr,
+    CLEAN: gl.constexpr,
 ):  # fmt: skip
-    """Half ``PART`` of the rows of every tile that the producer tells of."""
+    """Half ``PART`` of the rows of every tile that the producer tells of.
+
+    ``FORM`` as in :mod:`afbs_compile.kernels.masks.band_triton`; ``VALID``: whether ``valid`` says which keys are
+    valid; ``CLEAN``: whether there may be keys that no row of a tile sees, or rows that see nothing.
+    """
     query_ring, key_ring, value_ring, free = rings
     query_smem, query_ready, query_free = query_ring
     key_smem, key_ready = key_ring
     value_smem, value_ready = value_ring
     numbers, told = notes
-    q_len, k_len, upper, heads, _, _, _, count_q, count_k = sizes
+    q_len, k_len, upper, width, heads, _, _, _, count_q, count_k = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
     ROWS: gl.constexpr = BLOCK_Q // 2
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
@@ -124,7 +119,14 @@ def consumer(
         place = place_of(out, strides, batch, head, first_row)
         rows = first_row + gl.arange(0, ROWS, layout=rows_of)
         steps = (count + PARTS - 1) // PARTS
-        scores = mask(scores, rows, left, right, k_len, upper, BLOCK_K, BOUNDED)
+        of_batch = valid
+        if VALID:
+            of_batch = valid + batch.to(gl.int64) * stride_valid
+        scores = hide(scores, rows, left, right, k_len, upper, width, of_batch, BLOCK_K, FORM, VALID)
+        if CLEAN:
+            # Of the step whose values come next: whether it has keys that nobody sees.
+            dirty = partial > 0
+            top, bottom = block * BLOCK_Q, gl.minimum(block * BLOCK_Q + BLOCK_Q, q_len) - 1
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)
         peak, c, shift, decay = follow(scores, lowest(steep, ROWS, rows_of), scale, steep)
         left_half, right_half = halves(gl.exp2(exponents(scores, c, shift)))
@@ -143,6 +145,12 @@ def consumer(
             # A wait for nothing: it keeps the compiler from rescaling before the product is issued.
             decay = warpgroup_mma_wait(1, deps=[decay])
             acc = rescale(acc, decay)
+            if CLEAN:  # noqa: SIM102 (one is known to the compiler, the other is not)
+                if dirty:
+                    clean(
+                        values.index(slot), top, bottom, left, right, k_len, upper, width, of_batch,
+                        HEAD_DIM, BLOCK_K, FORM, VALID,
+                    )  # fmt: skip
             acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[scores])
             if MORE_MASKS:  # noqa: SIM102 (one is known to the compiler, the other is not)
@@ -150,7 +158,9 @@ def consumer(
                     entry = count + odd - PARTS * (step + 1)
                     left = gl.load(entries + entry) * BLOCK_K
                     right = gl.load(entries + entry + PARTS - 1) * BLOCK_K
-                    scores = mask(scores, rows, left, right, k_len, upper, BLOCK_K, BOUNDED)
+                    scores = hide(scores, rows, left, right, k_len, upper, width, of_batch, BLOCK_K, FORM, VALID)
+            if CLEAN:
+                dirty = PARTS * step - odd < partial
             peak, c, shift, decay = follow(scores, peak, scale, steep)
             left_half, right_half = halves(exponents(scores, c, shift))
             left_half = gl.exp2(left_half)
@@ -171,6 +181,12 @@ def consumer(
         # The last product with V, and the first with K of the next tile.
         acc = rescale(acc, decay)
         mbarrier.wait(value_ready.index(slot), phase)
+        if CLEAN:  # noqa: SIM102
+            if dirty:
+                clean(
+                    values.index(slot), top, bottom, left, right, k_len, upper, width, of_batch,
+                    HEAD_DIM, BLOCK_K, FORM, VALID,
+                )  # fmt: skip
         acc = warpgroup_mma(weight, values.index(slot), acc, is_async=True)
         query_phase ^= 1
         slot, phase = after(slot, phase, STAGES)
@@ -182,5 +198,7 @@ def consumer(
         scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc, weight = warpgroup_mma_wait(1, deps=[acc, weight])
         total = row_sums(sums, rows_of)
+        if CLEAN:  # a row that sees nothing is 0, and so is its accumulator
+            total = gl.where(total == 0.0, 1.0, total)
         store(place, strides[2], acc, total, q_len - first_row)
         scores = warpgroup_mma_wait(0, deps=[scores])

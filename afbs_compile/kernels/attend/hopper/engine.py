@@ -31,13 +31,13 @@ def unsuited(operands: Operands, call: SparseCall, accepted: Sequence[BlockShape
         return f"{kind(q.device)} is no NVIDIA GPU of compute capability 9.x"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype is {q.dtype}; accepted: float16, bfloat16"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head_dim is {q.shape[3]}; accepted: {HEAD_DIMS}"
+    if q.shape[3] not in HEAD_DIMS or operands.v.shape[3] != q.shape[3]:
+        return f"head_dim is {q.shape[3]}, of v {operands.v.shape[3]}; accepted: {HEAD_DIMS}, the same for both"
     if shape not in accepted:
         return f"blocks are {shape}; accepted: {', '.join(map(str, accepted))}"
     if call.uses_lambda:
         return f"lam is {list(call.lam)}; accepted: at most {LAMBDA_OFF} for every head, which skips nothing"
-    return band.refusal(operands)
+    return None
 
 
 def misplaced(x: Tensor) -> bool:
@@ -61,7 +61,7 @@ class Hopper(TritonFamily):
 
     def refusal(self, operands: Operands, call: SparseCall) -> str | None:
         """See :meth:`Engine.refusal`."""
-        reason = unsuited(operands, call, self.shapes)
+        reason = unsuited(operands, call, self.shapes) or band.extras_refusal(operands, takes_valid=True)
         if reason is not None:
             return reason
         for name, x in (("q", operands.q), ("k", operands.k), ("v", operands.v)):

@@ -31,12 +31,18 @@ from afbs_compile.kernels.attend.hopper.producer import producer
 
 
 # One compilation for all sizes; strides stay apart, for stores are wide only where they are multiples of 16.
-@gluon.jit(do_not_specialize=["q_len", "k_len", "upper", "heads", "groups", "planes", "section", "count_q", "count_k"])
+@gluon.jit(
+    do_not_specialize=[
+        "q_len", "k_len", "upper", "width", "heads", "groups", "planes", "section", "count_q", "count_k",
+        "stride_valid",
+    ]
+)  # fmt: skip
 def forward_kernel(
-    query_desc, key_desc, value_desc, out, whole, partial, indices, counter, scale, steep, stride_out_batch,
-    stride_out_head, stride_out_row, q_len, k_len, upper, heads, groups, planes, section, count_q, count_k,
-    BOUNDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    MORE_MASKS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    query_desc, key_desc, value_desc, out, whole, partial, indices, counter, valid, scale, steep, stride_out_batch,
+    stride_out_head, stride_out_row, stride_valid, q_len, k_len, upper, width, heads, groups, planes, section, count_q,
+    count_k, FORM: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    MORE_MASKS: gl.constexpr, VALID: gl.constexpr, CLEAN: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Tiles drawn from ``counter``, which starts at zero, until there are none."""
     DTYPE: gl.constexpr = query_desc.dtype
@@ -52,29 +58,29 @@ def forward_kernel(
         (value_smem, ring(STAGES, 1)),
         ring(STAGES, 2),
     )
-    sizes = (q_len, k_len, upper, heads, groups, planes, section, count_q, count_k)
+    sizes = (q_len, k_len, upper, width, heads, groups, planes, section, count_q, count_k)
     strides = (stride_out_batch, stride_out_head, stride_out_row)
     gl.warp_specialize(
         [
             (
                 consumer,
                 (
-                    out, strides, indices, rings, notes, scale, steep, sizes,
-                    0, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, BOUNDED, MORE_MASKS,
+                    out, strides, indices, valid, stride_valid, rings, notes, scale, steep, sizes,
+                    0, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, FORM, MORE_MASKS, VALID, CLEAN,
                 ),
             ),
             (
                 consumer,
                 (
-                    out, strides, indices, rings, notes, scale, steep, sizes,
-                    1, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, BOUNDED, MORE_MASKS,
+                    out, strides, indices, valid, stride_valid, rings, notes, scale, steep, sizes,
+                    1, DTYPE, HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, FORM, MORE_MASKS, VALID, CLEAN,
                 ),
             ),
             (
                 producer,
                 (
                     (query_desc, key_desc, value_desc), (whole, partial, indices), counter, rings, notes, sizes,
-                    HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, BOUNDED,
+                    HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, FORM > 0,
                 ),
             ),
         ],

@@ -16,7 +16,8 @@ from afbs_compile.kernels.attend.hopper.common import CHUNK
 from afbs_compile.kernels.attend.hopper.kernel import forward_kernel
 from afbs_compile.kernels.blocks import BlockLists, BlockShape
 from afbs_compile.kernels.call import SparseCall
-from afbs_compile.kernels.masks.band import partial_at_most, told
+from afbs_compile.kernels.masks.band import as_band, partial_at_most, seen_by_blocks
+from afbs_compile.kernels.masks.band_triton import form
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.attention import LOG2_E
 
@@ -54,13 +55,13 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def walk(operands: Operands, shape: BlockShape, element_bytes: int) -> dict[str, Any]:
-    """What a kernel's warp groups are told of sizes and of the mask.
+    """What a kernel's warp groups are told of sizes and of the mask's bound.
 
     Args:
         operands: of the call; shape: rows per block.
         element_bytes: of a key's element as the kernel reads it.
     """
-    grid, band, (batch, heads, _, dim) = operands.grid(shape), told(operands), operands.q.shape
+    grid, band, (batch, heads, _, dim) = operands.grid(shape), as_band(operands), operands.q.shape
     return {
         "q_len": grid.q_len,
         "k_len": grid.k_len,
@@ -71,7 +72,6 @@ def walk(operands: Operands, shape: BlockShape, element_bytes: int) -> dict[str,
         "section": section(grid.k_len, dim, operands.groups, element_bytes),
         "count_q": grid.count_q,
         "count_k": grid.count_k,
-        "BOUNDED": band.bounded,
     }
 
 
@@ -87,7 +87,11 @@ def attend(operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor)
     Lists are walked from their ends, so sums are rounded in another order than by the portable kernel. No host
     synchronisation; may be captured into a CUDA graph; the same inputs give the same bits.
     """
-    operands = operands.with_positive_scale()
+    operands, valid = operands.with_positive_scale(), operands.valid
+    band, unread = as_band(operands), lists.whole
+    clean = not seen_by_blocks(operands, call.shape)
+    if clean:  # an empty list becomes one of a block that nobody sees: every tile has a step
+        lists = lists._replace(partial=torch.where(lists.counts == 0, 1, lists.partial))
     scale, dim = operands.scale * LOG2_E, operands.q.shape[3]
     with torch.cuda.device_of(out):  # Triton launches on the current device.
         forward_kernel[programs(operands, call.shape)](
@@ -97,14 +101,20 @@ def attend(operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor)
             out,
             *lists,
             torch.zeros(1, dtype=torch.int32, device=out.device),
+            unread if valid is None else valid.contiguous().view(torch.uint8),
             scale,
             2.0 ** math.ceil(math.log2(scale)),
             *out.stride()[:3],
+            operands.k_len,
+            width=max(band.width, 1),
+            FORM=form(band),
             **walk(operands, call.shape, operands.k.element_size()),
             HEAD_DIM=dim,
             BLOCK_Q=call.shape.q,
             BLOCK_K=call.shape.k,
-            MORE_MASKS=partial_at_most(operands, call.shape) > 1,
+            MORE_MASKS=clean or partial_at_most(operands, call.shape) > 1,
+            VALID=valid is not None,
+            CLEAN=clean,
             STAGES=stages(dim),
             CONSUMER_REGISTERS=CONSUMER_REGISTERS,
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,

@@ -55,7 +55,7 @@ def producer(
     query_ring, key_ring, value_ring, free = rings
     query_smem, query_ready, query_free = query_ring
     numbers, told = notes
-    _, _, _, heads, groups, planes, section, count_q, count_k = sizes
+    _, _, _, _, heads, groups, planes, section, count_q, count_k = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
     HALF: gl.constexpr = BLOCK_Q // 2
 

@@ -9,8 +9,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from afbs_compile.kernels.attend.hopper.common import QUERY_STAGES, STEP, after, read, read_tile
-from afbs_compile.kernels.attend.hopper.consumer import mask, place_of, store
+from afbs_compile.kernels.attend.hopper.consumer import place_of, store
 from afbs_compile.kernels.attend.hopper.softmax import decayed, halves, part_sums, row_maxima, row_sums
+from afbs_compile.kernels.attend.hopper.unseen import hide
 from afbs_compile.kernels.spec.fp8 import WEIGHT_EXPONENT
 
 SHIFT = gl.constexpr(float(WEIGHT_EXPONENT))
@@ -156,7 +157,9 @@ def consumer(
         first_row = block * STEP + PART * ROWS
         place = place_of(out, strides, batch, head, first_row)
         query_scale = gl.load(query_scales + ((batch * heads + head) * count_q + block).to(gl.int64) * STEP + lines)
-        scores = mask(scores, block * STEP + lines, first_key, first_key, k_len, upper, STEP, BOUNDED)
+        scores = hide(
+            scores, block * STEP + lines, first_key, first_key, k_len, upper, 1, query_scales, STEP, BOUNDED, False
+        )
         peak = gl.full([ROWS], float("-inf"), gl.float32, layout=rows_of)
         sums = gl.zeros([ROWS, 8], gl.float32, layout=sums_layout)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)

@@ -8,7 +8,7 @@ from afbs_compile.kernels.attend.hopper.engine import unsuited
 from afbs_compile.kernels.attend.portable.engine import TritonFamily
 from afbs_compile.kernels.blocks import BlockLists, BlockShape
 from afbs_compile.kernels.call import SparseCall
-from afbs_compile.kernels.masks.band import partial_at_most
+from afbs_compile.kernels.masks.band import partial_at_most, refusal
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.fp8 import BLOCK
 
@@ -23,7 +23,7 @@ class HopperFp8(TritonFamily):
 
     def refusal(self, operands: Operands, call: SparseCall) -> str | None:
         """See :meth:`Engine.refusal`."""
-        reason = unsuited(operands, call, self.shapes)
+        reason = unsuited(operands, call, self.shapes) or refusal(operands)
         if reason is None and partial_at_most(operands, call.shape) > 1:
             return f"mask is {operands.mask}; accepted: masks that cross one key block of a query block at most"
         return reason

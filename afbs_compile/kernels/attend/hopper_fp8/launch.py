@@ -14,6 +14,7 @@ from afbs_compile.kernels.attend.hopper_fp8.kernel import forward_kernel
 from afbs_compile.kernels.attend.hopper_fp8.rounding import quantise
 from afbs_compile.kernels.blocks import BlockLists
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.masks.band import told
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.fp8 import BLOCK
 
@@ -49,6 +50,7 @@ def attend(operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor)
             torch.zeros(1, dtype=torch.int32, device=out.device),
             *out.stride()[:3],
             **walk(operands, call.shape, rounded.k.element_size()),
+            BOUNDED=told(operands).bounded,
             HEAD_DIM=dim,
             STAGES=STAGES,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS,

@@ -66,7 +66,7 @@ class Portable(TritonFamily):
         """See :meth:`Engine.refusal`."""
         if not self.serves(operands.device):
             return f"{kind(operands.device)} is no GPU that Triton compiles for"
-        return band.refusal(operands)
+        return band.band_refusal(operands)
 
     def attend(self, operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor) -> None:
         """See :meth:`Engine.attend`; q, k and v may have any strides."""
