@@ -27,7 +27,7 @@ from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, t
 from afbs_compile.export.inputs import Example
 from afbs_compile.export.onnx_function import DOMAIN, NAME, VERSION, function_protos
 from afbs_compile.export.onnx_predict import policy_codes
-from afbs_compile.export.program import ExportProgram, rewritten_program
+from afbs_compile.export.program import ExportProgram, more_than_plain, rewritten_program
 from afbs_compile.export.runner import Runner
 from afbs_compile.files import whole_file
 from afbs_compile.kernels.call import SparseCall
@@ -116,15 +116,20 @@ def no_form(site: AttentionSite, call: SparseCall) -> str | None:
     known = policy_codes()
     if others := sorted(set(call.policy) - set(known)):
         return f"no form in ONNX: policy {', '.join(others)}; {', '.join(known)} have one"
+    if (more := more_than_plain(site)) is not None:
+        return f"no form in ONNX: {more}"
     if _band(site.mask) is None:
-        return f"no form in ONNX: mask {site.mask}; masks that are the same band at every length have one"
+        return f"no form in ONNX: mask {site.mask}; causal and full ones have one"
     return None
 
 
 def _band(mask: Mask) -> dict[str, int] | None:
-    """A mask as the body computes it, if it does: the attributes ``upper`` and ``offset``."""
+    """A mask over as many rows as keys as the body computes it, if it does: the attributes ``upper`` and ``offset``.
+
+    The body keeps the blocks that hold a row's own key; those at another edge of a band it would have to keep as well.
+    """
     (band, offset), *others = {(mask.band(n, n), mask.offset(n, n)) for n in (64, 4096)}
-    if band is None or others:
+    if band is None or others or band.width or (band.bounded and (band.upper, offset) != (0, 0)):
         return None
     return {"upper": band.upper if band.bounded else NO_BOUND, "offset": offset}
 

@@ -23,20 +23,19 @@ def calls(program, target):
 
 
 class Three(nn.Module):
-    """Three calls in a row, the second with a bias that no recipe can have calibrated."""
+    """Three calls in a row, the second with a dropout that no recipe can have calibrated."""
 
     def __init__(self, broken=False):
         super().__init__()
         torch.manual_seed(0)
         self.broken = broken
-        self.bias = nn.Parameter(torch.zeros(1, 1))
 
     def forward(self, x):
         q = x.unflatten(-1, (4, 16)).transpose(1, 2)
         a = F.scaled_dot_product_attention(q, q, q, is_causal=True)
         if self.broken:
             torch._dynamo.graph_break()
-        b = F.scaled_dot_product_attention(a, q, q, attn_mask=self.bias.expand(x.shape[1], x.shape[1]))
+        b = F.scaled_dot_product_attention(a, q, q, dropout_p=0.1)
         return F.scaled_dot_product_attention(b, q, q)
 
 

@@ -36,7 +36,9 @@ MASKS = {
         lambda keys: (lower() & (row := keys[:, None, None])) & row.expand(2, 1, N, N), Causal(), True, False,
     ),
     "copied": (lambda keys: (lower() & keys[:, None, None]).contiguous().clone(), Causal(), True, False),
-    "two rows of keys": (lambda keys: keys[:, None, None] & (keys.flip(1)[:, None, None]) & lower(), Causal(), None, True),
+    "two rows of keys": (
+        lambda keys: keys[:, None, None] & (keys.flip(1)[:, None, None]) & lower(), Causal(), None, True,
+    ),
     "rows": (lambda keys: lower() & keys[:, None, :, None], Causal(), False, True),
     "keys of each head": (lambda keys: lower() & keys.repeat(1, 4).view(2, 4, 1, N), Causal(), False, True),
     "or": (lambda keys: lower() | keys[:, None, None], Full(), False, True),
@@ -61,7 +63,7 @@ def test_nobody_reads_a_mask_that_was_taken_apart(same, qkv):
     found = same(lambda q, k, v, keys: sdpa(q, k, v, attn_mask=lower() & keys[:, None, None]), *qkv, padded_left())
     after = found.rewrites[0].after
     assert "tril" not in after
-    assert " & " not in after
+    assert "and_: " not in after
     assert "valid = " in after
 
 
@@ -116,25 +118,27 @@ def test_one_graph_serves_all_lengths(compile_with):
     assert (found.site.mask, found.site.valid is not None) == (Causal(), True)
 
 
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 class TestTransformers:
     """Masks as models of transformers build them."""
 
-    SMALL = {
-        "vocab_size": 64,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
     IDS = torch.randint(1, 64, (2, N), generator=torch.Generator().manual_seed(0))
 
     @pytest.fixture(params=["llama", "mistral"])
     def model(self, request):
         transformers = pytest.importorskip("transformers")
         if request.param == "llama":
-            return transformers.LlamaModel(transformers.LlamaConfig(**self.SMALL)).eval()
-        return transformers.MistralModel(transformers.MistralConfig(sliding_window=8, **self.SMALL)).eval()
+            return transformers.LlamaModel(transformers.LlamaConfig(**SMALL)).eval()
+        return transformers.MistralModel(transformers.MistralConfig(sliding_window=8, **SMALL)).eval()
 
     def parts(self, same, model, ids=None, **kwargs):
         """What every layer of a model makes of its mask."""
@@ -163,7 +167,8 @@ class TestTransformers:
     def test_packed(self, same, model):
         """The positions of the user decide what attends what: no formula knows that."""
         positions = torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)
-        assert self.parts(same, model, position_ids=positions) == (self.formula(model), False, True)
+        _, valid, dense = self.parts(same, model, position_ids=positions)
+        assert (valid, dense) == (False, True)
 
     @pytest.mark.parametrize("masked", [False, True])
     def test_a_chunk_behind_a_dynamic_cache(self, same, model, masked):

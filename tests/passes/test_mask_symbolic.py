@@ -50,7 +50,7 @@ WINDOWS = {
     "window": (lambda n: (rows(n) >= arange(n)) & (rows(n) - arange(n) < 32), Window(32)),
     "window of one": (lambda n: rows(n) == arange(n), Window(1)),
     "triangles": (lambda n: torch.ones(n, n, dtype=torch.bool).tril().triu(-4), Window(5)),
-    "both ways": (lambda n: (rows(n) - arange(n)).abs() <= 3, Around(3, 3)),
+    "both ways": (lambda n: (rows(n) - arange(n) <= 3) & (arange(n) - rows(n) <= 3), Around(3, 3)),
     "lowest": (lambda n: torch.zeros(n, n).masked_fill((arange(n) > rows(n)) | (arange(n) < rows(n) - 6), LOWEST),
                Window(7)),
 }  # fmt: skip
