@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -217,13 +218,16 @@ def sight_of(operands: Operands, shape: BlockShape) -> Sight:
         operands: of the call, :func:`resolved`; shape: rows per block.
     """
     if shape not in operands.derived:
-        if operands.attn_mask is None:
-            look = _by_keys
-        else:
-            look = _by_kernel if _by_triton(operands) else _by_elements
-        operands.derived[shape] = look(operands, shape)
+        operands.derived[shape] = _look(operands)(operands, shape)
     found: Sight = operands.derived[shape]
     return found
+
+
+def _look(operands: Operands) -> Callable[[Operands, BlockShape], Sight]:
+    """What finds out about blocks."""
+    if operands.attn_mask is None:
+        return _by_keys
+    return _by_kernel if _by_triton(operands) else _by_elements
 
 
 def valid_blocks(valid: Tensor, block: int) -> tuple[Tensor, Tensor]:

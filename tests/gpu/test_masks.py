@@ -55,14 +55,22 @@ def close(out: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.cpu().double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("part", range(8))
+def of_width(operands: Operands, dim: int, seed: int) -> Operands:
+    """The same call with heads of another width: every width is a compilation."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(*x.shape[:3], dim, generator=generator) for x in (operands.q, operands.k, operands.v))
+    return replace(operands, q=q, k=k, v=v)
+
+
+@pytest.mark.parametrize("part", range(12))
 def test_random_calls(part: int) -> None:
+    dtype, dim = (torch.float32, torch.bfloat16, torch.float16)[part % 3], (64, 32, 128, 16)[part // 3]
+    shape = (BlockShape(64, 64), BlockShape(128, 64), BlockShape(32, 16), BlockShape(128, 128))[part // 3]
     kernels = set()
-    for seed in range(part * 125, (part + 1) * 125):
-        dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
-        operands = moved(random_operands(seed), dtype)
-        call = random_call(seed, operands.heads)
-        live = live_of(engines_on(operands.device)[0].select(operands.padded, call))
+    for seed in range(part * 84, (part + 1) * 84):
+        operands = moved(of_width(random_operands(seed), dim, seed), dtype)
+        call = replace(random_call(seed, operands.heads), shape=shape)
+        live = live_of(engines_on(operands.device)[0].select(operands, call))
         out = run(operands, call)[0]
         try:
             close(out, in_float64(operands, live, call.shape), dtype)
@@ -74,7 +82,7 @@ def test_random_calls(part: int) -> None:
 
 @pytest.mark.parametrize("part", range(8))
 def test_random_calls_on_hopper(part: int) -> None:
-    for seed in range(part * 125, (part + 1) * 125):
+    for seed in range(part, 1000, 8):
         operands, dtype = for_hopper(seed)
         call = replace(random_call(seed, operands.heads), shape=HOPPER_SHAPES[seed // 4 % 2])
         kernel = kernel_of(operands, call)
@@ -94,8 +102,8 @@ def test_what_no_row_sees_has_no_effect_on_a_bit(on_hopper: bool) -> None:
             operands, _ = for_hopper(seed)
             call = replace(random_call(seed, operands.heads), shape=HOPPER_SHAPES[seed // 4 % 2])
         else:
-            operands = moved(random_operands(seed), torch.float32)
-            call = random_call(seed, operands.heads)
+            operands = moved(of_width(random_operands(seed), 32, seed), torch.float32)
+            call = replace(random_call(seed, operands.heads), shape=BlockShape(64, 64))
         out, counts = run(operands, call)
         for value in (math.nan, math.inf, 3e4):
             other, others = run(poisoned(operands, value), call)
@@ -125,8 +133,8 @@ def test_no_query_block_knows_what_comes_later(mask: str, shape: BlockShape) -> 
 
 def test_a_pass_measures_what_the_plain_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(40):
-        operands = moved(random_operands(seed), torch.float32).element(0).padded
-        call = random_call(seed, operands.heads)
+        operands = moved(of_width(random_operands(seed), 32, seed), torch.float32).element(0)
+        call = replace(random_call(seed, operands.heads), shape=BlockShape(64, 64))
         tau = torch.tensor([0.0, 0.5, 0.9, 1.0]).expand(operands.heads, -1).contiguous()
         given = operands, dense_attention(operands), tau, torch.full((operands.heads,), -1.0)
         plan = PassPlan(call.policy[0], call.shape, call.kept)

@@ -98,7 +98,8 @@ def test_a_row_of_valid_keys_from_outside(same, shape):
 
 @pytest.mark.parametrize(
     ("rank", "shape"),
-    [(2, (24, 24)), (2, (1, 24)), (3, (3, 24, 24)), (3, (1, 24)), (5, (2, 3, 1, 24, 24)), (5, (1, 4, 24, 24)), (5, (24,))],
+    [(2, (24, 24)), (2, (1, 24)), (3, (3, 24, 24)), (3, (1, 24)), (5, (2, 3, 1, 24, 24)), (5, (1, 4, 24, 24)),
+     (5, (24,))],
 )  # fmt: skip
 @pytest.mark.parametrize("bias", [False, True])
 def test_masks_in_other_ranks(same, rank, shape, bias):

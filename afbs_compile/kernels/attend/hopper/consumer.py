@@ -20,7 +20,7 @@ from afbs_compile.kernels.attend.hopper.softmax import (
     rescale,
     row_sums,
 )
-from afbs_compile.kernels.attend.hopper.unseen import clean, hide
+from afbs_compile.kernels.attend.hopper.unseen import clean, hide, holds_unseen
 
 
 @gluon.jit
@@ -125,8 +125,8 @@ def consumer(
         scores = hide(scores, rows, left, right, k_len, upper, width, of_batch, BLOCK_K, FORM, VALID)
         if CLEAN:
             # Of the step whose values come next: whether it has keys that nobody sees.
-            dirty = partial > 0
             top, bottom = block * BLOCK_Q, gl.minimum(block * BLOCK_Q + BLOCK_Q, q_len) - 1
+            dirty = (partial > 0) & holds_unseen(top, bottom, left, right, upper, width, BLOCK_K, FORM, VALID)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)
         peak, c, shift, decay = follow(scores, lowest(steep, ROWS, rows_of), scale, steep)
         left_half, right_half = halves(gl.exp2(exponents(scores, c, shift)))
@@ -160,7 +160,9 @@ def consumer(
                     right = gl.load(entries + entry + PARTS - 1) * BLOCK_K
                     scores = hide(scores, rows, left, right, k_len, upper, width, of_batch, BLOCK_K, FORM, VALID)
             if CLEAN:
-                dirty = PARTS * step - odd < partial
+                dirty = (PARTS * step - odd < partial) & holds_unseen(
+                    top, bottom, left, right, upper, width, BLOCK_K, FORM, VALID
+                )
             peak, c, shift, decay = follow(scores, peak, scale, steep)
             left_half, right_half = halves(exponents(scores, c, shift))
             left_half = gl.exp2(left_half)

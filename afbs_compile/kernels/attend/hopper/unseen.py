@@ -46,6 +46,24 @@ def hide(
 
 
 @gluon.jit
+def holds_unseen(
+    first_row, last_row, left, right, upper, width, BLOCK_K: gl.constexpr, FORM: gl.constexpr, VALID: gl.constexpr
+):
+    """Whether a step may hold keys that no row from ``first_row`` to ``last_row`` sees."""
+    found = left < 0
+    if VALID:
+        found = left >= 0
+    if FORM > 0:
+        found = found | (gl.maximum(left, right) + BLOCK_K > last_row + upper + 1)
+        first = gl.minimum(left, right)
+        if FORM == 2:
+            found = found | (first <= first_row + upper - width)
+        if FORM == 3:
+            found = found | (first < gl.maximum(first_row + upper, 0) // width * width)
+    return found
+
+
+@gluon.jit
 def clean(
     tile, first_row, last_row, left, right, k_len, upper, width, valid,
     HEAD_DIM: gl.constexpr, BLOCK_K: gl.constexpr, FORM: gl.constexpr, VALID: gl.constexpr,
