@@ -217,7 +217,7 @@ def test_another_mask_is_kept(monkeypatch):
     sparse = compiled(model)
     torch.testing.assert_close(sparse(x), model(x))
     (row,) = afbs_compile.explain(sparse).rows
-    assert (row.outcome, row.mask, row.reason) == ("dense", "around(1023,1)", "not faster: 1.1 ms sparse, 1 ms dense")
+    assert (row.outcome, row.reason) == ("dense", "not faster: 1.1 ms sparse, 1 ms dense")
     assert "arange" in afbs_compile.explain(sparse).after[0]
 
 
@@ -617,7 +617,7 @@ def test_calibrate_records_refusals():
 
 
 @torch.no_grad()
-def test_calibrate_takes_a_bias_and_padding(sparse_is_faster):
+def test_calibrate_takes_a_bias_and_padding():
     class Padded(nn.Module):
         def __init__(self):
             super().__init__()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from afbs_compile.kernels.masks.causal import Causal, CausalEnd
 from afbs_compile.kernels.masks.full import Full
 from afbs_compile.kernels.masks.window import Window
+from afbs_compile.passes.effects import value_of
 
 N = 24
 sdpa = F.scaled_dot_product_attention
@@ -88,6 +89,15 @@ def test_keys_written_after_the_call_were_read_before(same, qkv):
         return out
 
     assert same(fn, *qkv, padded_left()).site.valid is not None
+
+
+def test_keys_from_another_device_are_read_on_the_device_of_the_call(look):
+    site = look(
+        lambda q, keys: sdpa(q, q, q, attn_mask=keys.to("meta") & lower().to("meta")),
+        torch.randn(2, 4, N, 16, device="meta"),
+        padded_left()[:, None, None],
+    ).site
+    assert value_of(site.valid).device.type == "meta"
 
 
 def test_layers_that_share_a_mask_share_its_parts(same, qkv):
