@@ -294,7 +294,7 @@ def test_what_it_does_not_take_is_refused() -> None:
     shape = replace(PLAIN, head_dim=96)
     reason = Hopper().refusal(operands_of(shape, "cuda"), every_block(shape))
     assert reason is not None
-    assert reason.startswith("head_dim is 96; accepted")
+    assert reason.startswith("head_dim is 96, of v 96; accepted")
 
 
 @pytest.mark.parametrize("block_k", [128, 64])

@@ -65,7 +65,11 @@ def test_on_hopper_it_is_the_hopper_kernel_or_the_reason_why_not() -> None:
     assert kernel() == Kernel("hopper 128x64", None)
     assert kernel(replace(SHAPE, blocks=(128, 128))) == Kernel("hopper 128x128", None)
     for other, tiles, reason in (
-        (kernel(replace(SHAPE, head_dim=96)), "64x64 tiles, 4 warps, 2 stages", "head_dim is 96; accepted: (64, 128)"),
+        (
+            kernel(replace(SHAPE, head_dim=96)),
+            "64x64 tiles, 4 warps, 2 stages",
+            "head_dim is 96, of v 96; accepted: (64, 128)",
+        ),
         (kernel(replace(SHAPE, blocks=(64, 64))), "64x64 tiles, 4 warps, 2 stages", "blocks are 64x64"),
         (kernel(replace(SHAPE, dtype=torch.float32)), "64x64 tiles, 4 warps, 2 stages", "dtype is torch.float32"),
         (kernel(lam=-8.0), "128x64 tiles, 4 warps, 2 stages", "lam is [-8.0, -8.0, -8.0, -8.0]"),

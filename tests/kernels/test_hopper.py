@@ -58,7 +58,7 @@ def test_what_it_takes() -> None:
     ("reason", "case"),
     [
         ("dtype is torch.float32; accepted", {"operands": tensors(dtype=torch.float32)}),
-        ("head_dim is 96; accepted", {"operands": tensors(dim=96)}),
+        ("head_dim is 96, of v 96; accepted", {"operands": tensors(dim=96)}),
         ("blocks are 64x64; accepted: 128x128, 128x64", {"operands": tensors(), "blocks": (64, 64)}),
         ("lam is .*; accepted: at most -1000", {"operands": tensors(), "lam": [NO_SKIP, -8.0, NO_SKIP, NO_SKIP]}),
         ("k starts at .* multiples of 16 bytes", {"operands": [tensors()[0], tensors(301)[1][:, :, :, 1:], None]}),

@@ -71,13 +71,20 @@ def selection_refusal(operands: Operands, shape: BlockShape) -> str | None:
         return f"row 0 is at key {offset}; accepted: a multiple of {shape.k}, or blocks hold keys that no row sees"
     if offset + operands.q_len > operands.k_len:
         return f"{operands.q_len} rows over {operands.k_len} keys; accepted: rows that have keys of their own"
+    if not seen_by_blocks(operands, shape):
+        return f"{operands.q_len} rows over {operands.k_len} keys; accepted: rows that see all keys of their last block"
     return None
 
 
 def seen_by_blocks(operands: Operands, shape: BlockShape) -> bool:
     """Whether every key of a visible block is seen by some row of the query block, and every row sees a key."""
     band = as_band(operands)
-    return operands.by_formula and not (band.width or (band.bounded and (band.upper < 0 or band.upper % shape.k)))
+    if not operands.by_formula or band.width:
+        return False
+    # The last row of a query block must see the end of the last key block that any of its rows reaches.
+    end = operands.q_len + band.upper
+    reaches_the_end = end >= operands.k_len or end % shape.k == 0
+    return not band.bounded or (band.upper >= 0 and band.upper % shape.k == 0 and reaches_the_end)
 
 
 def partial_at_most(operands: Operands, shape: BlockShape) -> int:

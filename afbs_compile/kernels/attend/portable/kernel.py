@@ -64,6 +64,8 @@ def attend_tile(
                 numbers = numbers.to(tl.float32)
                 seen = seen & (numbers != float("-inf"))
                 scores = scores + numbers
+        if VALID or MASK > 0 or FORM > 1:  # rows past the end weigh nothing
+            seen = seen & (rows < q_len)[:, None]
         scores = tl.where(seen, scores, float("-inf"))
     tile_peak = tl.max(scores, 1)
     new_peak = tl.maximum(peak, tile_peak)
