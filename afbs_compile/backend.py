@@ -26,9 +26,9 @@ from afbs_compile.plan import Plan
 from afbs_compile.recipe import SCHEMA_VERSION, Recipe
 from afbs_compile.report import registry
 from afbs_compile.samples import bind, forget_samples, materialised, tensors_of
+from afbs_compile.tuner import measure
 from afbs_compile.tuner.graph import Source, calibrate_graph
 from afbs_compile.tuner.lengths import Outside
-from afbs_compile.tuner.measure import LOCAL_KEPT
 from afbs_compile.version import __version__
 
 
@@ -130,7 +130,7 @@ def _conditions(
         "device": machine.identity(device),
         "torch": torch.__version__,
         "shapes": settings.tuning.shapes_on(device),
-        "kept": LOCAL_KEPT,
+        "kept": measure.LOCAL_KEPT,
         "samples": calibrated_on,
         # Lengths are calibrated one by one only where the user asks for it.
         "lengths": [str(site.q_len) for site in found.sites] if settings.outside == "recalibrate" else None,

@@ -34,6 +34,7 @@ from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.op import by_name
+from afbs_compile.kernels.operands import SMALLEST_HEAD_DIM
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import Recipe
@@ -118,6 +119,8 @@ def no_form(site: AttentionSite, call: SparseCall) -> str | None:
         return f"no form in ONNX: policy {', '.join(others)}; {', '.join(known)} have one"
     if (more := more_than_plain(site)) is not None:
         return f"no form in ONNX: {more}"
+    if site.head_dim < SMALLEST_HEAD_DIM:
+        return f"no form in ONNX: head_dim {site.head_dim}; {SMALLEST_HEAD_DIM} and more have one"
     if _band(site.mask) is None:
         return f"no form in ONNX: mask {site.mask}; causal and full ones have one"
     return None

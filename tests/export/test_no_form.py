@@ -120,5 +120,10 @@ def test_a_band_with_another_edge_has_no_form_in_onnx(site, mask):
     assert f"mask {mask}; " in onnx.no_form(replace(site, mask=mask), SparseCall.uniform(4, 0.5))
 
 
+def test_heads_that_kernels_would_pad_have_no_form_in_onnx(site):
+    reason = onnx.no_form(replace(site, head_dim=8, value_dim=8), SparseCall.uniform(4, 0.5))
+    assert reason == "no form in ONNX: head_dim 8; 16 and more have one"
+
+
 def test_causal_at_the_end_is_causal_over_as_many_rows_as_keys(site):
     assert onnx.no_form(replace(site, mask=CausalEnd()), SparseCall.uniform(4, 0.5)) is None

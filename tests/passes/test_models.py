@@ -6,8 +6,9 @@ from itertools import chain
 import pytest
 import torch
 
-from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.causal import Causal, CausalEnd
 from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.masks.window import Window
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -47,6 +48,37 @@ def test_rewritten_llama_computes_the_same(compile_with, llama, kwargs):
     assert found.rewrites[0].changed == 2
 
 
+@pytest.mark.parametrize("padding", [0, 9], ids=["ones", "left-padded"])
+def test_llama_with_an_attention_mask_is_causal_over_valid_keys(compile_with, llama, padding):
+    found = compile_with(llama, change=True)
+    mask = torch.ones_like(IDS)
+    mask[1, :padding] = 0
+    with torch.no_grad():
+        out, expected = (call(IDS, attention_mask=mask).logits for call in (found.call, llama))
+    torch.testing.assert_close(out[mask.bool()], expected[mask.bool()])
+    assert names(found.sites[0]) == LAYERS
+    assert {(site.mask, site.valid is None, site.attn_mask) for site in found.sites[0]} == {(Causal(), False, None)}
+
+
+def test_one_graph_serves_every_length_under_a_mask(compile_with, llama):
+    found = compile_with(llama, dynamic=None)
+    with torch.no_grad():
+        for length in (24, 20, 18, 30):
+            ids = torch.randint(1, 64, (2, length))
+            found.call(ids, attention_mask=torch.ones_like(ids))
+    assert [[site.mask for site in sites] for sites in found.sites] == [[Causal()] * 2] * 2
+
+
+def test_llama_with_positions_reads_its_mask(compile_with, llama):
+    """Packed sequences: the positions of the user decide what attends what."""
+    positions = torch.arange(12).repeat(2)[None].expand(2, -1)
+    found = compile_with(llama, change=True)
+    with torch.no_grad():
+        out, expected = (call(IDS, position_ids=positions, use_cache=False).logits for call in (found.call, llama))
+    torch.testing.assert_close(out, expected)
+    assert {(site.mask, site.attn_mask is None) for site in found.sites[0]} == {(Full(), False)}
+
+
 def test_llama_in_training_needs_a_gradient(look, llama):
     found = look(llama.train(), IDS, grad=True)
     assert all(refusal.reason.startswith("gradient needed") for refusal in found.refusals[0])
@@ -61,8 +93,27 @@ def test_generate_with_a_static_cache(compile_with, llama):
     assert torch.equal(tokens, expected)
     assert names(found.sites.pop(0)) == LAYERS
     assert found.refusals.pop(0) == []
-    assert [names(refusals) for refusals in found.refusals] == [LAYERS]
-    assert all(refusal.reason.startswith("decoding: 1 query rows") for refusal in found.refusals[0])
+    (refusals,) = found.refusals
+    assert names(refusals) == LAYERS
+    assert all(refusal.reason.startswith("decoding: 1 query rows") for refusal in refusals)
+
+
+def test_a_chunk_against_a_longer_cache(look, llama):
+    cache = transformers.DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(IDS, past_key_values=cache)
+    found = look(llama, IDS, kwargs={"past_key_values": cache})
+    assert [(site.mask, site.q_len, site.k_len) for site in found.sites[0]] == [(CausalEnd(), 24, 48)] * 2
+
+
+def test_a_sliding_window_is_found_where_it_hides_something(look):
+    def model(window):
+        config = transformers.MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=window, **SMALL)
+        return transformers.MistralForCausalLM(config).eval()
+
+    found = look(model(8), IDS)
+    assert [site.mask for site in found.sites[0]] == [Window(8)] * 2
+    assert [site.mask for site in look(model(100), IDS).sites[0]] == [Causal()] * 2
 
 
 def test_bert(look):
@@ -78,16 +129,15 @@ def test_vit(look):
     assert [(site.q_len, site.mask) for site in sites] == [(17, Full())] * 2
 
 
-def test_t5_has_a_bias_or_two_lengths(same):
+def test_t5_has_a_bias_and_two_lengths(same):
     config = transformers.T5Config(vocab_size=64, d_model=64, d_ff=64, d_kv=16, num_layers=1, num_heads=4)
     model = transformers.T5ForConditionalGeneration(config).eval()
     found = same(model, IDS, kwargs={"decoder_input_ids": IDS[:, :18], "use_cache": False})
     sites = list(chain(*found.sites))  # torch 2.12 cannot trace how the decoder copies its configuration
-    assert list(chain(*found.refusals)) == []
-    assert [(site.q_len, site.k_len, site.attn_mask is not None) for site in sites] == [
-        (24, 24, True),
-        (18, 18, True),
-        (18, 24, False),
+    assert [(site.attn_mask is None, site.q_len, site.k_len) for site in sites] == [
+        (False, 24, 24),
+        (False, 18, 18),
+        (True, 18, 24),
     ]
 
 
