@@ -166,6 +166,18 @@ def in_float64(operands: Operands, live: Tensor | None = None, block: BlockShape
     return out
 
 
+def undecided(operands: Operands, live: Tensor, block: BlockShape) -> Tensor:
+    """bool ``[B, H, q_len]``: rows that have larger numbers added than the lowest, but in dead blocks alone.
+
+    What their live keys weigh is nothing beside those; among themselves it may be anything.
+    """
+    if not operands.has_bias:
+        return torch.zeros(operands.q.shape[:3], dtype=torch.bool)
+    clear = ~hidden(operands) & ~(operands.attn_mask.cpu() <= torch.finfo(torch.float32).min)
+    wide = live.cpu().repeat_interleave(block.q, 2).repeat_interleave(block.k, 3)
+    return clear.any(-1) & ~(clear & wide[:, :, : operands.q_len, : operands.k_len]).any(-1)
+
+
 def poisoned(operands: Operands, value: float) -> Operands:
     """The same call with a value in the keys, and the values, that no row of a batch element sees."""
     unseen = hidden(operands).all(2).to(operands.device)
