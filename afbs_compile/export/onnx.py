@@ -27,7 +27,7 @@ from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, t
 from afbs_compile.export.inputs import Example
 from afbs_compile.export.onnx_function import DOMAIN, NAME, VERSION, function_protos
 from afbs_compile.export.onnx_predict import policy_codes
-from afbs_compile.export.program import ExportProgram, rewritten_program
+from afbs_compile.export.program import ExportProgram, more_than_plain, rewritten_program
 from afbs_compile.export.runner import Runner
 from afbs_compile.files import whole_file
 from afbs_compile.kernels.call import SparseCall
@@ -37,7 +37,6 @@ from afbs_compile.kernels.op import by_name
 from afbs_compile.kernels.operands import SMALLEST_HEAD_DIM
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.passes.site import AttentionSite
-from afbs_compile.passes.sizes import same_sizes
 from afbs_compile.recipe import Recipe
 
 LARGEST_FILE = 2**31
@@ -118,23 +117,22 @@ def no_form(site: AttentionSite, call: SparseCall) -> str | None:
     known = policy_codes()
     if others := sorted(set(call.policy) - set(known)):
         return f"no form in ONNX: policy {', '.join(others)}; {', '.join(known)} have one"
-    if site.valid is not None or site.attn_mask is not None or site.softcap or site.sinks is not None:
-        return (
-            "no form in ONNX: the call reads a mask, valid keys, a cap or sinks; calls whose mask is a formula have one"
-        )
-    if not same_sizes((site.q_len,), (site.k_len,)) or site.value_dim != site.head_dim:
-        return "no form in ONNX: queries and keys, or keys and values, differ in size; calls on equal ones have one"
+    if (more := more_than_plain(site)) is not None:
+        return f"no form in ONNX: {more}"
     if site.head_dim < SMALLEST_HEAD_DIM:
         return f"no form in ONNX: head_dim {site.head_dim}; {SMALLEST_HEAD_DIM} and more have one"
     if _band(site.mask) is None:
-        return f"no form in ONNX: mask {site.mask}; masks that are the same band at every length have one"
+        return f"no form in ONNX: mask {site.mask}; causal and full ones have one"
     return None
 
 
 def _band(mask: Mask) -> dict[str, int] | None:
-    """A mask as the body computes it, if it does: the attributes ``upper`` and ``offset``."""
+    """A mask over as many rows as keys as the body computes it, if it does: the attributes ``upper`` and ``offset``.
+
+    The body keeps the blocks that hold a row's own key; those at another edge of a band it would have to keep as well.
+    """
     (band, offset), *others = {(mask.band(n, n), mask.offset(n, n)) for n in (64, 4096)}
-    if band is None or band.width or others:
+    if band is None or others or band.width or (band.bounded and (band.upper, offset) != (0, 0)):
         return None
     return {"upper": band.upper if band.bounded else NO_BOUND, "offset": offset}
 

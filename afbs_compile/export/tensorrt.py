@@ -29,12 +29,13 @@ from torch.export import ExportedProgram
 from afbs_compile.errors import ExportError
 from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path
 from afbs_compile.export.inputs import Example, ExportInputs
-from afbs_compile.export.program import rewritten_program
+from afbs_compile.export.program import more_than_plain, rewritten_program
 from afbs_compile.export.runner import Runner, call_as_exported
 from afbs_compile.files import whole_file
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.op import arguments_of, by_name, sparse_attention
+from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import Recipe
 
 PLUGIN = "afbs::sparse_attention_plugin"
@@ -67,7 +68,7 @@ def to_tensorrt(
     target = target_path(path, "tensorrt")
     (torch_tensorrt,) = extra(("torch_tensorrt",), "tensorrt")
     no_fp8 = "the TensorRT plugin takes no FP8 heads"
-    program = rewritten_program(model, recipe, example, dynamic=dynamic, no_fp8=no_fp8)
+    program = rewritten_program(model, recipe, example, dynamic=dynamic, refuse=no_form, no_fp8=no_fp8)
     call_plugins(program.exported.graph_module)
     shown = ExportInputs.of(program.module, example).tensors
     ranges = [
@@ -96,6 +97,12 @@ def to_tensorrt(
     except Exception as error:  # torch-tensorrt raises errors of many kinds
         raise ExportError(f"torch-tensorrt cannot build the engines: {first_line(error)}") from error
     return Exported(target, program.rows, program.inputs)
+
+
+def no_form(site: AttentionSite, call: SparseCall) -> str | None:
+    """Why the plugin cannot compute a call; None where it can."""
+    more = more_than_plain(site)
+    return None if more is None else f"no form in TensorRT: {more}"
 
 
 def _range(torch_tensorrt: Any, name: str, shape: Sequence[int | str], value: Tensor) -> Any:

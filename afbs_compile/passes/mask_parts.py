@@ -123,7 +123,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
         inputs = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
         return inputs if len(inputs) == 2 and all(map(_is_bool_tensor, inputs)) else []
     if name in UNCHANGED and isinstance(node.args[0], fx.Node) and _is_bool_tensor(node.args[0]):
-        return [node.args[0]]
+        return [node.args[0]] if value_of(node.args[0]).device == value.device else []
     return []
 
 

@@ -234,7 +234,7 @@ class TestRefusals:
         recipe = recipe_for(model, x)
         monkeypatch.setattr(Causal, "band", lambda _, q_len, k_len: band and Band(q_len // 2))
         (row,) = to_onnx(model, recipe, x, tmp_path / "model.onnx").rows
-        sentence = "no form in ONNX: mask causal; masks that are the same band at every length have one"
+        sentence = "no form in ONNX: mask causal; causal and full ones have one"
         assert (row.outcome, row.reason) == ("dense", sentence)
 
     def test_without_the_extra_it_is_named(self, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import starmap
 
 import pytest
@@ -12,7 +11,6 @@ from afbs_compile.export.onnx import OPSETS, attributes
 from afbs_compile.export.onnx_predict import policy_codes
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import Kept
-from afbs_compile.kernels.masks.base import Band, BandMask
 from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.kernels.op import arguments_of
 from tests.export.test_onnx_function import (
@@ -24,7 +22,6 @@ from tests.export.test_onnx_function import (
     attention,
     call_of,
     expected_mask,
-    expected_output,
     onnx,
     operands,
     predictor,
@@ -109,41 +106,6 @@ def test_each_head_of_a_call_has_its_own_policy(mask, names):
         assert torch.equal(found, expected_mask(q, k, call, mask))
         (out,) = run(outputs, q=q, k=k, v=v)
         torch.testing.assert_close(out, by_operator(q, k, v, call, mask), rtol=1e-4, atol=1e-5)
-
-
-@dataclass(frozen=True)
-class Shifted(BandMask):
-    """Row r sees the keys up to r + upper and lies at position r + at."""
-
-    name = "shifted"
-    words = "shifted"
-    local = True
-    upper: int
-    at: int
-
-    def offset(self, q_len, k_len):
-        return self.at
-
-    def sees(self, positions, keys):
-        return keys <= positions - self.at + self.upper
-
-    def band(self, q_len, k_len):
-        return Band(self.upper)
-
-
-@EACH_POLICY
-@pytest.mark.parametrize(("upper", "at"), [(70, 0), (30, 30), (5, 130)])
-def test_every_mask_that_is_a_band_has_a_form(name, upper, at):
-    call, mask = of_policy(name, kept=Kept(20, 30)), Shifted(upper, at)
-    masks, outputs = predictor(call, mask), attention(call, mask)
-    for seed, (batch, length, kv_heads) in enumerate(SIZES):
-        q, k, v = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
-        (found,) = run(masks, q=q, k=k)
-        assert torch.equal(found, expected_mask(q, k, call, mask))
-        pairs = found.repeat_interleave(64, 2).repeat_interleave(64, 3)[..., :length, :length]
-        if (pairs & mask.matrix(length, length, q.device)).any(-1).all():  # else there is no answer
-            (out,) = run(outputs, q=q, k=k, v=v)
-            torch.testing.assert_close(out, expected_output(q, k, v, call, mask), rtol=1e-4, atol=1e-5)
 
 
 @EACH_POLICY

@@ -23,7 +23,7 @@ def calls(program, target):
 
 
 class Three(nn.Module):
-    """Three calls in a row, the second with dropout, which no recipe can have calibrated."""
+    """Three calls in a row, the second with a dropout that no recipe can have calibrated."""
 
     def __init__(self, broken=False):
         super().__init__()

@@ -114,7 +114,8 @@ def test_every_argument_of_a_call_reaches_the_operator():
         "policy": ["meansim", "cumulant", "sink_window", "meanshare"], "last_rows": 20, "local_keys": 40,
     }  # fmt: skip
     known = {argument.name for argument in torch.ops.afbs.sparse_attention.default._schema.arguments}
-    assert known == {"q", "k", "v", *given, "precision", "fp8_constants"}
+    refused = {"precision", "fp8_constants", "valid", "attn_mask", "softcap", "sinks"}  # before a graph has them
+    assert known == {"q", "k", "v", *given, *refused}
 
     def converted(**changed):
         graph = torch.fx.Graph()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx
 
-from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.call import Kept, SparseCall
 from afbs_compile.passes.expand import expand
 from afbs_compile.passes.find import find
 from afbs_compile.passes.rewrite import Rewrite, rewrite
@@ -41,13 +41,24 @@ class Compiled:
 
 
 def keep_everything(site: AttentionSite) -> SparseCall:
+    """The constants of a call that runs dense."""
     return SparseCall.uniform(site.heads, 1.0)
 
 
+def select_everything(site: AttentionSite) -> SparseCall:
+    """The constants of a call that goes through selection and attention over blocks, all of which are kept."""
+    return SparseCall.uniform(site.heads, 0.5, kept=Kept(last_rows=2**20))
+
+
 def compiled(
-    fn: Callable[..., Any], *, min_length: int = 1, change: bool = False, dynamic: bool | None = False
+    fn: Callable[..., Any],
+    *,
+    min_length: int = 1,
+    change: bool = False,
+    dynamic: bool | None = False,
+    call: Callable[[AttentionSite], SparseCall] = keep_everything,
 ) -> Compiled:
-    """Compile with a backend that finds, rewrites where asked to, and runs the graph eagerly."""
+    """Compile with a backend that finds, rewrites to a ``call`` where asked to, and runs the graph eagerly."""
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         expand(gm)
@@ -56,7 +67,7 @@ def compiled(
         result.sites.append(sites)
         result.refusals.append(refusals)
         if change:
-            result.rewrites.append(rewrite(gm, {site: keep_everything(site) for site in sites}))
+            result.rewrites.append(rewrite(gm, {site: call(site) for site in sites}))
         return gm.forward
 
     torch._dynamo.reset()  # a test may compile several functions of the same code
@@ -79,6 +90,31 @@ def look() -> Callable[..., Compiled]:
         result = compiled(fn, **options)
         with torch.set_grad_enabled(grad):
             result.call(*args, **(kwargs or {}))
+        return result
+
+    return run
+
+
+@pytest.fixture
+def same() -> Callable[..., Compiled]:
+    """Compare a compiled function with itself, its sites rewritten to dense calls and to calls over all blocks."""
+
+    def run(
+        fn: Callable[..., Any],
+        *args: Any,
+        kwargs: dict[str, Any] | None = None,
+        close: dict[str, float] | None = None,
+        **options: Any,
+    ) -> Compiled:
+        with torch.no_grad():
+            torch.manual_seed(1)
+            expected = fn(*args, **(kwargs or {}))
+            for call in (keep_everything, select_everything):
+                result = compiled(fn, change=True, call=call, **options)
+                torch.manual_seed(1)
+                out = result.call(*args, **(kwargs or {}))
+                torch.testing.assert_close(out, expected, equal_nan=True, **(close or {}))
+                assert sum(rewrite.changed for rewrite in result.rewrites) == sum(map(len, result.sites))
         return result
 
     return run

@@ -50,7 +50,7 @@ def test_causal_by_a_mask(compile_with, x):
     assert check_same(compile_with, fn, x).site.mask == Causal()
 
 
-def test_a_wrong_causal_hint_is_not_believed_where_pytorch_does_not(look, x):
+def test_a_wrong_causal_hint_is_not_believed_where_pytorch_does_not(same, x):
     """With need_weights=True PyTorch applies the mask and ignores the hint."""
     module = attention()
 
@@ -58,8 +58,8 @@ def test_a_wrong_causal_hint_is_not_believed_where_pytorch_does_not(look, x):
         mask = torch.zeros(24, 24, dtype=torch.bool)
         return module(x, x, x, attn_mask=mask, is_causal=True)[0]
 
-    site = look(fn, x).site
-    assert (site.mask, site.attn_mask) == (Full(), None)
+    site = same(fn, x).site
+    assert (site.mask, site.attn_mask) == (Full(), None)  # PyTorch turns the boolean mask into floating zeros
 
 
 def test_used_weights_keep_the_call_closed(compile_with, x):

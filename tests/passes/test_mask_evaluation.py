@@ -48,9 +48,10 @@ def test_layers_share_the_evaluation(look, qkv, monkeypatch):
     assert len(runs) == 1
 
 
-def test_a_mask_too_large_to_evaluate_is_read_as_it_is(look, qkv, monkeypatch):
+def test_a_mask_too_large_to_evaluate_is_read_when_the_graph_runs(same, qkv, monkeypatch):
     monkeypatch.setattr(constants, "LARGEST_TENSOR", N * N - 1)
-    assert look(lambda q, k, v: sdpa(q, k, v, attn_mask=causal()), *qkv).site.attn_mask is not None
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=causal()), *qkv).site
+    assert (site.mask, site.attn_mask is not None) == (Full(), True)
 
 
 def test_vmap_levels_are_left_after_a_failure(look, qkv):
@@ -77,21 +78,34 @@ class TestDynamicShapes:
     def inputs(self, length):
         return [torch.randn(2, 4, length, 16) for _ in range(3)]
 
-    def test_one_proof_is_for_all_lengths(self, compile_with):
-        found = compile_with(self.masked, dynamic=True, change=True)
-        with torch.no_grad():
-            for length in (24, 40):
-                inputs = self.inputs(length)
-                torch.testing.assert_close(found.call(*inputs), self.masked(*inputs))
-        assert [[site.mask for site in sites] for sites in found.sites] == [[Causal()]]
+    def by_the_length(self, q, k, v):
+        """Causal in one of two ways: that is no formula of the positions."""
+        n = q.shape[2]
+        rows = torch.arange(n)
+        return sdpa(q, k, v, attn_mask=(rows[:, None] >= rows) & (rows[:, None] * rows < 30 * n))
 
-    def test_a_window_that_shorter_inputs_fill(self, compile_with):
-        found = compile_with(self.up_to_32, dynamic=True, change=True)
+    def test_one_graph_serves_all_lengths_of_a_formula(self, compile_with):
+        for fn, mask in ((self.masked, Causal()), (self.up_to_32, Window(32))):
+            found = compile_with(fn, dynamic=True, change=True)
+            with torch.no_grad():
+                for length in (24, 40, 30, 41):
+                    inputs = self.inputs(length)
+                    torch.testing.assert_close(found.call(*inputs), fn(*inputs))
+            assert len(found.graphs) == 1
+            assert found.site.mask == mask
+
+    def test_what_has_no_formula_is_proven_at_each_length(self, compile_with):
+        found = compile_with(self.by_the_length, dynamic=True, change=True)
         with torch.no_grad():
             for length in (24, 40, 30, 41):
                 inputs = self.inputs(length)
-                torch.testing.assert_close(found.call(*inputs), self.up_to_32(*inputs))
-        assert [[site.mask for site in sites] for sites in found.sites] == [[Window(32)]]
+                torch.testing.assert_close(found.call(*inputs), self.by_the_length(*inputs))
+        assert [(site.mask, site.attn_mask is None) for (site,) in found.sites] == [
+            (Causal(), True),
+            (Full(), False),
+            (Causal(), True),
+            (Full(), False),
+        ]
 
     def test_a_short_call_is_not_pinned_to_its_length(self, compile_with):
         found = compile_with(self.masked, dynamic=True, min_length=100)
@@ -117,14 +131,24 @@ class TestDynamicShapes:
         assert len(found.graphs) == 1
         assert found.site.mask == Causal()
 
-    def test_an_exported_graph_whose_mask_is_causal_at_some_lengths_is_a_window(self):
+    def test_a_free_length_without_a_formula_is_not_pinned_either(self, compile_with):
+        found = compile_with(self.by_the_length, dynamic=None, change=True)
+        for length in (24, 40):
+            inputs = self.inputs(length)
+            for x in inputs:
+                torch._dynamo.mark_dynamic(x, 2)
+            torch.testing.assert_close(found.call(*inputs), self.by_the_length(*inputs))
+        assert len(found.graphs) == 1
+        assert (found.site.mask, found.site.attn_mask is not None) == (Full(), True)
+
+    def test_an_exported_graph_whose_mask_is_causal_at_some_lengths(self):
         class Masked(torch.nn.Module):
             forward = TestDynamicShapes.up_to_32
 
         length = torch.export.Dim("length", min=2, max=4096)
         exported = torch.export.export(Masked(), tuple(self.inputs(24)), dynamic_shapes=({2: length},) * 3)
         (site,), _ = find(exported.module(), min_length=1)
-        assert site.mask == Window(32)
+        assert (site.mask, site.attn_mask) == (Window(32), None)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -151,7 +175,7 @@ def test_exported_buffer_is_no_constant():
     exported = torch.export.export(Masked(), (torch.randn(2, 4, N, 16),))
     for gm in (exported.module(), exported.graph_module):
         (site,), _ = find(gm, min_length=1)
-        assert site.attn_mask is not None
+        assert (site.mask, site.attn_mask is not None) == (Full(), True)
 
 
 class TestClassify:

@@ -1,17 +1,15 @@
-"""Dense masks: which are proven, and that nothing else is."""
+"""Dense masks: which are proven to be formulas, and that nothing else is: it is read when the graph runs."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.causal import Causal, CausalEnd
 from afbs_compile.kernels.masks.full import Full
-from afbs_compile.kernels.masks.window import Around, Window
-from afbs_compile.passes.constants import ConstantTensors, NotConstantError
-from afbs_compile.passes.effects import value_of
+from afbs_compile.kernels.masks.window import Around, Chunk, Window
+from afbs_compile.passes.constants import ConstantTensors, NotConstantError, run
 from afbs_compile.passes.find import find
-from afbs_compile.passes.mask_proof import MaskProver
 from afbs_compile.passes.operands import Call
 
 N = 24
@@ -94,46 +92,71 @@ def cut_off(length):
     return mask
 
 
+FORMULAS = {
+    "sliding window": (lambda: torch.ones(N, N, dtype=torch.bool).tril().triu(-8), Window(9)),
+    "chunks": (lambda: (torch.arange(N)[:, None] // 7 == torch.arange(N) // 7).tril(), Chunk(7)),
+    "shifted by one": (lambda: torch.ones(N, N, dtype=torch.bool).tril(1), Around(N - 1, 1)),
+    "anti-causal": (lambda: torch.ones(N, N, dtype=torch.bool).triu(), Around(0, N - 1)),
+    "both ways": (lambda: torch.ones(N, N).tril(3).triu(-5) > 0, Around(5, 3)),
+    "zeros that are added": (lambda: torch.zeros(N, N), Full()),
+    "an added window": (lambda: torch.full((N, N), float("-inf")).triu(1) + lowest_before(4), Window(5)),
+    "of a sum": (lambda: torch.ones(2, 1, N, N).cumsum(-1).tril() > 0, Causal()),
+}
+
+
+def lowest_before(width):
+    return torch.zeros(N, N).masked_fill(torch.ones(N, N).tril(-width - 1) > 0, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize(("make", "mask"), FORMULAS.values(), ids=FORMULAS.keys())
+def test_another_formula(same, qkv, make, mask):
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site
+    assert (site.mask, site.valid, site.attn_mask) == (mask, None, None)
+
+
+BEHIND_A_CACHE = {
+    "aligned at the end": (lambda: torch.ones(N, N + 8, dtype=torch.bool).tril(8), CausalEnd()),
+    "aligned at the start": (lambda: torch.ones(N, N + 8, dtype=torch.bool).tril(), Causal()),
+    "window": (lambda: torch.ones(N, N + 8, dtype=torch.bool).tril(8).triu(4), Window(5)),
+    "full": (lambda: torch.ones(N, N + 8, dtype=torch.bool), Full()),
+    "aligned nowhere": (lambda: torch.ones(N, N + 8, dtype=torch.bool).tril(4), None),
+}
+
+
+@pytest.mark.parametrize(("make", "mask"), BEHIND_A_CACHE.values(), ids=BEHIND_A_CACHE.keys())
+def test_more_keys_than_rows(same, qkv, make, mask):
+    k, v = (torch.randn(2, 4, N + 8, 16) for _ in range(2))
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), qkv[0], k, v).site
+    assert (site.mask, site.attn_mask is None) == (mask or Full(), mask is not None)
+
+
 OTHER = {
     "one bit of the past": lambda: flipped(20, 3),
     "one bit of the future": lambda: flipped(3, 20),
     "the last bit": lambda: flipped(N - 1, N - 1),
     "the first bit": lambda: flipped(0, 0),
-    "shifted by one": lambda: torch.ones(N, N, dtype=torch.bool).tril(1),
     "strict": lambda: torch.ones(N, N, dtype=torch.bool).tril(-1),
-    "sliding window": lambda: torch.ones(N, N, dtype=torch.bool).tril().triu(-8),
-    "anti-causal": lambda: torch.ones(N, N, dtype=torch.bool).triu(),
     "last keys only": lambda: cut_off(4),
     "one head of eight": lambda: torch.stack([torch.ones(N, N).tril() > 0] * 7 + [torch.ones(N, N) > 0]).view(
         2, 4, N, N
     ),
     "keys hidden everywhere": lambda: (torch.arange(N) < N - 1)[None, None, None],
     "written after tril": lambda: torch.ones(N, N, dtype=torch.bool).tril().logical_not_(),
+    "one window of two heads": lambda: torch.stack([torch.ones(N, N).tril().triu(-w) > 0 for w in (8, 8, 8, 7)]),
 }
 
 
-BANDS = {"sliding window": Window(9), "shifted by one": Around(N - 1, 1), "anti-causal": Around(0, N - 1)}
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_another_pattern_is_a_band_or_read_as_it_is(look, compile_with, qkv, name):
-    def call(q, k, v):
-        return sdpa(q, k, v, attn_mask=OTHER[name]())
-
-    site = look(call, *qkv).site
-    assert (site.mask, site.attn_mask is None) == ((BANDS[name], True) if name in BANDS else (Full(), False))
-    torch.testing.assert_close(compile_with(call, change=True).call(*qkv), call(*qkv))
+@pytest.mark.parametrize("make", OTHER.values(), ids=OTHER.keys())
+def test_another_pattern_is_read_when_the_graph_runs(same, qkv, make):
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=make()), *qkv).site
+    assert (site.mask, site.valid) == (Full(), None)
+    assert site.attn_mask is not None
 
 
 @pytest.mark.parametrize("value", [1.0, -1e30, float("nan"), float("inf")])
-def test_another_number_in_a_floating_mask_is_a_bias(look, qkv, value):
-    site = look(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.full((N, N), value).triu(1)), *qkv).site
-    assert (site.mask, value_of(site.attn_mask).dtype) == (Full(), torch.float32)
-
-
-def test_a_floating_mask_of_zeros_hides_nothing(look, qkv):
-    site = look(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.zeros(N, N)), *qkv).site
-    assert (site.mask, site.attn_mask) == (Full(), None)
+def test_another_number_in_a_floating_mask_is_a_bias(same, qkv, value):
+    site = same(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.full((N, N), value).triu(1)), *qkv).site
+    assert (site.mask, site.valid, site.attn_mask is not None) == (Full(), None, True)
 
 
 class Buffered(torch.nn.Module):
@@ -207,26 +230,54 @@ def overwritten_out(q):
     return mask
 
 
-@pytest.mark.parametrize(("make", "why"), UNSAFE.values(), ids=UNSAFE.keys())
-def test_what_may_change_between_calls_is_no_constant(look, qkv, make, why):
+def masked(make):
     module = Buffered()
     module.forward = lambda q, k, v: sdpa(q, k, v, attn_mask=make(module, q))
-    found = look(module, *qkv)
+    return module
+
+
+@pytest.mark.parametrize(("make", "why"), UNSAFE.values(), ids=UNSAFE.keys())
+def test_what_may_change_between_calls_is_no_constant(look, qkv, make, why):
+    found = look(masked(make), *qkv)
     assert found.site.attn_mask is not None
-    constants, node = ConstantTensors(found.graphs[0]), found.site.node
-    mask = Call.of(node).mask
+    constants, mask = ConstantTensors(found.graphs[0]), Call.of(found.site.node).mask
     with pytest.raises(NotConstantError, match=why):
-        MaskProver(constants).mask([(mask, constants.program(mask, before=node))], lengths=(N, N))
+        run(constants.program(mask, before=found.site.node), mask)
+
+
+UNINITIALISED = ("uninitialised memory", "half filled memory")
+
+
+@pytest.mark.parametrize("name", [name for name in UNSAFE if name not in UNINITIALISED])
+def test_what_may_change_between_calls_is_read_in_each(same, qkv, name):
+    same(masked(UNSAFE[name][0]), *qkv)
+
+
+@pytest.mark.parametrize("name", ["mask", "plain", "weight"])
+def test_a_mask_of_the_module_that_changes_is_followed(compile_with, qkv, name):
+    module = masked(lambda m, q: getattr(m, name) > 0)
+    found = compile_with(module, change=True)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(found.call(*qkv), module(*qkv))
+            getattr(module, name)[5:9, :3] = 0
+    assert len(found.graphs) == 1
+
+
+def test_a_part_that_is_constant_is_still_a_formula(same, qkv):
+    site = same(masked(UNSAFE["an input's values"][0]), *qkv).site
+    assert (site.mask, site.valid, site.attn_mask is not None) == (Causal(), None, True)
 
 
 def test_random_numbers_are_not_drawn_by_the_attempt(look, qkv):
     (gm,) = look(lambda q, k, v: sdpa(q, k, v, attn_mask=random_but_causal()), *qkv).graphs
     state = torch.random.get_rng_state()
-    assert find(gm, min_length=1)[0][0].attn_mask is not None
+    (site,) = find(gm, min_length=1)[0]
+    assert site.attn_mask is not None
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_mask_written_between_two_calls_is_judged_twice(look, qkv):
+def test_a_mask_written_between_two_calls_is_judged_twice(same, qkv):
     def fn(q, k, v):
         mask = torch.ones(N, N, dtype=torch.bool).tril()
         first = sdpa(q, k, v, attn_mask=mask)
@@ -235,9 +286,9 @@ def test_a_mask_written_between_two_calls_is_judged_twice(look, qkv):
         mask[0, 0] = False
         return sdpa(second, k, v, attn_mask=mask)
 
-    found = look(fn, *qkv)
-    assert [site.mask for site in found.sites[0]] == [Causal(), Full(), Full()]
-    assert [site.attn_mask is None for site in found.sites[0]] == [True, True, False]
+    (sites,) = same(fn, *qkv).sites
+    assert [site.mask for site in sites] == [Causal(), Full(), Full()]
+    assert [site.attn_mask is not None for site in sites] == [False, False, True]
 
 
 def test_writes_to_other_tensors_do_not_matter(look, qkv):

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from afbs_compile.kernels.masks.causal import Causal
+from afbs_compile.kernels.masks.causal import Causal, CausalEnd
 from afbs_compile.kernels.masks.full import Full
+from afbs_compile.kernels.masks.window import Around, Window
 from afbs_compile.passes.find import find
 from afbs_compile.passes.mask_proof import classify
 
@@ -45,8 +46,15 @@ CAUSAL = {
     "where": lambda n: torch.where(rows(n) >= arange(n), 0.0, -INF),
     "filled": lambda n: torch.ones(n, n, dtype=torch.bool).masked_fill(rows(n) < arange(n), False),
 }
+WINDOWS = {
+    "window": (lambda n: (rows(n) >= arange(n)) & (rows(n) - arange(n) < 32), Window(32)),
+    "window of one": (lambda n: rows(n) == arange(n), Window(1)),
+    "triangles": (lambda n: torch.ones(n, n, dtype=torch.bool).tril().triu(-4), Window(5)),
+    "both ways": (lambda n: (rows(n) - arange(n) <= 3) & (arange(n) - rows(n) <= 3), Around(3, 3)),
+    "lowest": (lambda n: torch.zeros(n, n).masked_fill((arange(n) > rows(n)) | (arange(n) < rows(n) - 6), LOWEST),
+               Window(7)),
+}  # fmt: skip
 NEITHER = {
-    "window": lambda n: (rows(n) >= arange(n)) & (rows(n) - arange(n) < 32),
     "one key of the future": lambda n: torch.ones(n, n, dtype=torch.bool).tril(1),
     "without itself": lambda n: rows(n) > arange(n),
     "a distant key of the future": lambda n: (rows(n) >= arange(n)) | (rows(n) + 100 == arange(n)),
@@ -87,15 +95,42 @@ def test_causal_at_every_length(make):
         assert classify(make(length), length, length) == Causal()
 
 
+@pytest.mark.parametrize(("make", "mask"), WINDOWS.values(), ids=WINDOWS)
+def test_a_window_at_every_length(make, mask):
+    (site,), _ = found(make)
+    assert (site.mask, site.attn_mask) == (mask, None)
+    for length in (24, 40, 70):
+        assert torch.equal(make(length) == 0 if make(length).is_floating_point() else make(length),
+                           mask.matrix(length, length, torch.device("cpu")))  # fmt: skip
+
+
 @pytest.mark.parametrize("make", NEITHER.values(), ids=NEITHER)
-def test_read_as_it_is_unless_it_is_a_band_at_every_length(make):
+def test_read_when_the_graph_runs_unless_it_holds_at_every_length(make):
     (site,), refusals = found(make)
     assert refusals == []
-    if site.attn_mask is None:
-        for length in (2, 3, 24, 70):
-            expected = make(length).expand(length, length)
-            seen = expected if expected.dtype == torch.bool else expected == 0
-            assert torch.equal(site.mask.matrix(length, length, torch.device("cpu")), seen)
+    assert (site.mask, site.valid) == (Full(), None)
+    assert site.attn_mask is not None
+
+
+BEHIND_A_CACHE = {
+    "aligned at the end": (lambda n, m: rows(n) + (m - n) >= arange(m), CausalEnd()),
+    "aligned at the start": (lambda n, m: rows(n) >= arange(m), Causal()),
+    "window": (lambda n, m: (rows(n) + m - n >= arange(m)) & (rows(n) + m - n < arange(m) + 9), Window(9)),
+    "full": (lambda n, m: torch.ones(n, m, dtype=torch.bool), Full()),
+    "a window at the start": (lambda n, m: (rows(n) >= arange(m)) & (rows(n) < arange(m) + 9), None),
+}
+
+
+@pytest.mark.parametrize(("make", "mask"), BEHIND_A_CACHE.values(), ids=BEHIND_A_CACHE)
+def test_two_lengths(make, mask):
+    class Masked(torch.nn.Module):
+        def forward(self, q, k):
+            return F.scaled_dot_product_attention(q, k, k, attn_mask=make(q.shape[2], k.shape[2]))
+
+    free = tuple({2: torch.export.Dim(name, min=2, max=4096)} for name in ("rows", "keys"))
+    inputs = (torch.randn(2, 4, 24, 16), torch.randn(2, 4, 40, 16))
+    (site,), _ = find(torch.export.export(Masked(), inputs, dynamic_shapes=free).graph_module, min_length=1)
+    assert (site.mask, site.attn_mask is None) == (mask or Full(), mask is not None)
 
 
 def test_true_everywhere():

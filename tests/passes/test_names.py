@@ -59,7 +59,7 @@ def test_refused_calls_take_part_in_the_count(look):
     """A recipe finds its sites by name: a call keeps its name whether the one before it was accepted or not."""
 
     def fn(x):
-        refused = F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)
+        refused = F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
         return F.scaled_dot_product_attention(refused, x, x)
 
     found = look(fn, torch.randn(1, 1, 16, 16))

@@ -39,7 +39,7 @@ def masked_attention(operands: Operands, live: Tensor, lam: Sequence[float] | Te
     q_len, k_len = operands.q_len, operands.k_len
     k, values = (x.to(work).repeat_interleave(operands.groups, 1) for x in (operands.k, operands.v))
     lam = per_head(lam, q.device)[..., 0]
-    scores = changed(operands, q.to(work) @ k.transpose(-1, -2) * operands.scale, slice(0, q_len)) * LOG2_E
+    scores = _in_log2(changed(operands, q.to(work) @ k.transpose(-1, -2) * operands.scale, slice(0, q_len)))
     allowed = live.repeat_interleave(shape.q, 2).repeat_interleave(shape.k, 3)[..., :q_len, :k_len]
     allowed = allowed & allowed_by_rows(operands, slice(0, q_len))
     scores = scores.masked_fill(~allowed, -math.inf)
@@ -67,6 +67,12 @@ def masked_attention(operands: Operands, live: Tensor, lam: Sequence[float] | Te
         running = new
     result: Tensor = torch.where(total[..., None] == 0, 0.0, out / total[..., None]).to(q.dtype)
     return result
+
+
+def _in_log2(scores: Tensor) -> Tensor:
+    """Scores in log2 units; the lowest number stays one: a row of nothing else weighs its keys alike."""
+    lowest = torch.finfo(scores.dtype).min / LOG2_E
+    return torch.where(scores == -math.inf, scores, scores.clamp_min(lowest)) * LOG2_E
 
 
 def sparse_attention(operands: Operands, call: SparseCall) -> Tensor:
