@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afbs_compile.kernels.attend.machine import runs_triton
-from afbs_compile.kernels.attend.machine import runs_triton
 from afbs_compile.kernels.blocks import BlockShape, chunks
 from afbs_compile.kernels.operands import Operands
 
@@ -24,10 +23,6 @@ ROWS_AT_ONCE = 512
 
 
 LARGEST = BlockShape(128, 128)
-
-
-ANY_SHAPE = BlockShape(64, 64)
-"""Rows per block of a look at a mask that is not about blocks."""
 
 
 class Sight(NamedTuple):
@@ -127,46 +122,93 @@ def product(weights: Tensor, values: Tensor) -> Tensor:
     return out
 
 
-def resolved(operands: Operands, shape: BlockShape | None = None) -> Operands:
+def resolved(operands: Operands, shape: BlockShape = LARGEST) -> Operands:
     """The same call, in which a key that the mask hides from every row is not valid.
 
     What is not valid enters no statistic of a block; so a mask that hides padding blurs nothing.
 
     Args:
-        operands: of the call; shape: rows per block of what will be asked for next, if that is known: on a GPU the mask
-            is then read once for both.
+        operands: of the call.
+        shape: rows per block that the result is looked at with; a GPU finds out about these at the same time.
     """
-    if operands.attn_mask is None or operands.derived.get("is resolved"):
-        return operands
     if "resolved" not in operands.derived:
-        found = operands.derived["resolved"] = _resolved(operands, shape)
-        found.derived["is resolved"] = True
-    result: Operands = operands.derived["resolved"]
-    return result
+        operands.derived["resolved"] = _resolved(operands, shape)
+    found: Operands = operands.derived["resolved"]
+    found.derived["resolved"] = found
+    return found
 
 
-def _resolved(operands: Operands, shape: BlockShape | None) -> Operands:
-    mask, batch = operands.attn_mask, operands.q.shape[0]
-    assert mask is not None
+def _resolved(operands: Operands, shape: BlockShape) -> Operands:
+    mask = operands.attn_mask
+    if mask is None:
+        return operands
     if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
-        valid = mask[:, 0, 0].expand(batch, -1)
+        valid = mask[:, 0, 0].expand(operands.q.shape[0], -1)
         return replace(operands, valid=valid if operands.valid is None else valid & operands.valid, attn_mask=None)
     if _by_triton(operands):
-        from afbs_compile.kernels import sight_triton  # Triton is not installed everywhere.
-
-        shape = shape or ANY_SHAPE
-        look = sight_triton.look(operands, shape)
-        assert look.seen is not None
-        found = replace(operands, valid=look.seen.expand(batch, -1))
-        found.derived["look", shape] = look
-        return found
+        return _resolved_by_triton(operands, shape)
     parts = [seen_by_rows(operands, rows).any(2).any(1) for rows in chunks(operands.q_len, ROWS_AT_ONCE)]
-    return replace(operands, valid=torch.stack(parts).any(0).expand(batch, -1))
+    seen = torch.stack(parts).any(0).expand(operands.q.shape[0], -1)
+    return replace(operands, valid=seen)
 
 
 def _by_triton(operands: Operands) -> bool:
-    """Whether Triton kernels look at the operands' blocks."""
-    return runs_triton(operands.device) and operands.mask.band(operands.q_len, operands.k_len) is not None
+    """Whether a kernel looks at the mask."""
+    return (
+        runs_triton(operands.device)
+        and not operands.has_bias
+        and operands.mask.band(operands.q_len, operands.k_len) is not None
+    )
+
+
+def _resolved_by_triton(operands: Operands, shape: BlockShape) -> Operands:
+    from afbs_compile.kernels import sight_triton  # Triton is not installed everywhere.
+
+    blocks = sight_triton.mask_blocks(operands, shape)
+    by_key = ((_anywhere(blocks)[..., None] & _bits(operands)) != 0).flatten(1)[:, : operands.k_len]
+    found = replace(operands, valid=by_key.expand(operands.q.shape[0], -1))
+    found.derived[shape] = _of_mask_blocks(blocks, _bits(operands))
+    return found
+
+
+def _by_kernel(operands: Operands, shape: BlockShape) -> Sight:
+    from afbs_compile.kernels import sight_triton  # Triton is not installed everywhere.
+
+    return _of_mask_blocks(sight_triton.mask_blocks(operands, shape), _bits(operands))
+
+
+def _bits(operands: Operands) -> Tensor:
+    """The bits of a word, lowest first."""
+    from afbs_compile.kernels import sight_triton  # Triton is not installed everywhere.
+
+    return 1 << torch.arange(sight_triton.WORD, dtype=torch.int32, device=operands.device)
+
+
+def _anywhere(blocks: MaskBlocks) -> Tensor:
+    """Bits of the keys that any row of any head sees, ``[B, n_k, words]``."""
+    return _any_of_bits(_any_of_bits(blocks.seen, 2), 1)
+
+
+def _of_mask_blocks(blocks: MaskBlocks, bits: Tensor) -> Sight:
+    """The sight that follows from what a kernel saw of the mask; keys that no row sees do not count."""
+    blurred = blocks.visible & ((_anywhere(blocks)[:, None, None] & ~blocks.seen) != 0).any(-1)
+    width = bits.shape[0]
+    highest = ((blocks.seen[..., None] & bits) != 0).int() * (torch.arange(width, device=bits.device) + 1)
+    words = torch.arange(blocks.seen.shape[-2] * blocks.seen.shape[-1], device=bits.device).view(blocks.seen.shape[-2:])
+    inside = highest.amax(-1)
+    last = torch.where(inside > 0, words * width + inside - 1, -1).flatten(3).amax(-1)
+    ends = torch.stack([blocks.first.amax(-1).long(), last.long()], -1)
+    return Sight(blocks.visible, blocks.whole, blurred, None, ends)
+
+
+def _any_of_bits(words: Tensor, dim: int) -> Tensor:
+    """OR over a dimension: PyTorch has no such reduction."""
+    while words.shape[dim] > 1:
+        half = words.shape[dim] // 2
+        joined = words.narrow(dim, 0, half) | words.narrow(dim, half, half)
+        odd = words.narrow(dim, 2 * half, words.shape[dim] - 2 * half)
+        words = torch.cat([joined, odd], dim)
+    return words.squeeze(dim)
 
 
 def sight_of(operands: Operands, shape: BlockShape) -> Sight:
@@ -186,14 +228,6 @@ def _look(operands: Operands) -> Callable[[Operands, BlockShape], Sight]:
     if operands.attn_mask is None:
         return _by_keys
     return _by_kernel if _by_triton(operands) else _by_elements
-
-
-def _unpacked(operands: Operands, shape: BlockShape) -> Sight:
-    from afbs_compile.kernels import sight_triton  # Triton is not installed everywhere.
-
-    bits, bias, ends, _ = sight_triton.look(operands, shape)
-    flags = (bits & flag != 0 for flag in (sight_triton.VISIBLE, sight_triton.WHOLE, sight_triton.BLURRED))
-    return Sight(*flags, bias, None if ends is None else ends.long())
 
 
 def valid_blocks(valid: Tensor, block: int) -> tuple[Tensor, Tensor]:
