@@ -131,10 +131,13 @@ def resolved(operands: Operands, shape: BlockShape = LARGEST) -> Operands:
         operands: of the call.
         shape: rows per block that the result is looked at with; a GPU finds out about these at the same time.
     """
+    # A mark, and not the operands themselves: those would hold their own memory until Python looks for cycles.
+    if operands.attn_mask is None or "is resolved" in operands.derived:
+        return operands
     if "resolved" not in operands.derived:
         operands.derived["resolved"] = _resolved(operands, shape)
     found: Operands = operands.derived["resolved"]
-    found.derived["resolved"] = found
+    found.derived["is resolved"] = True
     return found
 
 

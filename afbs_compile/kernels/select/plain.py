@@ -52,7 +52,7 @@ def _live(
     scores = policy.scores(operands, call.shape)
     # A block with an infinite or NaN entry, which reaches its scores, is not similar to itself.
     if policy.has_theta and (max(call.theta) >= 0.0 or not bool(scores.isfinite().all())):
-        operands.derived["resolved"] = operands  # with the other heads, which may see other keys
+        operands.derived["is resolved"] = True  # with the other heads, which may see other keys
         return live_blocks(operands, call)
     tau = per_head(call.tau, operands.device)
     if policy.rule == "mass":
