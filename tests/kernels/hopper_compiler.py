@@ -9,7 +9,9 @@ from pathlib import Path
 
 # A driver that stands for a Hopper GPU: launches of the kernels given to ``only_compile`` go no further.
 PRELUDE = """
+import re, subprocess, tempfile
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -26,12 +28,20 @@ from tests.kernels.helpers import Shape, all_blocks, every_block, listed, operan
 
 engine.processors = launch.processors = lambda device: 132
 
+def disassembled(cubin):
+    # Triton's own listing ends at the first address of five digits: after 4096 instructions.
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.check_output([knobs.nvidia.cuobjdump.path, "-sass", file.name], text=True)
+    return "\\n".join(re.findall(r"/\\*[0-9a-f]{4,}\\*/ +(.*?;)", listing))
+
 def only_compile(*kernels):
     for kernel in kernels:
         def compiling(*args, run=kernel.run, name=kernel.__name__, warmup, **kwargs):
             compiled = run(*args, warmup=True, **kwargs)
             print(f"=== {name} {shape} grid {kwargs['grid']} shared {compiled.metadata.shared}")
-            print(compiled.asm["sass"])
+            print(disassembled(compiled.asm["cubin"]))
         kernel.run = compiling
 
 def attend_by(launched):

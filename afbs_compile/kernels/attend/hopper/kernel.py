@@ -30,17 +30,17 @@ from afbs_compile.kernels.attend.hopper.consumer import consumer
 from afbs_compile.kernels.attend.hopper.producer import producer
 
 
-# One compilation for all sizes; strides stay apart, for stores are wide only where they are multiples of 16.
+# One compilation for all sizes; strides stay apart, for stores are wide only where they are multiples of 16. What only
+# some masks need comes last: k_len and upper are read together where they lie so that they can be.
 @gluon.jit(
     do_not_specialize=[
-        "q_len", "k_len", "upper", "width", "heads", "groups", "planes", "section", "count_q", "count_k",
-        "stride_valid",
+        "q_len", "k_len", "upper", "heads", "groups", "planes", "section", "count_q", "count_k", "stride_valid", "width"
     ]
 )  # fmt: skip
 def forward_kernel(
-    query_desc, key_desc, value_desc, out, whole, partial, indices, counter, valid, scale, steep, stride_out_batch,
-    stride_out_head, stride_out_row, stride_valid, q_len, k_len, upper, width, heads, groups, planes, section, count_q,
-    count_k, FORM: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    query_desc, key_desc, value_desc, out, whole, partial, indices, counter, scale, steep, stride_out_batch,
+    stride_out_head, stride_out_row, q_len, k_len, upper, heads, groups, planes, section, count_q, count_k, valid,
+    stride_valid, width, FORM: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     MORE_MASKS: gl.constexpr, VALID: gl.constexpr, CLEAN: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def forward_kernel(
                 producer,
                 (
                     (query_desc, key_desc, value_desc), (whole, partial, indices), counter, rings, notes, sizes,
-                    HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, FORM > 0,
+                    HEAD_DIM, BLOCK_Q, BLOCK_K, STAGES, FORM > 0, CLEAN,
                 ),
             ),
         ],

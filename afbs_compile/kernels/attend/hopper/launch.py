@@ -88,10 +88,7 @@ def attend(operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor)
     synchronisation; may be captured into a CUDA graph; the same inputs give the same bits.
     """
     operands, valid = operands.with_positive_scale(), operands.valid
-    band, unread = as_band(operands), lists.whole
-    clean = not seen_by_blocks(operands, call.shape)
-    if clean:  # an empty list becomes one of a block that nobody sees: every tile has a step
-        lists = lists._replace(partial=torch.where(lists.counts == 0, 1, lists.partial))
+    band, clean = as_band(operands), not seen_by_blocks(operands, call.shape)
     scale, dim = operands.scale * LOG2_E, operands.q.shape[3]
     with torch.cuda.device_of(out):  # Triton launches on the current device.
         forward_kernel[programs(operands, call.shape)](
@@ -101,14 +98,14 @@ def attend(operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor)
             out,
             *lists,
             torch.zeros(1, dtype=torch.int32, device=out.device),
-            unread if valid is None else valid.contiguous().view(torch.uint8),
             scale,
             2.0 ** math.ceil(math.log2(scale)),
             *out.stride()[:3],
-            operands.k_len,
+            **walk(operands, call.shape, operands.k.element_size()),
+            valid=lists.whole if valid is None else valid.contiguous().view(torch.uint8),
+            stride_valid=operands.k_len,
             width=max(band.width, 1),
             FORM=form(band),
-            **walk(operands, call.shape, operands.k.element_size()),
             HEAD_DIM=dim,
             BLOCK_Q=call.shape.q,
             BLOCK_K=call.shape.k,

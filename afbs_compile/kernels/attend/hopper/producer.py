@@ -12,18 +12,27 @@ from afbs_compile.kernels.attend.hopper.common import CHUNK, STEP, after, locate
 
 
 @gluon.jit
-def ends(tile, lists, planes, section, count_q, count_k, BOUNDED: gl.constexpr, PARTS: gl.constexpr):
+def ends(
+    tile, lists, planes, section, count_q, count_k, BOUNDED: gl.constexpr, PARTS: gl.constexpr, EMPTY: gl.constexpr
+):
     """Length of a tile's list, its partial blocks, its last two entries.
 
-    Two where two make a step; one entry twice where there is one.
+    Two where two make a step; one entry twice where there is one. ``EMPTY``: whether lists may be empty. Every tile has
+    a step, so an empty list becomes one of a block past the end: zeros, which the mask hides.
     """
     whole, partials, indices = lists
     plane, block = locate(gl.minimum(tile, planes * count_q - 1), planes, section, count_q, BOUNDED)
     row = plane * count_q + block
     partial = gl.load(partials + row)
     count = gl.load(whole + row) + partial
+    empty = count == 0
+    if EMPTY:
+        count = gl.where(empty, 1, count)
+        partial = gl.where(empty, 1, partial)
     end = indices + row.to(gl.int64) * count_k + count
     last = gl.load(end - 1)
+    if EMPTY:
+        last = gl.where(empty, count_k, last)
     before = last
     if PARTS == 2:
         before = gl.load(end - 1 - gl.minimum(count - 1, 1))
@@ -48,6 +57,7 @@ def _copy(desc, batch, head, left, right, ring, slot, PARTS: gl.constexpr, HEAD_
 def producer(
     descriptors, lists, counter, rings, notes, sizes,
     HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BOUNDED: gl.constexpr,
+    EMPTY: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles and copy what they need, as far ahead as the rings allow."""
     query_desc, key_desc, value_desc = descriptors
@@ -63,7 +73,7 @@ def producer(
     phase = 1
     query_phase = 1
     tile = gl.program_id(0)
-    count, partial, last, before = ends(tile, lists, planes, section, count_q, count_k, BOUNDED, PARTS)
+    count, partial, last, before = ends(tile, lists, planes, section, count_q, count_k, BOUNDED, PARTS, EMPTY)
     while tile < planes * count_q:
         plane, block = locate(tile, planes, section, count_q, BOUNDED)
         batch = plane // heads
@@ -111,7 +121,9 @@ def producer(
             if step == 0:
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-                count, partial, last, before = ends(tile, lists, planes, section, count_q, count_k, BOUNDED, PARTS)
+                count, partial, last, before = ends(
+                    tile, lists, planes, section, count_q, count_k, BOUNDED, PARTS, EMPTY
+                )
 
     mbarrier.wait(query_free.index(0), query_phase)
     tell_tile(numbers, 0, -1, 0, 0, 0, 0, 0, 0)
