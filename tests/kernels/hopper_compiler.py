@@ -10,6 +10,7 @@ from pathlib import Path
 # A driver that stands for a Hopper GPU: launches of the kernels given to ``only_compile`` go no further.
 PRELUDE = """
 import re, subprocess, tempfile
+from dataclasses import replace
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -24,7 +25,7 @@ driver.set_active(Hopper())
 from afbs_compile.kernels.attend.hopper import engine, kernel, launch
 from afbs_compile.kernels.attend.hopper_fp8 import kernel as fp8_kernel, launch as fp8_launch, rounding
 from afbs_compile.kernels.operands import empty_output
-from tests.kernels.helpers import Shape, all_blocks, every_block, listed, operands_of
+from tests.kernels.helpers import Shape, every_block, listed, operands_of
 
 engine.processors = launch.processors = lambda device: 132
 
@@ -44,9 +45,12 @@ def only_compile(*kernels):
             print(disassembled(compiled.asm["cubin"]))
         kernel.run = compiling
 
-def attend_by(launched):
-    operands = operands_of(shape)
-    lists = listed(all_blocks(shape), operands, shape.blocks)
+def attend_by(launched, k_len=None, valid=False):
+    operands, keys = operands_of(shape), operands_of(replace(shape, length=k_len or shape.length))
+    exists = torch.ones(shape.batch, keys.k_len, dtype=torch.bool) if valid else None
+    operands = replace(operands, k=keys.k, v=keys.v, valid=exists)
+    visible = operands.mask.visibility(operands.grid(shape.block_shape), operands.device).visible
+    lists = listed(visible.expand(shape.batch, shape.heads, -1, -1), operands, shape.blocks)
     launched.attend(operands, every_block(shape), lists, empty_output(operands.q, operands.v))
 """
 

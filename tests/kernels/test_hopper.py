@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.attend.hopper import engine
 from afbs_compile.kernels.attend.hopper.engine import Hopper
+from afbs_compile.kernels.attend.hopper_fp8.engine import HopperFp8
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import Operands
@@ -82,6 +84,48 @@ def test_a_mask_that_is_no_band_is_refused() -> None:
     assert found == "mask is dilated(3); accepted: masks that are a band about the diagonal"
 
 
+def given(name: str) -> dict[str, Any]:
+    """One more argument of a call over 300 keys."""
+    return {
+        "attn_mask": {"attn_mask": torch.ones(1, 1, 300, 300, dtype=torch.bool)},
+        "softcap": {"softcap": 20.0},
+        "sinks": {"sinks": torch.zeros(4)},
+        "valid": {"valid": torch.ones(1, 300, dtype=torch.bool).expand(2, -1)},
+    }[name]
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("name", ["attn_mask", "softcap", "sinks", "valid"])
+def test_what_else_a_call_has_is_taken_or_refused_by_name(name: str) -> None:
+    operands = Operands(*tensors(), mask_of("causal"), 0.1, **given(name))
+    call = sparse_call(Shape(1, heads=4, blocks=(128, 128)), 0.5)
+    expected = f"{name} given; accepted: calls without"
+    assert HopperFp8().refusal(operands, call) == expected
+    assert Hopper().refusal(operands, call) == (None if name == "valid" else expected)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("mask", ["window(100)", "chunk(100)", "around(30,20)", "causal_end"])
+def test_every_band_over_any_number_of_keys_is_taken_by_all_but_fp8(mask: str) -> None:
+    call = sparse_call(Shape(1, heads=4, blocks=(128, 128)), 0.5)
+    for q_len, k_len in ((200, 300), (300, 200)):
+        q, (_, k, v) = tensors(q_len)[0], tensors(k_len)
+        operands = Operands(q, k, v, mask_of(mask), 0.1)
+        assert Hopper().refusal(operands, call) is None
+        said = HopperFp8().refusal(operands, call)
+        assert said is not None
+        assert said.startswith(f"mask is {mask}")
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_values_of_another_width_are_refused() -> None:
+    operands = Operands(*tensors(), mask_of("causal"), 0.1)
+    narrow = replace(operands, v=operands.v[..., :64])
+    call = sparse_call(Shape(1, heads=4, blocks=(128, 128)), 0.5)
+    for one in (Hopper(), HopperFp8()):
+        assert one.refusal(narrow, call) == "head_dim is 128, of v 64; accepted: (64, 128), the same for both"
+
+
 COMPILE = """
 only_compile(kernel.forward_kernel)
 common = dict(heads=4, kv_heads=2, batch=2, layout="bnhd")
@@ -105,8 +149,7 @@ def test_the_compiled_kernel_keeps_its_promises() -> None:
         assert not re.search(r"\b(LDL|STL)\b", sass), title
         # Half the softmax of a step runs while the product with V does: 32 exponentials a thread stand between the
         # wait for the scores and the wait for that product, 32 more, between which the weights are packed, after it.
-        # (With two masks the consumers share a loop.)
-        loops = 1 if "causal" in title else 2
+        loops = 2  # one of each consumer
         before = re.findall(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", sass, re.DOTALL)
         assert sum(part.count("MUFU.EX2") >= 32 for part in before) == loops, title
         after = re.findall(r"DEPBAR\.LE gsb0, 0x0(.*?)(?:HGMMA|DEPBAR)", sass, re.DOTALL)
@@ -115,3 +158,28 @@ def test_the_compiled_kernel_keeps_its_promises() -> None:
         products = re.findall(r"HGMMA[^\n]* RZ,(.*?)gsb0", sass, re.DOTALL)
         assert products, title
         assert max(product.count("FMUL") for product in products) < 16, title
+
+
+MASKED = """
+only_compile(kernel.forward_kernel)
+common = dict(heads=4, kv_heads=2, batch=2, dtype=torch.bfloat16, layout="bnhd")
+shape = Shape(300, 64, blocks=(128, 64), mask="window(100)", **common)
+attend_by(launch, k_len=333, valid=True)
+shape = Shape(300, 128, blocks=(128, 128), mask="causal_end", **common)
+attend_by(launch, k_len=333)
+shape = Shape(300, 128, blocks=(128, 64), mask="chunk(100)", **common)
+attend_by(launch)
+"""
+
+
+@pytest.mark.slow
+def test_masked_kernels_clean_values_before_the_tensor_cores_read_them() -> None:
+    for title, sass in compiled_on_hopper(MASKED):
+        assert int(title.split()[-1]) <= 227 << 10, title
+        # Each consumer cleans before either of its products with V: all threads' writes, a fence in each, a barrier.
+        cleaned = re.findall(r"STS.*?\n(?:(?!HGMMA)[^\n]*\n)*?[^\n]*FENCE\.VIEW\.ASYNC(.*?)HGMMA", sass, re.DOTALL)
+        assert len(cleaned) >= 4, title
+        assert all("BAR.SYNC" in part for part in cleaned), title
+        # Registers are spilt where a tile or a mask begins; in the steps over whole blocks there is no memory traffic.
+        steps = re.findall(r"DEPBAR\.LE gsb0, 0x0(.*?)HGMMA", sass, re.DOTALL)
+        assert sum(part.count("MUFU.EX2") >= 28 and not re.search(r"\b(LDL|STL)\b", part) for part in steps) >= 1, title

@@ -51,7 +51,7 @@ class Engine(ABC):
 
         Args:
             operands: of a call that is not refused; call: its constants.
-            lists: from :meth:`select`, at least one visible key for every row.
+            lists: from :meth:`select`; empty only where a query block's rows may see nothing.
             out: ``[B, H, q_len, D]`` to write into, its last dimension contiguous.
         """
 
