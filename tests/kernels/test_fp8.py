@@ -222,7 +222,7 @@ def test_other_calls_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert refusal() is None
     assert "dtype is torch.float32; accepted: float16, bfloat16" in refusal(dtype=torch.float32)
-    assert "head_dim is 96; accepted" in refusal(dim=96)
+    assert "head_dim is 96, of v 96; accepted" in refusal(dim=96)
     assert "blocks are 128x64; accepted: 128x128" in refusal(block_k=64)
     assert "lam is [-8.0]; accepted" in refusal(lam=-8.0)
 
