@@ -114,10 +114,11 @@ def test_a_pass_measures_what_calls_give(seed: int) -> None:
     theta = torch.full((operands.heads,), -1.0)
     dense = dense_attention(operands)
     sums = one_pass(operands, dense, tau, theta, PassPlan(policy, call.shape, call.kept))
+    valid = resolved(operands).valid  # with what a mask of one row hides from all rows
     counted = (
         None
-        if operands.valid is None or not operands.mask.local
-        else operands.valid[:, (torch.arange(operands.q_len) + operands.offset).clamp(0, operands.k_len - 1)]
+        if valid is None or not operands.mask.local
+        else valid[:, (torch.arange(operands.q_len) + operands.offset).clamp(0, operands.k_len - 1)]
     )
     for place in range(tau.shape[1]):
         one = SparseCall.uniform(operands.heads, float(tau[0, place]), policy=policy, shape=call.shape, kept=call.kept)

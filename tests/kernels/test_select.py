@@ -140,7 +140,7 @@ def test_lists_name_whole_blocks_first(
     by_rule = ["meansim", "cumulant", "sink_window", "meansim"]  # mass, share, strength; the last head keeps all
     lists = select(operands, sparse_call(shape, [0.4, 0.4, 0.05, 1.0], policy=by_rule))
     check_lists(lists, operands, shape)
-    visible, whole = operands.mask.visibility(shape.grid, operands.device)
+    visible, whole, _ = operands.mask.visibility(shape.grid, operands.device)
     assert torch.equal(lists.whole[0, 3].long(), (visible & whole).sum(-1))
     assert torch.equal(lists.partial[0, 3].long(), (visible & ~whole).sum(-1))
     if mask == "causal":
