@@ -12,6 +12,7 @@ from afbs_compile.fingerprint import graph_digest, module_tensors, source_digest
 from afbs_compile.passes.expand import expand
 from afbs_compile.passes.find import find
 from afbs_compile.passes.site import AttentionSite, Refusal
+from afbs_compile.passes.written_call import mark_written
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class FoundGraph:
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], min_length: int) -> FoundGraph:
-        """Open fused attention modules, find the attention calls, and fingerprint the graph; changes it in place."""
+        """Open fused modules, find the attention calls, and fingerprint the graph, which is changed in place."""
         expand(gm)
+        mark_written(gm)
         sites, refusals = find(gm, min_length=min_length)
         tensors = module_tensors(gm, example_inputs)
         # Sorted, because a call may be a site at one length and refused at another.

@@ -17,7 +17,7 @@ from torch._C import _functorch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afbs_compile.passes.effects import Writes, is_trusted, storage_of, unwrapped, value_of
+from afbs_compile.passes.effects import Writes, function_name, is_trusted, storage_of, unwrapped, value_of
 from afbs_compile.passes.sizes import fixed
 
 LARGEST_TENSOR = 2**31
@@ -43,7 +43,7 @@ class ConstantTensors:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.writes = Writes(gm.graph)
-        self._vmap_frame = [node for node in gm.graph.nodes if _name(node) in VMAP_FRAME]
+        self._vmap_frame = [node for node in gm.graph.nodes if function_name(node) in VMAP_FRAME]
 
     def program(self, result: fx.Node, *, before: fx.Node) -> tuple[fx.Node, ...]:
         """Nodes that compute ``result`` as ``before`` sees it, in graph order. Reads no symbolic size.
@@ -64,7 +64,7 @@ class ConstantTensors:
                     pending += _constant_inputs(node)
             storages = {storage for node in needed if (storage := storage_of(node)) is not None}
             pending = self.writes.into(storages, before=before)
-            if any(_name(node) in VMAP_MOVES for node in needed):
+            if any(function_name(node) in VMAP_MOVES for node in needed):
                 pending += [node for node in self._vmap_frame if position[node] < position[before]]
             pending = [node for node in pending if node not in needed]
         return tuple(sorted(needed, key=position.__getitem__))
@@ -102,7 +102,7 @@ def _constant_inputs(node: fx.Node) -> list[fx.Node]:
         raise NotConstantError(f"it reads the attribute '{node.target}', whose values may change between calls")
     if node.op == "call_module" or (node.op == "call_function" and not _is_pure_function(node.target)):
         raise NotConstantError(f"'{node.name}' calls {node.target}, which cannot be looked into")
-    if _name(node) in VALUE_FREE and node.args:
+    if function_name(node) in VALUE_FREE and node.args:
         return [used for used in node.all_input_nodes if used is not node.args[0]]
     return node.all_input_nodes
 
@@ -172,10 +172,6 @@ def _check_memory(node: fx.Node) -> None:
         count = _pinned(value.untyped_storage().nbytes())
         if count > LARGEST_TENSOR:
             raise NotConstantError(f"'{node.name}' takes {count / 2**30:.1f} GiB to evaluate")
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", "")).split(".")[0]
 
 
 def _first_line(error: Exception) -> str:

@@ -37,6 +37,18 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def function_name(node: fx.Node) -> str:
+    """Short name of the function or method that a node calls, whatever graph it is spelled in; empty for no call."""
+    target: Any = node.target
+    if node.op == "call_method":
+        return str(target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(target, OpOverload):
+        target = target.overloadpacket
+    return target.__name__ if isinstance(target, OpOverloadPacket) else str(getattr(target, "__name__", ""))
+
+
 def unwrapped(value: Any) -> Any:
     """The tensor inside the wrappers that vmap and grad put around it."""
     while isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):

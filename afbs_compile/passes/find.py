@@ -14,7 +14,7 @@ from afbs_compile.passes.effects import submodule_of, value_of
 from afbs_compile.passes.kv_heads import head_repeat
 from afbs_compile.passes.mask_parts import MaskParts, MaskReader
 from afbs_compile.passes.names import SiteNames
-from afbs_compile.passes.operands import Call, is_sdpa
+from afbs_compile.passes.operands import Call, is_attention
 from afbs_compile.passes.rules import first_refusal, hidden_refusal, too_short
 from afbs_compile.passes.site import AttentionSite, Refusal
 from afbs_compile.passes.sizes import Size, fixed, holds
@@ -48,7 +48,7 @@ class _Finder:
 
     def find(self) -> tuple[list[AttentionSite], list[Refusal]]:
         for node in self._gm.graph.nodes:
-            if is_sdpa(node):
+            if is_attention(node):
                 self._take(node)
             elif reason := hidden_refusal(node):
                 self._refuse(node, reason)
@@ -94,8 +94,8 @@ class _Finder:
             valid=parts.valid,
             attn_mask=parts.attn_mask,
             scale=_scale(call),
-            softcap=0.0,
-            sinks=None,
+            softcap=call.softcap,
+            sinks=call.sinks,
             batch=prod(q.shape[: -3 if four_d else -2]),
             q_len=q.shape[-2],
             k_len=call.tensors[1].shape[-2],
@@ -139,7 +139,7 @@ def _known(size: Size) -> int:
 def _attention_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
     """Attention calls of a graph and of the graphs inside it."""
     for node in gm.graph.nodes:
-        if is_sdpa(node) or hidden_refusal(node):
+        if is_attention(node) or hidden_refusal(node):
             yield node
         elif body := submodule_of(node):
             yield from _attention_nodes(body)

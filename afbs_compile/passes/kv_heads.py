@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
-from torch._ops import OpOverload, OpOverloadPacket
 
-from afbs_compile.passes.effects import Writes, storage_of, value_of
+from afbs_compile.passes.effects import Writes, function_name, storage_of, value_of
 from afbs_compile.passes.sizes import Size, same_sizes
 
 RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view", "alias"})
@@ -135,14 +134,7 @@ def _name(node: fx.Node) -> str:
 
     A slice that takes everything is an ``alias``: torch.export writes one for each colon of ``x[:, :, None]``.
     """
-    target: Any = node.target
-    if node.op == "call_method":
-        return str(target)
-    if node.op != "call_function":
-        return ""
-    if isinstance(target, OpOverload):
-        target = target.overloadpacket
-    name = target.__name__ if isinstance(target, OpOverloadPacket) else str(getattr(target, "__name__", ""))
+    name = function_name(node)
     if name == "slice" and same_sizes(_shape(node) or (), _shape(_input(node)) or ()):
         return "alias"
     return "unsqueeze" if name == "getitem" and _inserts_dimensions(node) else name

@@ -1,8 +1,8 @@
-"""What a mask is made of: a formula AND a vector of keys AND whatever else it hides.
+"""What a mask is made of: a formula AND a vector of keys AND whatever else it hides or adds.
 
-A model builds its mask from parts: ``causal & padding[:, None, None, :]``, say. Each part is asked by itself: a tensor
-of constants is compared with the masks that are formulas; one that has a row for all queries says which keys are valid.
-If these are all parts, nobody reads the mask itself, and what built it goes.
+A model builds its mask from parts: ``causal & padding[:, None, None, :]`` or ``bias + causal``, say. Each part is
+asked by itself: a tensor of constants is compared with the masks that are formulas; one that has a row for all queries
+says which keys are valid. If these are all parts, nobody reads the mask itself, and what built it goes.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload, OpOverloadPacket
 
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.full import Full
 from afbs_compile.passes.constants import ConstantTensors, NotConstantError
-from afbs_compile.passes.effects import storage_of, value_of
+from afbs_compile.passes.effects import function_name, storage_of, value_of
 from afbs_compile.passes.mask_proof import MaskProver
 from afbs_compile.passes.sizes import Size
 
 CONJUNCTIONS = frozenset({"and_", "__and__", "bitwise_and", "logical_and"})
+SUMS = frozenset({"add", "__add__", "__radd__"})
 UNCHANGED = frozenset({
     "expand", "expand_as", "broadcast_to", "to", "_to_copy", "contiguous", "clone", "detach", "alias", "bool",
 })  # fmt: skip
@@ -61,11 +61,29 @@ class MaskReader:
         written = self._is_written(mask, site)
         key = (mask, written, tuple(map(str, lengths)), self._constants.writes.position[site] if written else 0)
         if key not in self._read:
-            leaves = [mask] if written else _conjuncts(mask)
-            self._read[key] = self._parts(mask, leaves, site, lengths)
+            leaves = [mask] if written else list(dict.fromkeys(_leaves_of([mask])))
+            read = self._of_bools if _is_bool_tensor(mask) else self._of_addends
+            self._read[key] = read(mask, leaves, site, lengths)
         return self._read[key]
 
-    def _parts(self, mask: fx.Node, leaves: list[fx.Node], site: fx.Node, lengths: tuple[Size, Size]) -> MaskParts:
+    def _of_addends(self, mask: fx.Node, leaves: list[fx.Node], site: fx.Node, lengths: tuple[Size, Size]) -> MaskParts:
+        """A sum: one of its parts may be a formula, the rest is a bias."""
+        formula: Mask = Full()
+        others: list[fx.Node] = []
+        for leaf in leaves:
+            try:
+                found = self._prover.mask([(leaf, self._prover.program(leaf, site=site))], lengths=lengths)
+            except NotConstantError:
+                others.append(leaf)
+            else:
+                if Full() not in (formula, found):
+                    others.append(leaf)
+                formula = found if formula == Full() else formula
+        if len(others) < 2:
+            return MaskParts(formula, None, *others)
+        return MaskParts(formula, None, mask)
+
+    def _of_bools(self, mask: fx.Node, leaves: list[fx.Node], site: fx.Node, lengths: tuple[Size, Size]) -> MaskParts:
         constant: list[tuple[fx.Node, tuple[fx.Node, ...]]] = []
         vectors: list[fx.Node] = []
         others: list[fx.Node] = []
@@ -97,12 +115,8 @@ class MaskReader:
         return None in storages or bool(self._constants.writes.into(known, before=site))
 
 
-def _conjuncts(mask: fx.Node) -> list[fx.Node]:
-    """The bool tensors whose AND a mask is, each broadcastable to it."""
-    return list(dict.fromkeys(_leaves_of([mask])))
-
-
 def _leaves_of(pending: list[fx.Node]) -> list[fx.Node]:
+    """The tensors whose AND or sum some masks are, each broadcastable to them."""
     found = []
     while pending:
         node = pending.pop(0)
@@ -115,16 +129,27 @@ def _leaves_of(pending: list[fx.Node]) -> list[fx.Node]:
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
-    """The tensors whose AND a node is; none where it is no such thing."""
-    name, value = _name(node), value_of(node)
-    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+    """The tensors whose AND or sum a node is; none where it is no such thing."""
+    name, value = function_name(node), value_of(node)
+    if not isinstance(value, Tensor):
         return []
+    if value.dtype != torch.bool:
+        inputs = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
+        is_sum = (
+            name in SUMS and len(inputs) == 2 and not set(node.kwargs) - {"alpha"} and node.kwargs.get("alpha", 1) == 1
+        )
+        return inputs if is_sum and all(_is_like(used, value) for used in inputs) else []
     if name in CONJUNCTIONS:
         inputs = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
         return inputs if len(inputs) == 2 and all(map(_is_bool_tensor, inputs)) else []
     if name in UNCHANGED and isinstance(node.args[0], fx.Node) and _is_bool_tensor(node.args[0]):
         return [node.args[0]] if value_of(node.args[0]).device == value.device else []
     return []
+
+
+def _is_like(node: fx.Node, result: Tensor) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and (value.dtype, value.device) == (result.dtype, result.device)
 
 
 def _is_bool_tensor(node: fx.Node) -> bool:
@@ -142,14 +167,3 @@ def _is_vector(value: Any) -> bool:
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
-def _name(node: fx.Node) -> str:
-    target: Any = node.target
-    if node.op == "call_method":
-        return str(target)
-    if node.op != "call_function":
-        return ""
-    if isinstance(target, OpOverload):
-        target = target.overloadpacket
-    return target.__name__ if isinstance(target, OpOverloadPacket) else str(getattr(target, "__name__", ""))

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 from torch.nn import functional as F
 
-from afbs_compile.passes.effects import value_of
+from afbs_compile.passes.effects import function_name, value_of
 
 SDPA = frozenset({
     F.scaled_dot_product_attention,  # also torch._C._nn.scaled_dot_product_attention: the same object
@@ -19,6 +18,9 @@ SDPA = frozenset({
 })  # fmt: skip
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+WRITTEN = "afbs_written_call"
+"""Under which a node's ``meta`` keeps the call that :func:`mark` was given."""
 
 CALL_SDPA = "call F.scaled_dot_product_attention instead"
 NO_FAST_PATH = "call torch.backends.mha.set_fastpath_enabled(False) before compiling"
@@ -41,8 +43,11 @@ class Call:
     """One scaled-dot-product-attention call as the graph spells it.
 
     Attributes:
-        node: the call. q, k, v, mask: its operands; ``mask`` is None where nothing is masked.
+        node: the call, or the last product of one that is written out.
+        q, k, v, mask: its operands; ``mask`` is None where nothing is masked.
         dropout, is_causal, scale, enable_gqa: numbers and flags, or nodes where the graph computes them.
+        softcap, sinks: as in :class:`afbs_compile.kernels.operands.Operands`, 0 and ``None`` for none.
+        weights_used: whether the graph reads the softmax weights for anything else.
     """
 
     node: fx.Node
@@ -54,10 +59,15 @@ class Call:
     is_causal: Any
     scale: Any
     enable_gqa: Any
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    weights_used: bool = False
 
     @classmethod
     def of(cls, node: fx.Node) -> Call:
-        """Read the arguments, positional or by name."""
+        """Read the arguments, positional or by name; of a written-out call, what was marked."""
+        if (written := written_call(node)) is not None:
+            return written
         given: dict[str, Any] = {**dict(zip(PARAMETERS, node.args, strict=False)), **node.kwargs}
         return cls(
             node=node,
@@ -83,8 +93,24 @@ class Call:
 
 
 def is_sdpa(node: fx.Node) -> bool:
-    """Whether a node is a scaled-dot-product-attention call."""
+    """Whether a node calls ``scaled_dot_product_attention``."""
     return node.op == "call_function" and node.target in SDPA
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node is an attention call that :class:`Call` can read, spelled as one function or written out."""
+    return is_sdpa(node) or written_call(node) is not None
+
+
+def mark(call: Call) -> None:
+    """Remember at the last product of a written-out call what the call is."""
+    call.node.meta[WRITTEN] = call
+
+
+def written_call(node: fx.Node) -> Call | None:
+    """The written-out call that ends in a node; ``None`` for any other node, and for copies of such a graph."""
+    call = node.meta.get(WRITTEN)
+    return call if isinstance(call, Call) and call.node is node else None
 
 
 def is_flex_attention(node: fx.Node) -> bool:
@@ -94,8 +120,5 @@ def is_flex_attention(node: fx.Node) -> bool:
 
 def fused_name(node: fx.Node) -> str | None:
     """Name of the PyTorch function that hides an attention call; None for any other node."""
-    target: Any = node.target
-    if node.op != "call_function":
-        return None
-    name = target.overloadpacket.__name__ if isinstance(target, OpOverload) else getattr(target, "__name__", "")
-    return name if name in FUSED else None
+    name = function_name(node)
+    return name if node.op == "call_function" and name in FUSED else None

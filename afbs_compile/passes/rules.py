@@ -48,6 +48,16 @@ def rank(call: Call) -> str | None:
     return None
 
 
+def weights(call: Call) -> str | None:
+    """Nothing but the product with v reads the softmax weights."""
+    if not call.weights_used:
+        return None
+    return (
+        "attention weights used: the graph returns or reads the softmax weights, which a sparse call does not have; "
+        "call the model without output_attentions"
+    )
+
+
 def rows(call: Call) -> str | None:
     """Enough query rows that blocks of them share keys: a decode step has one."""
     q, k, _ = call.tensors
@@ -148,7 +158,7 @@ def _is_one(size: Size) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    layout, rank, rows, dropout, gradient, dtype, head_dim, batch, heads, causal_flag, mask_shape,
+    layout, rank, weights, rows, dropout, gradient, dtype, head_dim, batch, heads, causal_flag, mask_shape,
 )  # fmt: skip
 """In the order in which they are asked; what cannot be changed by the user's next step comes first."""
 

@@ -53,6 +53,12 @@ def fixed(size: Size) -> int | None:
     return int(size)
 
 
+def known(size: Size) -> Size:
+    """A symbolic size that has only one value as an int; any other size as it is. Adds no guard."""
+    value = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if value is None else int(value)
+
+
 def shown(size: Size) -> int | str:
     """A size for the user to read: a symbolic one by its value in this call."""
     if isinstance(size, torch.SymInt):

@@ -14,7 +14,7 @@ from torch import fx
 from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.passes.build import NodeBuilder, erase_unused
 from afbs_compile.passes.effects import value_of
-from afbs_compile.passes.operands import Call
+from afbs_compile.passes.operands import Call, is_sdpa
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.sizes import same_sizes
 
@@ -25,7 +25,7 @@ def has_needless_mask(site: AttentionSite) -> bool:
     PyTorch's CPU kernels return NaN for ``is_causal=True`` with a scale of 0 or less: there the mask stays.
     """
     by_formula = site.valid is None and site.attn_mask is None
-    masked = site.mask == Causal() and by_formula and Call.of(site.node).mask is not None
+    masked = site.mask == Causal() and by_formula and is_sdpa(site.node) and Call.of(site.node).mask is not None
     scaled = isinstance(site.scale, float) and site.scale > 0
     return masked and scaled and same_sizes(value_of(site.node).shape, value_of(site.q).shape)
 

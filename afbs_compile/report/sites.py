@@ -16,7 +16,7 @@ from afbs_compile.kernels.masks.full import Full
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.passes.effects import submodule_of, value_of
 from afbs_compile.passes.names import SiteNames
-from afbs_compile.passes.operands import Call, is_sdpa
+from afbs_compile.passes.operands import Call, is_attention, is_sdpa
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.passes.rules import hidden_refusal
 from afbs_compile.recipe import SiteRecipe
@@ -94,7 +94,7 @@ def folded(name: str, values: Sequence[float], off: float | None = None) -> str:
 def _calls(gm: fx.GraphModule, names: SiteNames) -> Iterator[tuple[str, fx.Node]]:
     """Every attention call with its name, in the order in which ``find`` names them."""
     for node in gm.graph.nodes:
-        if is_sdpa(node) or hidden_refusal(node):
+        if is_attention(node) or hidden_refusal(node):
             yield names.name(node), node
         elif body := submodule_of(node):
             yield from _calls(body, names)
@@ -136,7 +136,7 @@ def _constants(call: SparseCall) -> list[str]:
 
 def _call(node: fx.Node, row: SiteRecipe) -> tuple[str, str]:
     """Name and operands of a call as it stands in the graph."""
-    if not is_sdpa(node):
+    if not is_attention(node):
         return str(getattr(node.target, "__name__", node.target)), "..."
     call = Call.of(node)
     parts = [f"{name} {_shape(value_of(operand))}" for name, operand in (("q", call.q), ("k", call.k), ("v", call.v))]
@@ -147,7 +147,9 @@ def _call(node: fx.Node, row: SiteRecipe) -> tuple[str, str]:
     if mask is None and isinstance(call.is_causal, bool):
         mask = Causal() if call.is_causal else Full()
     parts += [] if mask is None else [mask.words]
-    return "scaled_dot_product_attention", ", ".join(parts)
+    parts += [f"softcap {call.softcap:g}"] if call.softcap else []
+    parts += [] if call.sinks is None else [f"sinks {_shape(value_of(call.sinks))}"]
+    return "scaled_dot_product_attention" if is_sdpa(node) else "attention written out", ", ".join(parts)
 
 
 def _shape(value: Any) -> str:
