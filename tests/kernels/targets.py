@@ -65,6 +65,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     from afbs_compile.kernels.attend.portable.kernel import forward_kernel
+    from afbs_compile.kernels.masks.band_triton import BOUNDED, UNBOUNDED
 
     target = TARGETS[job.target]
     constants = {
@@ -74,16 +75,21 @@ def compile_one(job: Job) -> dict[str, Any]:
         "BLOCK_K": job.block_k,
         "TILE_Q": job.tile_q,
         "TILE_K": job.tile_k,
-        "BOUNDED": job.bounded,
+        "FORM": BOUNDED if job.bounded else UNBOUNDED,
         "HAS_PARTIAL": job.bounded,
         "HAS_LAMBDA": job.uses_lambda,
         "PRECISION": "tf32x3" if target.backend == "cuda" else "ieee",
+        "MASK": 0,
+        **dict.fromkeys(("VALID", "CAPPED", "SINKS", "CHANGED", "MAY_BE_BLIND"), False),
     }
     names = forward_kernel.arg_names
     pointers = dict.fromkeys(("query", "key", "value", "out"), f"*{job.dtype}")
-    pointers |= dict.fromkeys(("whole_counts", "partial_counts", "indices"), "*i32") | {"lam": "*fp32", "scale": "fp32"}
+    pointers |= dict.fromkeys(("whole_counts", "partial_counts", "indices", "valid", "mask", "sinks"), "*i32")
+    floating = ("scale", "natural", "softcap")
+    pointers |= {"lam": "*fp32", **dict.fromkeys(floating, "fp32")}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if name not in constants and name not in ("scale", "heads", "groups")]
+    odd = {*constants, *floating, "heads", "groups", "upper", "width"}
+    aligned = [i for i, name in enumerate(names) if name not in odd]
     source = ASTSource(forward_kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": job.warps, "num_stages": job.stages}
     kernel = triton.compile(source, GPUTarget(target.backend, target.arch, target.warp), options)
