@@ -22,6 +22,9 @@ PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 WRITTEN = "afbs_written_call"
 """Under which a node's ``meta`` keeps the call that :func:`mark` was given."""
 
+UNREAD = "afbs_unread_attention"
+"""The same for :func:`mark_unread`."""
+
 CALL_SDPA = "call F.scaled_dot_product_attention instead"
 NO_FAST_PATH = "call torch.backends.mha.set_fastpath_enabled(False) before compiling"
 
@@ -105,6 +108,17 @@ def is_attention(node: fx.Node) -> bool:
 def mark(call: Call) -> None:
     """Remember at the last product of a written-out call what the call is."""
     call.node.meta[WRITTEN] = call
+
+
+def mark_unread(node: fx.Node, reason: str) -> None:
+    """Remember at the last product of written-out attention why it cannot be read."""
+    node.meta[UNREAD] = node, reason
+
+
+def unread_reason(node: fx.Node) -> str | None:
+    """The clause that :func:`mark_unread` was given; ``None`` for any other node."""
+    marked, reason = node.meta.get(UNREAD, (None, None))
+    return reason if marked is node else None
 
 
 def written_call(node: fx.Node) -> Call | None:

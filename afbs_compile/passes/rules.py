@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from afbs_compile.kernels.operands import DTYPES, HEAD_DIMS
 from afbs_compile.passes.effects import value_of
-from afbs_compile.passes.operands import FUSED, Call, fused_name, is_flex_attention
+from afbs_compile.passes.operands import CALL_SDPA, FUSED, Call, fused_name, is_flex_attention, unread_reason
 from afbs_compile.passes.sizes import Size, fixed, holds, shown
 
 RANKS = range(2, 6)
@@ -172,6 +172,8 @@ def hidden_refusal(node: fx.Node) -> str | None:
     """The sentence for attention that is no SDPA call; None for a node that is no attention."""
     if is_flex_attention(node):
         return "flex_attention: it carries its own block mask; F.scaled_dot_product_attention is accepted"
+    if (reason := unread_reason(node)) is not None:
+        return f"attention written out: {reason}; {CALL_SDPA}"
     if (name := fused_name(node)) is None:
         return None
     outputs = value_of(node)

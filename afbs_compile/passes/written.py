@@ -37,6 +37,10 @@ CAP = frozenset({"tanh", "tanh_"})
 DROPOUTS = frozenset({"dropout", "dropout_"})
 EXPANDS = frozenset({"expand", "expand_as", "broadcast_to"})
 LARGEST = frozenset({"max", "amax"})
+BOUND_BELOW = frozenset({"max", "maximum", "clamp", "clamp_min"})
+
+STEPS_BACK = 12
+"""Functions behind a softmax among which a product makes it attention that is not understood."""
 
 HIDES = -1e3
 """A score from which on a key has no weight beside one that is seen."""
@@ -116,6 +120,14 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
+class Unread:
+    """Attention that is written out in a way that cannot be read: its last product, and a clause that says why."""
+
+    node: fx.Node
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
 class Written:
     """One attention call that is written out."""
 
@@ -123,18 +135,44 @@ class Written:
     weights: Weights
 
 
-def written_calls(graph: fx.Graph) -> list[Written]:
+def written_calls(graph: fx.Graph) -> Iterator[Written | Unread]:
     """Every attention call of a graph that is written out, in graph order. The graph is not changed."""
-    read = (_written(node) for node in graph.nodes if function_name(node) in SOFTMAX and _is_over_keys(node))
-    found = [written for written in read if written is not None]
-    writes = Writes(graph) if found else None
-    return [written for written in found if writes is not None and not _is_written_into(written, writes)]
+    writes: Writes | None = None
+    for softmax in [node for node in graph.nodes if function_name(node) in SOFTMAX and _is_over_keys(node)]:
+        scores = _scores(softmax.args[0], Scores(), softmax)
+        weights = _weights(softmax, Scores() if scores is None else scores)
+        if weights is None:
+            continue
+        if scores is None:
+            if (reason := _why_unread(softmax)) is not None:
+                yield Unread(weights.pv.node, reason)
+            continue
+        writes = writes or Writes(graph)
+        written = Written(scores, weights)
+        if _is_written_into(written, writes):
+            yield Unread(weights.pv.node, "a tensor that it reads is written into on its way")
+        else:
+            yield written
 
 
-def _written(softmax: fx.Node) -> Written | None:
-    scores = _scores(softmax.args[0], Scores(), softmax)
-    weights = None if scores is None else _weights(softmax, scores)
-    return None if scores is None or weights is None else Written(scores, weights)
+def _why_unread(softmax: fx.Node) -> str | None:
+    """What is not known behind a softmax, if there is a product of two tensors behind that; else it is no attention."""
+    square, step = value_of(softmax).shape[-2:], None
+    pending = [softmax.args[0]]
+    for _ in range(STEPS_BACK):
+        node = pending.pop(0) if pending else None
+        if not isinstance(node, fx.Node) or not isinstance(value_of(node), Tensor):
+            continue
+        if (found := product(node)) is not None and found.plain:
+            if not same_sizes(value_of(node).shape[-2:], square):
+                return None
+            if step is None:
+                return "its scale, masks and cap come in an order that no single call has"
+            return f"its scores pass through '{function_name(step)}' ({step.name})"
+        inner = [used for used, _ in _undone(node, Scores())]
+        step = step if inner or step is not None else node
+        pending += inner or node.all_input_nodes
+    return None
 
 
 def _is_over_keys(node: fx.Node) -> bool:
@@ -185,6 +223,8 @@ def _undone(node: fx.Node, after: Scores) -> Iterator[tuple[Any, Scores]]:
     elif name == "where" and len(args) == 3:
         yield from _unfilled(args[1], args[2], Term(args[0], node, inverted=True), after)
         yield from _unfilled(args[2], args[1], Term(args[0], node), after)
+    elif name in BOUND_BELOW and _hides_nothing_new(node):
+        yield args[0], after
     elif name in ("cat", "concat") and after.is_bare:
         yield from _without_sinks(node, after)
 
@@ -203,7 +243,9 @@ def _without_term(
 ) -> Iterator[tuple[Any, Scores]]:
     if after.softcap:
         return  # inside the cap there is no mask
-    if isinstance(other, fx.Node) and isinstance(value_of(other), Tensor):
+    if isinstance(other, Number) and after.sinks is None:  # softmax does not see what all scores have in common
+        yield inner, after
+    elif isinstance(other, fx.Node) and isinstance(value_of(other), Tensor):
         term = Term(other, node, sign * after.factor, after.factors)
         yield inner, replace(after, terms=(*after.terms, term))
 
@@ -355,6 +397,12 @@ def _is_largest_of(node: Any, scores: Any) -> bool:
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def _hides_nothing_new(node: fx.Node) -> bool:
+    """Whether scores are bounded by the lowest number of their dtype, which only replaces -inf."""
+    bound = _number(node.kwargs.get("min", node.args[1] if len(node.args) == 2 else None))
+    return bound is not None and set(node.kwargs) <= {"min"} and bound <= torch.finfo(value_of(node).dtype).min
 
 
 def _is_size(value: Any) -> bool:

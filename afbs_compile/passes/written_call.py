@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from afbs_compile.passes.build import NodeBuilder, aten
 from afbs_compile.passes.effects import function_name, value_of
 from afbs_compile.passes.einsum import Product, View
-from afbs_compile.passes.operands import Call, mark
+from afbs_compile.passes.operands import Call, mark, mark_unread
 from afbs_compile.passes.sizes import Size, fixed, known, same_sizes
-from afbs_compile.passes.written import DROPOUTS, Term, Written, written_calls
+from afbs_compile.passes.written import DROPOUTS, Term, Unread, Written, written_calls
 
 Frame = tuple[Size, ...]
 """Sizes before the last two dimensions."""
@@ -30,7 +30,7 @@ def mark_written(gm: fx.GraphModule) -> int:
     Returns:
         How many were marked.
     """
-    marked = sum(_mark(written) for written in written_calls(gm.graph))
+    marked = sum(_mark(written) for written in list(written_calls(gm.graph)))
     if marked:
         gm.graph.lint()
         gm.recompile()
@@ -41,7 +41,10 @@ class _NoCommonFrameError(Exception):
     """The parts of a call cannot be brought into one shape without reading sizes that may change."""
 
 
-def _mark(written: Written) -> bool:
+def _mark(written: Written | Unread) -> bool:
+    if isinstance(written, Unread):
+        mark_unread(written.node, written.reason)
+        return False
     if not isinstance(value_of(written.weights.pv.node), FakeTensor):
         return False
     graph = written.weights.pv.node.graph
@@ -51,6 +54,7 @@ def _mark(written: Written) -> bool:
     except _NoCommonFrameError:
         for node in reversed([node for node in graph.nodes if node not in before]):
             graph.erase_node(node)
+        mark_unread(written.weights.pv.node, "its parts are batches of heads in shapes that differ")
         return False
     mark(call)
     return True

@@ -127,11 +127,17 @@ def disentangled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ (k.transpose(-1, -2) / 4.0)) + positions).softmax(-1) @ v
 
 
+def shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What softmax does not see: a number added to all scores, a bound that none of them reaches."""
+    scores = (q @ k.mT * 0.25 + 0).masked_fill(~SEEN, torch.finfo(q.dtype).min) - 3
+    return torch.max(scores, torch.full((), torch.finfo(q.dtype).min)).softmax(-1) @ v
+
+
 CALLS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     call.__name__: (call, SQUARE if call in (where_causal, grouped) else (Q, K, V))
     for call in (
         plain, scaled_before, with_dropout_and_casts, additive, filled_in_place, where_causal, bias_then_scale,
-        baddbmm, bmm, einsum, einsum_of_groups, grouped, softcap, sinks, disentangled,
+        baddbmm, bmm, einsum, einsum_of_groups, grouped, softcap, sinks, disentangled, shifted,
     )
 }  # fmt: skip
 
@@ -209,19 +215,45 @@ def test_what_is_refused(name: str) -> None:
 
 OTHERS: dict[str, Callable[..., Tensor]] = {
     "another softmax": lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
-    "a nonlinearity": lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v,
-    "routing": lambda q, k, v: q.softmax(-1) @ q.mT,
-    "a mask inside the cap": lambda q, k, v: (torch.tanh(q @ k.mT + BIAS) * 2.0).softmax(-1) @ v,
-    "k is written in between": lambda q, k, v: (s := (q @ k.mT).softmax(-1), k.add_(1.0), s @ v)[2],
-    "the scores are written in between": lambda q, k, v: (s := q @ k.mT, w := s.softmax(-1), w.mul_(2.0), w @ v)[3],
-    "a factor a key": lambda q, k, v: (q @ k.mT * BIAS).softmax(-1) @ v,
-    "a fill that hides nothing": lambda q, k, v: (q @ k.mT).masked_fill(~SEEN, 1.0).softmax(-1) @ v,
+    "routing": lambda q, k, v: k.softmax(-1) @ v.mT[:, :, :D],
+    "no product behind it": lambda q, k, v: (BIAS * 2.0).softmax(-1) @ v,
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_computations_are_left_alone(name: str) -> None:
-    found = compiled(OTHERS[name], change=True)
+def test_other_computations_are_no_attention(name: str) -> None:
+    found = compiled(OTHERS[name])
     with torch.no_grad():
-        torch.testing.assert_close(found.call(Q, K.clone(), V), OTHERS[name](Q, K.clone(), V))
+        found.call(Q, K, V)
     assert (found.sites[-1], found.refusals[-1]) == ([], [])
+
+
+UNREAD: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "a nonlinearity": (lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, "its scores pass through 'relu' (relu)"),
+    "a mask inside the cap": (
+        lambda q, k, v: (torch.tanh(q @ k.mT + BIAS) * 2.0).softmax(-1) @ v,
+        "its scale, masks and cap come in an order that no single call has",
+    ),
+    "a factor a key": (lambda q, k, v: (q @ k.mT * BIAS).softmax(-1) @ v, "its scores pass through 'mul' (mul)"),
+    "a fill that hides nothing": (
+        lambda q, k, v: (q @ k.mT).masked_fill(~SEEN, 1.0).softmax(-1) @ v,
+        "its scores pass through 'masked_fill' (masked_fill)",
+    ),
+    "k is written into": (
+        lambda q, k, v: (s := (q @ k.mT).softmax(-1), k.add_(1.0), s @ v)[2],
+        "a tensor that it reads is written into on its way",
+    ),
+    "weights are written into": (
+        lambda q, k, v: (s := (q @ k.mT).softmax(-1), s.mul_(2.0), s @ v)[2],
+        "a tensor that it reads is written into on its way",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_cannot_be_read_is_refused_by_its_first_unknown_step(name: str) -> None:
+    call, reason = UNREAD[name]
+    found = compiled(call, change=True)
+    with torch.no_grad():
+        torch.testing.assert_close(found.call(Q, K.clone(), V), call(Q, K.clone(), V))
+    assert found.reason == f"attention written out: {reason}; call F.scaled_dot_product_attention instead"
