@@ -132,12 +132,17 @@ def _calls(result: dict[str, Any]) -> int:
 def _row(results: list[dict[str, Any]]) -> dict[str, Any]:
     with_calls = [result for result in results if _calls(result)]
     calls, sites = (sum(number(result) for result in with_calls) for number in (_calls, lambda result: result["sites"]))
+    written_sites, written_refused = (sum(result["written out"][place] for result in with_calls) for place in (0, 1))
+    sdpa_calls, sdpa_sites = calls - written_sites - written_refused, sites - written_sites
     return {
         "models run": len(results),
         "with calls": len(with_calls),
         "calls": calls,
         "sites": sites,
         "share": sites / calls if calls else None,
+        "SDPA calls": sdpa_calls,
+        "SDPA sites": sdpa_sites,
+        "SDPA share": sdpa_sites / sdpa_calls if sdpa_calls else None,
         "models without a site": sum(not result["sites"] for result in with_calls),
     }
 
@@ -145,10 +150,11 @@ def _row(results: list[dict[str, Any]]) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     print(f"\n{result['models']} architectures")
     for form, row in result["forms"].items():
-        share = "" if row["share"] is None else f"{row['share']:.1%}"
+        share, sdpa_share = ("" if row[of] is None else f"{row[of]:.1%}" for of in ("share", "SDPA share"))
         print(
             f"{form:12} {row['sites']} of {row['calls']} calls are sites {share} in {row['with calls']} models with "
-            f"calls ({row['models without a site']} without a site); {row['models run']} ran"
+            f"calls ({row['models without a site']} without a site); {row['models run']} ran; of SDPA's own calls "
+            f"{row['SDPA sites']} of {row['SDPA calls']} {sdpa_share}"
         )
     for kind, entry in sorted(result["refused"].items(), key=lambda item: -item[1]["calls"]):
         print(

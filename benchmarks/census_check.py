@@ -22,6 +22,7 @@ from afbs_compile.kernels.compilations import forget_compilations, note_compilat
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.attention import sparse_attention
 from afbs_compile.passes.capture import Attention, SampleRun, run_with
+from afbs_compile.passes.operands import is_sdpa
 from afbs_compile.passes.rewrite import rewrite
 
 FORMS = ("alone", "ones", "left-padded")
@@ -105,7 +106,7 @@ def _inputs(form: str, make: Callable[[int], Inputs]) -> tuple[Inputs, Tensor | 
 def _form(model: nn.Module, inputs: Inputs, visible: Tensor | None) -> dict[str, Any]:
     """Sites, refusals by name and reason, errors and crashes of a model on inputs.
 
-    ``errors`` are the largest differences of the output over its largest number: of the rewritten graph, whose calls
+    ``written out``: sites and refusals that are no SDPA calls. ``errors`` are the largest differences of the output over its largest number: of the rewritten graph, whose calls
     are dense, and of the specification that computes every block. ``blind``: the output does not depend on attention.
 
     Raises:
@@ -124,6 +125,7 @@ def _form(model: nn.Module, inputs: Inputs, visible: Tensor | None) -> dict[str,
         raise NotRunError(f"under Dynamo: {_said(error)}") from error
     sites, refusals = backend.sites, backend.refusals
     result: dict[str, Any] = {"graphs": len(backend.graphs), "sites": len(sites), "refusals": refusals, "errors": {}}
+    result["written out"] = backend.written_out
     if captured > TOLERANCE and not backend.crashes:
         if compare(_called(_compiled(model, "eager"), inputs)) > TOLERANCE:
             raise NotRunError("under Dynamo its output is another one")
@@ -180,6 +182,13 @@ class _Backend:
     @property
     def refusals(self) -> list[tuple[str, str]]:
         return [(refusal.name, refusal.reason) for found in self.graphs for refusal in found.refusals]
+
+    @property
+    def written_out(self) -> tuple[int, int]:
+        """How many of the sites, and of the refusals, are no SDPA calls but written out or inside other functions."""
+        sites = [site.node for found in self.graphs for site in found.sites]
+        refused = [refusal.node for found in self.graphs for refusal in found.refusals]
+        return sum(not is_sdpa(node) for node in sites), sum(not is_sdpa(node) for node in refused)
 
     def rewrite(self) -> None:
         """Rewrite every site of every graph to a call whose heads are all dense."""

@@ -241,5 +241,5 @@ def enliven(model: nn.Module) -> None:
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter.is_floating_point():
-            rows = 1 if id(parameter) in tables else math.prod(parameter.shape[1:])
+            rows = 1 if id(parameter) in tables else max(1, math.prod(parameter.shape[1:]))
             parameter.normal_(0.0, rows**-0.5)
