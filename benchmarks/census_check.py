@@ -106,8 +106,9 @@ def _inputs(form: str, make: Callable[[int], Inputs]) -> tuple[Inputs, Tensor | 
 def _form(model: nn.Module, inputs: Inputs, visible: Tensor | None) -> dict[str, Any]:
     """Sites, refusals by name and reason, errors and crashes of a model on inputs.
 
-    ``written out``: sites and refusals that are no SDPA calls. ``errors`` are the largest differences of the output over its largest number: of the rewritten graph, whose calls
-    are dense, and of the specification that computes every block. ``blind``: the output does not depend on attention.
+    ``written out``: how many sites and refusals are no SDPA calls. ``errors`` are the largest differences of the output
+    over its largest number: of the rewritten graph, whose calls are dense, and of the specification that computes every
+    block. ``blind``: the output does not depend on attention.
 
     Raises:
         NotRunError: it runs only outside of Dynamo, or not as outside.
