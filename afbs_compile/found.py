@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from afbs_compile.fingerprint import graph_digest, module_tensors, source_digest, tensor_digest
 from afbs_compile.passes.expand import expand
 from afbs_compile.passes.find import find
+from afbs_compile.passes.marking import mark_calls
 from afbs_compile.passes.site import AttentionSite, Refusal
-from afbs_compile.passes.written_call import mark_written
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class FoundGraph:
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], min_length: int) -> FoundGraph:
         """Open fused modules, find the attention calls, and fingerprint the graph, which is changed in place."""
         expand(gm)
-        mark_written(gm)
+        mark_calls(gm)
         sites, refusals = find(gm, min_length=min_length)
         tensors = module_tensors(gm, example_inputs)
         # Sorted, because a call may be a site at one length and refused at another.

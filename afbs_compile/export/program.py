@@ -24,12 +24,12 @@ from afbs_compile.export.inputs import Example, ExportInputs
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes.find import find
+from afbs_compile.passes.marking import mark_calls
 from afbs_compile.passes.record import record_graphs
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.passes.rules import work_of
 from afbs_compile.passes.site import AttentionSite, Refusal
 from afbs_compile.passes.sizes import fixed, same_sizes
-from afbs_compile.passes.written_call import mark_written
 from afbs_compile.plan import NOT_CALIBRATED, Plan, in_own_precision
 from afbs_compile.recipe import Recipe, SiteRecipe
 
@@ -92,7 +92,7 @@ def rewritten_program(
     inputs = ExportInputs.of(module, example)
     exported = _trace(module, inputs.doubled() if dynamic else inputs, dynamic)
     gm = exported.graph_module
-    mark_written(gm)
+    mark_calls(gm)
     sites, refusals = find(gm, min_length=1)
     sizes = {str(call.q_len): "length" for call in sites} | {str(call.batch): "batch" for call in sites}
     shapes = _shapes(exported, inputs.names, sizes)

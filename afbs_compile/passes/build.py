@@ -24,16 +24,18 @@ class NodeBuilder:
     """Inserts calls before a node and records for each what a tracer would have recorded.
 
     Args:
-        like: the node to insert before, with a fake value; the new ones stand in the same module and source line.
+        like: a node with a fake value; the new ones stand in the same module and source line.
+        before: the node to insert before, by default ``like``.
     """
 
-    def __init__(self, like: fx.Node) -> None:
+    def __init__(self, like: fx.Node, before: fx.Node | None = None) -> None:
         self._like = like
+        self._before = like if before is None else before
         self._key = next((key for key in VALUE_KEYS if key in like.meta), VALUE_KEYS[0])
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
         """Insert a call of an operator; its fake value is computed from its arguments' fake values."""
-        with self._like.graph.inserting_before(self._like):
+        with self._like.graph.inserting_before(self._before):
             node = self._like.graph.call_function(target, args, dict(kwargs or {}))
         node.meta = {key: value for key, value in self._like.meta.items() if key not in VALUE_KEYS}
         fake_args = fx.map_arg(node.args, value_of)

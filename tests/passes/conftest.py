@@ -13,9 +13,9 @@ from torch import fx
 from afbs_compile.kernels.call import Kept, SparseCall
 from afbs_compile.passes.expand import expand
 from afbs_compile.passes.find import find
+from afbs_compile.passes.marking import mark_calls
 from afbs_compile.passes.rewrite import Rewrite, rewrite
 from afbs_compile.passes.site import AttentionSite, Refusal
-from afbs_compile.passes.written_call import mark_written
 
 
 @dataclass
@@ -63,7 +63,7 @@ def compiled(
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         expand(gm)
-        mark_written(gm)
+        mark_calls(gm)
         sites, refusals = find(gm, min_length=min_length)
         result.graphs.append(gm)
         result.sites.append(sites)
