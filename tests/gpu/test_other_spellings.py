@@ -1,4 +1,4 @@
-"""Attention that is not spelled as SDPA, on a GPU: packed sequences by PyTorch's own kernel, and what models write out."""
+"""Attention that is not spelled as SDPA, on a GPU: packed sequences by PyTorch's own kernel, and what is written out."""
 
 from __future__ import annotations
 
