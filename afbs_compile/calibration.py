@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from afbs_compile.errors import OptionError
+from afbs_compile.errors import CalibrationError, OptionError
 from afbs_compile.found import FoundGraph
 from afbs_compile.options import Options, accepts_options, of_calibration
 from afbs_compile.passes.record import record_graphs
+from afbs_compile.reasons import NONE_FOUND, grouped
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner.graph import calibrate_graph
 
@@ -29,7 +30,8 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
         The recipe: for ``torch.compile(model, backend="afbs", options={"recipe": recipe})``, or ``recipe.save(path)``.
 
     Raises:
-        OptionError: an argument is out of range, there is no sample, or no attention call ran on the samples.
+        OptionError: an argument is out of range, or there is no sample.
+        CalibrationError: no attention call ran on the samples, or each is refused.
     """
     settings = Options.parse({**options, "samples": samples}, of_calibration())
     inputs = list(samples)
@@ -43,19 +45,26 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
     graphs = [
         (found, inputs) for found, inputs in graphs if found.sites or (found.refusals and found.graph not in with_sites)
     ]
-    if not graphs:
-        raise OptionError(
-            "samples: no attention call ran on them; accepted: at least one input of a model that calls "
-            "torch.nn.functional.scaled_dot_product_attention"
-        )
+    if not with_sites:
+        raise CalibrationError(_nothing(refusal.reason for found, _ in graphs for refusal in found.refusals))
     if settings.budget is not None and len(with_sites) > 1:
         raise OptionError(
             f"tolerance: a budget on the output needs the model in one graph, and Dynamo made {len(with_sites)} of it; "
             "accepted: a number, or a model without graph breaks"
         )
-    recipes = []
+    recipes: list[Recipe] = []
     for key in dict.fromkeys((found.graph, found.source) for found, _ in graphs):
         same = [(found, inputs) for found, inputs in graphs if (found.graph, found.source) == key]
         recipes.append(calibrate_graph(same if same[0][0].sites else same[:1], settings.tuning, "samples"))
     by_weight = sorted(recipes, key=lambda recipe: not recipe.graphs[0].weights)  # one with sites leads
     return replace(by_weight[0], graphs=tuple(recipe.graphs[0] for recipe in recipes))
+
+
+def _nothing(refusals: Iterable[str]) -> str:
+    """Why there is no call to calibrate, and what the user can do."""
+    if reasons := grouped(refusals):
+        return f"nothing was calibrated: {reasons}."
+    return (
+        f"nothing was calibrated: {NONE_FOUND}. A model that chooses between kinds of attention may call it when made "
+        'with attn_implementation="sdpa".'
+    )

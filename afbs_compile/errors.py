@@ -9,6 +9,10 @@ class OptionError(AfbsError, ValueError):
     """An option or argument is unknown or out of range; the message names it and what is accepted."""
 
 
+class CalibrationError(AfbsError, ValueError):
+    """No attention call could be calibrated; one sentence says which were found and why each stays dense."""
+
+
 class RecipeError(AfbsError, ValueError):
     """A recipe is damaged, foreign, from a newer version, or belongs to another model; one sentence says which."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from afbs_compile.passes.rules import work_of
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.sizes import holds
 from afbs_compile.passes.unmask import has_needless_mask
+from afbs_compile.reasons import EXPECTED, NONE_FOUND, grouped
 from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
 from afbs_compile.tuner.lengths import Outside, extrapolated_tau
 
@@ -96,9 +96,13 @@ class Plan:
     def summary(self) -> str:
         """One sentence on why nothing was rewritten."""
         if not self.rows:
-            return "the graph has no scaled_dot_product_attention call"
-        reasons = Counter(row.reason for row in self.rows)
-        return "no attention call was rewritten: " + "; ".join(f"{count} x {why}" for why, count in reasons.items())
+            return NONE_FOUND
+        return f"no attention call was rewritten: {grouped(row.reason for row in self.rows)}"
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether every row stays dense by design, which nobody needs to be told beside a graph that was rewritten."""
+        return all((row.reason or "").startswith(EXPECTED) for row in self.rows)
 
 
 def _matching_graph(found: FoundGraph, recipe: Recipe) -> GraphRecipe:

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import afbs_compile
-from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
+from afbs_compile.errors import AfbsWarning, CalibrationError, OptionError, RecipeError
 from afbs_compile.kernels.call import Kept
 from afbs_compile.tuner import site as tuner_site
 from tests.toy import HEAD_DIM, HEADS, WIDTH, Attention, Toy, always_faster, drifting
@@ -593,7 +593,6 @@ def test_calibrate_takes_samples_of_several_lengths_and_compiled_models():
 @pytest.mark.parametrize(
     ("model", "samples", "sentence"),
     [
-        (nn.Linear(4, 4), [torch.zeros(2, 4)], "samples: no attention call ran on them"),
         (Toy(), [], "samples: got none"),
         (Toy(), torch.zeros(1, 256, WIDTH), "samples: got a Tensor; accepted: an iterable"),
     ],
@@ -604,15 +603,17 @@ def test_calibrate_refuses_what_it_cannot_use(model, samples, sentence):
 
 
 @torch.no_grad()
-def test_calibrate_records_refusals():
+def test_nothing_calibrated_is_an_error_that_says_why():
     class Dropping(nn.Module):
         def forward(self, x):
             return torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1)
 
-    recipe = afbs_compile.calibrate(Dropping(), [torch.randn(1, 2, 1024, 16)])
-    assert [site.outcome for site in recipe.sites] == ["refused"]
-    assert recipe.sites[0].reason.startswith("dropout in effect")
-    assert "dropout in effect" in str(afbs_compile.explain(recipe)).replace("\n", " ")
+    with pytest.raises(CalibrationError, match=r"nothing was calibrated: 1 x dropout in effect: dropout_p=0.1"):
+        afbs_compile.calibrate(Dropping(), [torch.randn(1, 2, 1024, 16)])
+    with pytest.raises(CalibrationError, match="2 x too short: 64 tokens"):
+        afbs_compile.calibrate(Toy().eval(), [drifting(64)])
+    with pytest.raises(CalibrationError, match=r"no attention call was found \(scaled_dot_product_attention, varlen"):
+        afbs_compile.calibrate(nn.Linear(4, 4).eval(), [torch.zeros(2, 4)])
 
 
 @torch.no_grad()

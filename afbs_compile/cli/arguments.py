@@ -67,6 +67,9 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = False, default
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="folder or id of the tokenizer (default: the model's; text needs one)"
     )
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="column of records with the text (default: text, content or the only one)"
+    )
 
 
 def add_length(parser: argparse.ArgumentParser, note: str) -> None:

@@ -23,7 +23,7 @@ from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import LoadedModel, load_model
 from afbs_compile.cli.progress import each, step
 from afbs_compile.cli.recipes import load_recipe, usual_length
-from afbs_compile.cli.sources import Sample, load_samples
+from afbs_compile.cli.sources import Reading, Sample, load_samples
 from afbs_compile.kernels.attend import machine
 from afbs_compile.options import OPTIONS, Option
 from afbs_compile.recipe import Recipe
@@ -99,7 +99,7 @@ def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) 
     for length in lengths:
         model.check_length(length)
     return [
-        (n, load_samples(arguments.data, model, length=n, count=1, tokenizer=arguments.tokenizer)[0]) for n in lengths
+        (n, load_samples(arguments.data, model, length=n, count=1, reading=Reading.of(arguments))[0]) for n in lengths
     ]
 
 

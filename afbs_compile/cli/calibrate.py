@@ -16,7 +16,7 @@ from afbs_compile.calibration import calibrate
 from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import load_model
 from afbs_compile.cli.recipes import SUFFIX
-from afbs_compile.cli.sources import load_samples
+from afbs_compile.cli.sources import Reading, load_samples
 from afbs_compile.options import of_calibration
 from afbs_compile.report.explain import explain
 from afbs_compile.report.inspection import summary
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     target, settings = options.output_file(arguments.output, [SUFFIX]), options.given(arguments, of_calibration())
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     samples = load_samples(
-        arguments.data, model, length=arguments.seq_len, count=arguments.samples, tokenizer=arguments.tokenizer
+        arguments.data, model, length=arguments.seq_len, count=arguments.samples, reading=Reading.of(arguments)
     )
     recipe = calibrate(model.module, samples, **settings)
     with options.writing(target):

@@ -19,7 +19,7 @@ from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import LoadedModel, load_model
 from afbs_compile.cli.progress import step
 from afbs_compile.cli.recipes import example_input, load_recipe
-from afbs_compile.cli.sources import Sample
+from afbs_compile.cli.sources import Reading, Sample
 from afbs_compile.errors import OptionError
 from afbs_compile.export import SUFFIXES, Exported, to_onnx, to_pt2, to_tensorrt
 from afbs_compile.recipe import Recipe
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     example = example_input(
-        model, recipe, source=arguments.data, length=arguments.seq_len, tokenizer=arguments.tokenizer
+        model, recipe, source=arguments.data, length=arguments.seq_len, reading=Reading.of(arguments)
     )
     with step(f"exporting to {arguments.format}"), options.writing(target):
         written = _export(arguments, model, recipe, example, target)

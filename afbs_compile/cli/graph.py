@@ -15,6 +15,7 @@ from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import load_model
 from afbs_compile.cli.progress import step
 from afbs_compile.cli.recipes import example_input, load_recipe
+from afbs_compile.cli.sources import Reading
 from afbs_compile.errors import OptionError
 from afbs_compile.options import OPTIONS
 from afbs_compile.report.applied import ANY_LENGTH, apply
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     sample = example_input(
-        model, recipe, source=arguments.data, length=arguments.seq_len, tokenizer=arguments.tokenizer
+        model, recipe, source=arguments.data, length=arguments.seq_len, reading=Reading.of(arguments)
     )
     shortest = OPTIONS["min_length"].default if recipe is None else ANY_LENGTH
     with step("capturing the graph"):

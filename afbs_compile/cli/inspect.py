@@ -15,6 +15,7 @@ from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import load_model
 from afbs_compile.cli.progress import step
 from afbs_compile.cli.recipes import example_input, load_recipe
+from afbs_compile.cli.sources import Reading
 from afbs_compile.errors import OptionError
 from afbs_compile.files import write_whole
 from afbs_compile.recipe import Recipe
@@ -67,7 +68,7 @@ def _masks(arguments: argparse.Namespace, recipe: Recipe) -> Masks | None:
         return None
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     sample = example_input(
-        model, recipe, source=arguments.data, length=arguments.seq_len, tokenizer=arguments.tokenizer
+        model, recipe, source=arguments.data, length=arguments.seq_len, reading=Reading.of(arguments)
     )
     with step("drawing block masks"):
         graphs = apply(model.module, recipe, [sample], name=f"recipe {arguments.recipe}")

@@ -25,6 +25,7 @@ MODEL is one of
 
 SRC is one of
   a text file, or a folder of them  tokenised, cut into K disjoint windows of N tokens
+  .jsonl, .json, .csv, .parquet     records; the text is in the column that --text-column names
   NAME[:CONFIG]:SPLIT[COLUMN]       of the datasets library, e.g. 'wikitext:wikitext-2-raw-v1:validation[text]'
   inputs.npz, .pt or .safetensors   tensors by the names of the forward's arguments
   random                            inputs of the right shape: for speed and smoke tests, not for thresholds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from afbs_compile.cli.models import LoadedModel
-from afbs_compile.cli.sources import LENGTH, Sample, load_samples, takes_length
+from afbs_compile.cli.sources import LENGTH, Reading, Sample, load_samples, takes_length
 from afbs_compile.errors import OptionError
 from afbs_compile.recipe import Recipe
 
@@ -29,11 +29,11 @@ def calibrated_length(recipe: Recipe | None) -> int:
 
 
 def example_input(
-    model: LoadedModel, recipe: Recipe | None, *, source: str, length: int | None, tokenizer: str | None
+    model: LoadedModel, recipe: Recipe | None, *, source: str, length: int | None, reading: Reading
 ) -> Sample:
     """One input: of the length asked for, else the recipe's, else the longest usual one that the model takes."""
     length = usual_length(model, recipe, source) if length is None else length
-    return load_samples(source, model, length=length, count=1, tokenizer=tokenizer)[0]
+    return load_samples(source, model, length=length, count=1, reading=reading)[0]
 
 
 def usual_length(model: LoadedModel, recipe: Recipe | None, source: str) -> int | None:

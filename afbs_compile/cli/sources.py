@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,26 @@ LENGTH = 4096
 """Tokens of a sample by default; less where the model has fewer positions."""
 
 
+class Reading(NamedTuple):
+    """How text is found and made tokens.
+
+    Attributes:
+        tokenizer: folder or id, where the model's own will not do.
+        text_column: of records, the one that holds the text.
+    """
+
+    tokenizer: str | None = None
+    text_column: str | None = None
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Reading:
+        """As the flags say."""
+        return cls(arguments.tokenizer, arguments.text_column)
+
+
+READING = Reading()
+
+
 def takes_length(source: str, model: LoadedModel) -> bool:
     """Whether inputs of this source can be asked for at a length: texts can, and random ids."""
     if source == "random":
@@ -37,7 +58,7 @@ def load_samples(
     *,
     length: int | None = None,
     count: int | None = None,
-    tokenizer: str | None = None,
+    reading: Reading = READING,
 ) -> list[Sample]:
     """Model inputs from a source, on the model's device and in its dtype.
 
@@ -46,7 +67,7 @@ def load_samples(
         model: what they are for.
         length: tokens of each sample of a text, or of random ids; by default :data:`LENGTH`.
         count: samples wanted; by default :data:`SAMPLES`, or as many as there are.
-        tokenizer: folder or id, where the model's own will not do.
+        reading: how text is found and made tokens.
 
     Raises:
         OptionError: the source is missing, unreadable, too short, or does not fit the model; one sentence.
@@ -59,15 +80,15 @@ def load_samples(
             if length is not None:
                 raise OptionError(f"--seq-len: not accepted with {source}, whose inputs have their own lengths")
             return read_inputs(Path(source), model, count)
-        return _text_windows(source, model, length, count, tokenizer)
+        return _text_windows(source, model, length, count, reading)
 
 
 def _text_windows(
-    source: str, model: LoadedModel, length: int | None, count: int | None, tokenizer: str | None
+    source: str, model: LoadedModel, length: int | None, count: int | None, reading: Reading
 ) -> list[Sample]:
     length = length or min(LENGTH, model.positions or LENGTH)
-    text = read_text(source, pieces=count or SAMPLES, length=length)
-    tokens = _tokens(text, model, tokenizer or model.tokenizer)
+    text = read_text(source, pieces=count or SAMPLES, length=length, column=reading.text_column)
+    tokens = _tokens(text, model, reading.tokenizer or model.tokenizer)
     found = len(tokens) // length
     if found < (count or 1):
         wanted = f"{count} windows of {length}" if count else f"one window of {length}"

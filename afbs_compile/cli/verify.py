@@ -24,7 +24,7 @@ from afbs_compile.cli import arguments as options
 from afbs_compile.cli.models import LoadedModel, load_model
 from afbs_compile.cli.progress import each, step
 from afbs_compile.cli.recipes import SUFFIX, load_recipe, usual_length
-from afbs_compile.cli.sources import Sample, load_samples
+from afbs_compile.cli.sources import Reading, Sample, load_samples
 from afbs_compile.errors import OptionError
 from afbs_compile.export import SUFFIXES, load
 from afbs_compile.recipe import BudgetRecord, Recipe
@@ -122,7 +122,7 @@ def _file(arguments: argparse.Namespace) -> tuple[Recipe | None, Call | None]:
 
 def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe | None) -> list[Sample]:
     length = arguments.seq_len or usual_length(model, recipe, arguments.data)
-    return load_samples(arguments.data, model, length=length, count=arguments.samples, tokenizer=arguments.tokenizer)
+    return load_samples(arguments.data, model, length=length, count=arguments.samples, reading=Reading.of(arguments))
 
 
 def _promise(

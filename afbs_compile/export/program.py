@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from afbs_compile.errors import ExportError, OptionError, RecipeError
+from afbs_compile.errors import AfbsWarning, ExportError, OptionError, RecipeError
 from afbs_compile.export.files import Note, as_written, first_line
 from afbs_compile.export.inputs import Example, ExportInputs
 from afbs_compile.found import FoundGraph
@@ -31,6 +32,7 @@ from afbs_compile.passes.rules import work_of
 from afbs_compile.passes.site import AttentionSite, Refusal
 from afbs_compile.passes.sizes import fixed, same_sizes
 from afbs_compile.plan import NOT_CALIBRATED, Plan, in_own_precision
+from afbs_compile.reasons import NONE_FOUND, grouped
 from afbs_compile.recipe import Recipe, SiteRecipe
 
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default
@@ -100,6 +102,9 @@ def rewritten_program(
         raise ExportError("dynamic: the model fixes the size of every input; export it without dynamic shapes.")
     plan = _carried_over(graphs, _in_order(gm, (*sites, *refusals)), recipe)
     rewritten, rows = _expressible(plan, refuse, no_fp8)
+    if not rewritten:
+        why = grouped(row.reason for row in rows) if rows else NONE_FOUND
+        warnings.warn(f"the export has no sparse call: {why}.", AfbsWarning, stacklevel=3)
     before = _results(gm)
     rewrite(gm, rewritten)
     for old, new in zip(before, _results(gm), strict=True):

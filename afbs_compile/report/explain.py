@@ -18,6 +18,7 @@ from torch._dynamo.resume_execution import ContinueExecutionCache
 
 from afbs_compile.kernels.attend.engines import kernel_of
 from afbs_compile.kernels.masks.registry import mask_of
+from afbs_compile.reasons import NONE_FOUND
 from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe
 from afbs_compile.report import registry
 
@@ -136,9 +137,10 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     graphs = _compiled_graphs(compiled_or_recipe)
     rows = [_row(index, _served(site, graph)) for index, graph in enumerate(graphs) for site in graph.rows]
     notes = dict.fromkeys(_note(graph.recipe) for graph in graphs if graph.recipe is not None)
+    said = "nothing is compiled yet: call the model once" if not graphs else NONE_FOUND
     return Explanation(
         tuple(rows),
-        (*notes, *_kernel_notes(rows)) if graphs else ("nothing is compiled yet: call the model once",),
+        (*notes, *_kernel_notes(rows)) if rows else (said,),
         tuple(graph.before for graph in graphs),
         tuple(graph.after for graph in graphs),
     )

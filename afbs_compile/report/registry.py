@@ -70,13 +70,13 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
 
     Returns:
         Whether the user has yet to be told, should nothing have been rewritten: false where the same graph gave the
-        same answer before, where another graph of the model was rewritten, or, for a graph without attention, where
-        another one has some or is yet to come.
+        same answer before; where another graph of the model was rewritten and this one stays dense by design, as a
+        decoding step does; or, for a graph without attention, where another one has some or is yet to come.
     """
     tensors, callers = [tensor for _, tensor in found.tensors], _callers()
     mine = [graph for graph in _graphs if graph.belongs_to({id(owner) for owner in (*tensors, *callers)})]
     if plan.rows:
-        answered = any(row.outcome == "sparse" for graph in mine for row in graph.rows)
+        answered = plan.is_expected and any(row.outcome == "sparse" for graph in mine for row in graph.rows)
     else:
         ended_by = getattr(found.gm, "compile_subgraph_reason", None)
         answered = getattr(ended_by, "graph_break", False) or any(graph.rows for graph in mine)

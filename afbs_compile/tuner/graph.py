@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -65,7 +65,7 @@ def calibrate_graph(
     runs = [SampleRun(graph.gm, graph.sites, inputs) for graph, samples in graphs for inputs in samples]
     results, lengths, budget = _tune(runs, settings) if found.sites else ({}, [0], None)
     validated = max((result.measured.error.shape[0] for result in results.values()), default=0)
-    promised = _promise(list(results.values()))
+    promised = _promise(results, runs)
     record = SampleRecord(source, len(runs), validated, (min(lengths), max(lengths)), samples_digest(runs))
     sites = [_site_recipe(site, results[site.name]) for site in found.sites]
     refused = [SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals]
@@ -133,16 +133,43 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
     return results, sorted(lengths)
 
 
-def _promise(results: Sequence[SiteResult]) -> Promise | None:
+def _promise(results: Mapping[str, SiteResult], runs: Sequence[SampleRun]) -> Promise | None:
     """What the validation of all sites says; the same inputs walked through each of them."""
     if not results:
         return None
-    counted = [result.held_out for result in results if result.held_out is not None]
-    if len(counted) < len(results):  # Algorithm 1 chooses on every input it measures
-        return promise(0, 0)
-    held_out = torch.stack(counted).all(0)
-    deciding = torch.stack([_padded(result.deciding, held_out) for result in results]).any(0)
-    return promise(int(held_out.sum()), int((deciding & held_out).sum()))
+    batches = _batches(runs)
+    inputs = [math.gcd(*sizes) for sizes in zip(*batches.values(), strict=True)]
+    held_out, deciding = [], []
+    for name, result in results.items():
+        if result.held_out is None:  # Algorithm 1 chooses on every input it measures
+            return promise(0, 0)
+        groups = list(_groups(batches[name], inputs))
+        held_out.append(torch.stack([result.held_out[group].all() for group in groups]))
+        decided = _padded(result.deciding, result.held_out)
+        deciding.append(torch.stack([decided[group].any() for group in groups]))
+    counted = torch.stack(held_out).all(0)
+    return promise(int(counted.sum()), int((torch.stack(deciding).any(0) & counted).sum()))
+
+
+def _batches(runs: Sequence[SampleRun]) -> dict[str, list[int]]:
+    """The batch of each site in each sample."""
+    found: dict[str, list[int]] = {}
+    for run in runs:
+        for site in run.sites:
+            found.setdefault(site.name, []).append(site.shapes().operands().q.shape[0])
+    return found
+
+
+def _groups(batches: Sequence[int], inputs: Sequence[int]) -> Iterator[slice]:
+    """Elements of a site that belong to one input: a site that cuts it into windows has several in a row.
+
+    Args:
+        batches: elements of the site in each sample; inputs: of the whole model.
+    """
+    start = 0
+    for elements, count in zip(batches, inputs, strict=True):
+        for _ in range(count):
+            yield slice(start, start := start + elements // count)
 
 
 def _padded(deciding: Tensor | None, like: Tensor) -> Tensor:

@@ -40,6 +40,14 @@ def nothing_new(tmp_path: Path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_nothing_to_calibrate_writes_nothing(capsys, llama, tmp_path):
+    target = tmp_path / "r.json"
+    source = ["--data", "random", "--seq-len", "32", "--samples", "1"]
+    said = refused(capsys, "calibrate", llama, *source, "-o", str(target))
+    assert "nothing was calibrated: 2 x too short: 32 tokens" in said
+    assert not target.exists()
+
+
 def test_the_exit_codes():
     assert (OK, FAILED, USAGE, INTERRUPTED) == (0, 1, 2, 130)
 

@@ -10,7 +10,7 @@ import torch
 
 from afbs_compile.cli import texts
 from afbs_compile.cli.models import load_model
-from afbs_compile.cli.sources import load_samples
+from afbs_compile.cli.sources import Reading, load_samples
 from afbs_compile.errors import OptionError
 from tests.cli.conftest import POSITIONS
 
@@ -79,11 +79,49 @@ def test_a_dataset_of_a_file(model, tmp_path, no_downloads):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = f"json:{tmp_path / 'rows.jsonl'}:train"
     assert len(load_samples(f"{source}[body]", model, length=64, count=4)) == 4
+    assert len(load_samples(source, model, length=64)) == 5, "the only column of texts is found"
     with pytest.raises(OptionError, match="json has no column text; accepted: body, n"):
-        load_samples(source, model, length=64)
+        load_samples(f"{source}[text]", model, length=64)
     with pytest.raises(OptionError, match="holds a int; accepted: a column of texts"):
         load_samples(f"{source}[n]", model, length=64)
     assert "row 0 " in texts.read_text(f"{source}[:10%][body]", pieces=1, length=64)
+
+
+def write_records(path, rows):
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_list(rows)
+    write = {".jsonl": made.to_json, ".csv": made.to_csv, ".parquet": made.to_parquet}.get(path.suffix)
+    if write is None:
+        made.to_csv(path, sep="\t")
+    else:
+        write(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_records_are_read_as_records(suffix, model, tmp_path, no_downloads):
+    path = tmp_path / f"rows{suffix}"
+    write_records(path, [{"id": i, "body": f"row {i} says, {i} is not {i + 1}"} for i in range(50)])
+    text = texts.read_text(str(path), pieces=1, length=64)
+    assert text.startswith("row 0 says, 0 is not 1\nrow 1 says")
+    assert "body" not in text
+    assert "{" not in text
+    assert len(load_samples(str(path), model, length=32, count=2)) == 2
+
+
+def test_the_column_of_texts_is_found_or_asked_for(tmp_path, no_downloads):
+    path = tmp_path / "rows.jsonl"
+    write_records(path, [{"title": "a title", "content": "the content", "n": 1}])
+    assert texts.read_text(str(path), pieces=1, length=64) == "the content"
+    assert texts.read_text(str(path), pieces=1, length=64, column="title") == "a title"
+    with pytest.raises(OptionError, match="has no column body; accepted: title, content, n"):
+        texts.read_text(str(path), pieces=1, length=64, column="body")
+    write_records(path, [{"title": "a title", "summary": "a summary"}])
+    with pytest.raises(OptionError, match="give --text-column, one of title, summary"):
+        texts.read_text(str(path), pieces=1, length=64)
+    path.write_text("{not json}")
+    with pytest.raises(OptionError, match="rows.jsonl cannot be read as json records") as caught:
+        texts.read_text(str(path), pieces=1, length=64)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_saved_dataset(model, tmp_path, no_downloads):
@@ -152,7 +190,7 @@ def test_random_pictures_for_a_vision_model(tmp_path):
 
 
 def test_another_tokenizer(toy_model, model, text):
-    samples = load_samples(text, toy_model, length=16, count=1, tokenizer=model.tokenizer)
+    samples = load_samples(text, toy_model, length=16, count=1, reading=Reading(model.tokenizer))
     assert samples[0]["input_ids"].shape == (1, 16)
     with pytest.raises(OptionError, match="--tokenizer: none can be loaded from ./none"):
-        load_samples(text, toy_model, tokenizer="./none")
+        load_samples(text, toy_model, reading=Reading("./none"))

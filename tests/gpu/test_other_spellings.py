@@ -1,4 +1,4 @@
-"""Attention that is not spelled as SDPA, on a GPU: packed sequences by PyTorch's own kernel, and what is written out."""
+"""Attention that is not spelled as SDPA, on a GPU: packed sequences by PyTorch's own kernel, and written-out calls."""
 
 from __future__ import annotations
 
