@@ -6,8 +6,8 @@
 A call has a mask by formula, valid keys, a dense mask, a bias, a cap or sinks, in any mixture; other numbers of rows
 than keys; grouped heads, odd sizes, strides of their own; thresholds and policies by head. It is wrong where its
 output, or the specification's, differs from float64 over the same live blocks by more than 1e-4, or where what no row
-sees changes more than the last bits when it is filled with NaN, infinity or 1e4: rows that met NaN are computed again in
-another way. tests/any_mask.py draws the calls; tests/gpu/test_masks.py does this on a GPU.
+sees changes more than the last bits when it is filled with NaN, infinity or 1e4: rows that met NaN are computed again
+in another way. tests/any_mask.py draws the calls; tests/gpu/test_masks.py does this on a GPU.
 """
 
 from __future__ import annotations
