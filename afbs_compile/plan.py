@@ -18,7 +18,7 @@ from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.passes.rules import work_of
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.sizes import holds
-from afbs_compile.passes.unmask import has_needless_mask
+from afbs_compile.passes.unmask import has_mask_of_valid_keys, has_needless_mask
 from afbs_compile.reasons import EXPECTED, NONE_FOUND, grouped
 from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
 from afbs_compile.tuner.lengths import Outside, extrapolated_tau
@@ -83,12 +83,12 @@ class Plan:
             found: the graph that the plan is for.
         """
         dense = {row.name for row in self.rows if row.outcome == "dense"}
-        unmasked = tuple(site for site in found.sites if site.name in dense and has_needless_mask(site))
-        masks = {site.name: site.mask for site in unmasked}
+        said = {site.name: f"mask dropped: {site.mask}" for site in found.sites if has_needless_mask(site)}
+        said |= {site.name: "reads valid keys for a mask" for site in found.sites if has_mask_of_valid_keys(site)}
+        unmasked = tuple(site for site in found.sites if site.name in dense and site.name in said)
+        changed = {site.name for site in unmasked}
         rows = [
-            replace(row, reason=f"{row.reason}; stays dense; mask dropped: {masks[row.name]}")
-            if row.name in masks
-            else row
+            replace(row, reason=f"{row.reason}; stays dense; {said[row.name]}") if row.name in changed else row
             for row in self.rows
         ]
         return replace(self, rows=tuple(rows), unmasked=unmasked)

@@ -42,6 +42,7 @@ class Form:
         inputs: its keyword arguments.
         before: called before every run, untimed: a call may leave its cache longer.
         counted: bool, of the output's leading dimensions: the rows that are no padding; ``None`` for all.
+        beside: other inputs, which the sparse model is given in the same turns: how much longer does the form take?
     """
 
     name: str
@@ -49,6 +50,7 @@ class Form:
     inputs: dict[str, Any]
     before: Callable[[], None] = lambda: None
     counted: Tensor | None = None
+    beside: dict[str, Any] | None = None
 
 
 class Attention(nn.Module):
@@ -90,7 +92,8 @@ def language_forms(length: int) -> Iterator[Form]:
     chunk = length // 4
 
     yield Form("default", model, {"input_ids": ids})
-    yield Form("attention_mask of ones", model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    ones = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    yield Form("attention_mask of ones", model, ones, beside={"input_ids": ids})
     yield Form("left-padded batch of 2", model, {"input_ids": both, "attention_mask": left}, counted=left.bool())
     yield Form("right-padded batch of 2", model, {"input_ids": both, "attention_mask": right}, counted=right.bool())
     for name, cache in (
@@ -155,20 +158,23 @@ def measured(form: Form) -> dict[str, Any]:
     """One row of the table."""
     torch._dynamo.reset()
     dense, sparse = torch.compile(form.model), torch.compile(form.model, backend="afbs")
-    outputs, times = [], ([], [])
+    turns = [(dense, form.inputs), (sparse, form.inputs)]
+    turns += [] if form.beside is None else [(sparse, form.beside)]
+    outputs, times = [], [list[float]() for _ in turns]
     with torch.no_grad():
-        for compiled in (dense, sparse):
+        for compiled, inputs in turns:
             form.before()
-            outputs.append(output_of(compiled(**form.inputs)).clone())
+            outputs.append(output_of(compiled(**inputs)).clone())
         until = time.perf_counter() + MIN_SECONDS
         while len(times[0]) < MIN_RUNS or time.perf_counter() < until:
-            for compiled, spent in zip((dense, sparse), times, strict=True):
+            for (compiled, inputs), spent in zip(turns, times, strict=True):
                 form.before()
                 began = time.perf_counter()
-                compiled(**form.inputs)
+                compiled(**inputs)
                 spent.append(time.perf_counter() - began)
-    exact, out = ((x if form.counted is None else x[form.counted]).double() for x in outputs)
+    exact, out = ((x if form.counted is None else x[form.counted]).double() for x in outputs[:2])
     rows = afbs_compile.explain(sparse).rows
+    rows = rows[: len(rows) // (len(turns) - 1)]  # the graph of the form itself comes first
     seconds = [statistics.median(spent) for spent in times]
     return {
         "form": form.name,
@@ -180,6 +186,8 @@ def measured(form: Form) -> dict[str, Any]:
         "dense_ms": seconds[0] * 1e3,
         "sparse_ms": seconds[1] * 1e3,
         "ratio": seconds[0] / seconds[1],
+        "beside_ms": seconds[2] * 1e3 if form.beside is not None else None,
+        "over_beside": seconds[1] / seconds[2] if form.beside is not None else None,
         "runs": len(times[0]),
     }
 
@@ -202,6 +210,8 @@ def main() -> None:
             "{sparse_ms:7.0f} ms: {ratio:.2f}x  {dense} {refused}".format(**row),
             flush=True,
         )
+        if row["over_beside"] is not None:
+            print(f"{'':48} {row['over_beside']:.2f} of the time of the call without it", flush=True)
         rows.append(row)
     save(arguments.name, arguments.out, {"settings": settings(arguments), "calls": rows})
 

@@ -15,6 +15,7 @@ from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import Operands, check_operands, empty_output
+from afbs_compile.kernels.sight import without_idle_parts
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, str mask, float? scale=None, "
@@ -109,6 +110,7 @@ def sparse_attention(
     operands, call = checked(q, k, v, given)
     if q.numel() == 0 or k.numel() == 0:
         return empty_output(q, v).zero_()
+    operands = without_idle_parts(operands)
     if not call.dense_at(operands.q_len, operands.k_len):
         return run(operands, call)[0]
     with without_autocast(operands.device):

@@ -12,12 +12,12 @@ import torch
 from torch import fx
 
 from afbs_compile.files import write_whole
-from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
 from afbs_compile.kernels.op import arguments_of
 from afbs_compile.passes.build import NodeBuilder, erase_unused
 from afbs_compile.passes.effects import value_of
 from afbs_compile.passes.site import AttentionSite
-from afbs_compile.passes.unmask import unmask
+from afbs_compile.passes.unmask import has_mask_of_valid_keys, unmask
 
 aten = torch.ops.aten
 
@@ -47,7 +47,8 @@ def rewrite(
     Args:
         gm: the graph in which ``find`` found the sites.
         calls: constants of each site to replace; other calls stay as they are.
-        unmasked: other sites, whose mask :func:`afbs_compile.passes.unmask.unmask` drops.
+        unmasked: other sites, whose mask :func:`afbs_compile.passes.unmask.unmask` drops, or which the operator
+            computes densely, with valid keys for a mask.
 
     Raises:
         ValueError: a site's constants do not match its heads; the graph is then unchanged.
@@ -61,7 +62,9 @@ def rewrite(
     here: dict[fx.Node, fx.Node] = {}
     for site, call in calls.items():
         here[site.node] = _replace(gm, site, call.rounded(), here)
-    unmask(gm, unmasked)
+    for site in filter(has_mask_of_valid_keys, unmasked):
+        here[site.node] = _replace(gm, site, SparseCall.uniform(site.heads, KEEP_ALL), here)
+    unmask(gm, [site for site in unmasked if not has_mask_of_valid_keys(site)])
     gm.graph.lint()
     gm.recompile()
     return Rewrite(len(calls), before, _text(gm))

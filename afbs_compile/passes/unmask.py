@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from afbs_compile.kernels.attend.machine import reads_freely
 from afbs_compile.kernels.masks.causal import Causal
 from afbs_compile.passes.build import NodeBuilder, erase_unused
 from afbs_compile.passes.effects import value_of
@@ -28,6 +29,14 @@ def has_needless_mask(site: AttentionSite) -> bool:
     masked = site.mask == Causal() and by_formula and is_sdpa(site.node) and Call.of(site.node).mask is not None
     scaled = isinstance(site.scale, float) and site.scale > 0
     return masked and scaled and same_sizes(value_of(site.node).shape, value_of(site.q).shape)
+
+
+def has_mask_of_valid_keys(site: AttentionSite) -> bool:
+    """Whether a site's mask is a formula and valid keys, and it can be known for free whether all of them are.
+
+    The operator then computes the dense call, and where all keys are valid it needs no mask.
+    """
+    return is_sdpa(site.node) and site.valid is not None and site.attn_mask is None and reads_freely(site.device)
 
 
 def unmask(gm: fx.GraphModule, sites: Iterable[AttentionSite]) -> None:

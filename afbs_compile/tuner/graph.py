@@ -64,7 +64,7 @@ def calibrate_graph(
     found = graphs[0][0]
     runs = [SampleRun(graph.gm, graph.sites, inputs) for graph, samples in graphs for inputs in samples]
     results, lengths, budget = _tune(runs, settings) if found.sites else ({}, [0], None)
-    validated = max((result.measured.error.shape[0] for result in results.values()), default=0)
+    validated = _validation_inputs(results, runs)
     promised = _promise(results, runs)
     record = SampleRecord(source, len(runs), validated, (min(lengths), max(lengths)), samples_digest(runs))
     sites = [_site_recipe(site, results[site.name]) for site in found.sites]
@@ -138,7 +138,7 @@ def _promise(results: Mapping[str, SiteResult], runs: Sequence[SampleRun]) -> Pr
     if not results:
         return None
     batches = _batches(runs)
-    inputs = [math.gcd(*sizes) for sizes in zip(*batches.values(), strict=True)]
+    inputs = _inputs(batches)
     held_out, deciding = [], []
     for name, result in results.items():
         if result.held_out is None:  # Algorithm 1 chooses on every input it measures
@@ -158,6 +158,23 @@ def _batches(runs: Sequence[SampleRun]) -> dict[str, list[int]]:
         for site in run.sites:
             found.setdefault(site.name, []).append(site.shapes().operands().q.shape[0])
     return found
+
+
+def _inputs(batches: Mapping[str, Sequence[int]]) -> list[int]:
+    """How many inputs each sample is: its batch elements or, where sites have batches of their own, itself.
+
+    Which window of one site belongs to which element of another is not known.
+    """
+    return [sizes[0] if len(set(sizes)) == 1 else 1 for sizes in zip(*batches.values(), strict=True)]
+
+
+def _validation_inputs(results: Mapping[str, SiteResult], runs: Sequence[SampleRun]) -> int:
+    """Inputs, or windows of the only one, that every sparse head was validated on."""
+    batches = _batches(runs)
+    inputs = _inputs(batches)
+    if any(list(sizes) != inputs for sizes in batches.values()):
+        return sum(inputs)
+    return max((result.measured.error.shape[0] for result in results.values()), default=0)
 
 
 def _groups(batches: Sequence[int], inputs: Sequence[int]) -> Iterator[slice]:

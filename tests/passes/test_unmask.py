@@ -155,3 +155,29 @@ def test_a_call_without_such_a_mask_is_an_error(look, qkv):
     found = look(OTHERS["no mask"], *qkv)
     with pytest.raises(ValueError, match="no mask that is proven causal"):
         unmask(found.graphs[0], [found.site])
+
+
+@pytest.mark.parametrize("valid", [torch.ones(2, 24, dtype=torch.bool), torch.arange(24) > torch.tensor([[-1], [6]])])
+def test_a_dense_call_with_valid_keys_is_computed_by_the_operator(valid):
+    """Which needs no mask where all keys are valid."""
+    q, k, v = torch.randn(3, 2, 4, 24, 16)
+
+    def call(q, k, v, valid):
+        return sdpa(q, k, v, attn_mask=lower_triangle(q) & valid[:, None, None])
+
+    graphs = []
+
+    def backend(gm, inputs):
+        sites, _ = find(gm, min_length=1)
+        rewrite(gm, {}, sites)
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out = torch.compile(call, backend=backend)(q, k, v, valid)
+    targets = [node.target for node in graphs[0].graph.nodes]
+    assert torch.ops.afbs.sparse_attention.default in targets
+    assert not any(is_sdpa(node) for node in graphs[0].graph.nodes)
+    expected = call(q, k, v, valid)
+    torch.testing.assert_close(out.transpose(1, 2)[valid], expected.transpose(1, 2)[valid])

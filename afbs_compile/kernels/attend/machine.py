@@ -36,6 +36,11 @@ def runs_triton(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def reads_freely(device: torch.device) -> bool:
+    """Whether the host reads values there without waiting for anything."""
+    return device.type == "cpu"
+
+
 def is_nvidia(device: torch.device) -> bool:
     """Whether it is a GPU of NVIDIA's."""
     return runs_triton(device) and torch.version.hip is None
