@@ -106,7 +106,9 @@ def language_forms(length: int) -> Iterator[Form]:
         yield Form(named, model, {"input_ids": ids[:, -chunk:], "past_key_values": cache}, before=rewinding(cache))
     yield Form(f"sliding window of {length // 4:,}", windowed(model, length // 4), {"input_ids": ids})
     places = torch.cat([torch.arange(length // 4), torch.arange(length // 2), torch.arange(length - 3 * length // 4)])
-    yield Form("packed documents", model, {"input_ids": ids, "position_ids": places[None]})
+    # With a cache transformers does not look for documents.
+    packed = {"input_ids": ids, "position_ids": places[None], "use_cache": False}
+    yield Form("packed documents", model, packed)
 
 
 def rewinding(cache: Any) -> Callable[[], None]:
