@@ -68,20 +68,25 @@ class MaskReader:
 
     def _of_addends(self, mask: fx.Node, leaves: list[fx.Node], site: fx.Node, lengths: tuple[Size, Size]) -> MaskParts:
         """A sum: one of its parts may be a formula, the rest is a bias."""
+        if len(leaves) > 1 and (whole := self._formula(mask, site, lengths)) is not None:
+            return MaskParts(whole)
         formula: Mask = Full()
         others: list[fx.Node] = []
         for leaf in leaves:
-            try:
-                found = self._prover.mask([(leaf, self._prover.program(leaf, site=site))], lengths=lengths)
-            except NotConstantError:
+            found = self._formula(leaf, site, lengths)
+            if found is None or Full() not in (formula, found):
                 others.append(leaf)
-            else:
-                if Full() not in (formula, found):
-                    others.append(leaf)
-                formula = found if formula == Full() else formula
+            formula = found if found is not None and formula == Full() else formula
         if len(others) < 2:
             return MaskParts(formula, None, *others)
         return MaskParts(formula, None, mask)
+
+    def _formula(self, part: fx.Node, site: fx.Node, lengths: tuple[Size, Size]) -> Mask | None:
+        """The formula that a tensor is, ``None`` where it is none."""
+        try:
+            return self._prover.mask([(part, self._prover.program(part, site=site))], lengths=lengths)
+        except NotConstantError:
+            return None
 
     def _of_bools(self, mask: fx.Node, leaves: list[fx.Node], site: fx.Node, lengths: tuple[Size, Size]) -> MaskParts:
         constant: list[tuple[fx.Node, tuple[fx.Node, ...]]] = []
