@@ -52,7 +52,7 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
             f"tolerance: a budget on the output needs the model in one graph, and Dynamo made {len(with_sites)} of it; "
             "accepted: a number, or a model without graph breaks"
         )
-    recipes: list[Recipe] = []
+    recipes = []
     for key in dict.fromkeys((found.graph, found.source) for found, _ in graphs):
         same = [(found, inputs) for found, inputs in graphs if (found.graph, found.source) == key]
         recipes.append(calibrate_graph(same if same[0][0].sites else same[:1], settings.tuning, "samples"))

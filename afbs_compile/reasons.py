@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-LOOKED_FOR = "scaled_dot_product_attention, varlen_attn, or softmax(q @ k.T) @ v written out"
-NONE_FOUND = f"no attention call was found ({LOOKED_FOR} is looked for)"
+NONE_FOUND = (
+    "no attention call was found (scaled_dot_product_attention, varlen_attn, or softmax(q @ k.T) @ v written out is "
+    "looked for)"
+)
 
 EXPECTED = ("too short", "decoding")
 """Kinds of reasons for which a call stays dense by design."""

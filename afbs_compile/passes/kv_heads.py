@@ -15,7 +15,9 @@ from torch import Tensor, fx
 from afbs_compile.passes.effects import Writes, function_name, storage_of, value_of
 from afbs_compile.passes.sizes import Size, same_sizes
 
-RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view", "alias"})
+RESHAPES = frozenset({
+    "reshape", "view", "view_as", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view", "alias",
+})  # fmt: skip
 """Functions that keep the row-major order of elements, except where ``view`` takes a dtype."""
 
 COPIES = frozenset({"contiguous", "clone", "to", "detach", "_to_copy"})

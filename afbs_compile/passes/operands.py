@@ -49,6 +49,7 @@ class Call:
         node: the call, or the last product of one that is written out.
         q, k, v, mask: its operands; ``mask`` is None where nothing is masked.
         dropout, is_causal, scale, enable_gqa: numbers and flags, or nodes where the graph computes them.
+        spelling: what the graph calls it.
         softcap, sinks: as in :class:`afbs_compile.kernels.operands.Operands`, 0 and ``None`` for none.
         weights_used: whether the graph reads the softmax weights for anything else.
     """
@@ -62,6 +63,7 @@ class Call:
     is_causal: Any
     scale: Any
     enable_gqa: Any
+    spelling: str = "scaled_dot_product_attention"
     softcap: float = 0.0
     sinks: fx.Node | None = None
     weights_used: bool = False

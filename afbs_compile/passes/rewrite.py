@@ -62,9 +62,10 @@ def rewrite(
     here: dict[fx.Node, fx.Node] = {}
     for site, call in calls.items():
         here[site.node] = _replace(gm, site, call.rounded(), here)
-    for site in filter(has_mask_of_valid_keys, unmasked):
+    by_operator = [site for site in unmasked if has_mask_of_valid_keys(site)]
+    for site in by_operator:
         here[site.node] = _replace(gm, site, SparseCall.uniform(site.heads, KEEP_ALL), here)
-    unmask(gm, [site for site in unmasked if not has_mask_of_valid_keys(site)])
+    unmask(gm, [site for site in unmasked if site not in by_operator])
     gm.graph.lint()
     gm.recompile()
     return Rewrite(len(calls), before, _text(gm))

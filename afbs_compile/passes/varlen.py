@@ -26,20 +26,19 @@ NAMESPACE = "torch_attn"
 Arguments = Mapping[str, Any]
 
 
-def mark_varlen(gm: fx.GraphModule) -> int:
+def mark_varlen(gm: fx.GraphModule) -> None:
     """Mark every ``varlen_attn`` whose queries and keys are packed alike, in place; the graph computes the same.
 
-    Returns:
-        How many were marked. Others are marked with why they cannot be read.
+    Others are marked with why they cannot be read.
     """
     calls = [node for node in gm.graph.nodes if function_name(node) == NAME and _is_torchs_own(node.target)]
     if not calls:
-        return 0
+        return
     masks = _Masks(Writes(gm.graph))
-    marked = sum(_mark(node, masks) for node in calls)
+    for node in calls:
+        _mark(node, masks)
     gm.graph.lint()
     gm.recompile()
-    return marked
 
 
 def _is_torchs_own(target: Any) -> bool:
@@ -48,14 +47,14 @@ def _is_torchs_own(target: Any) -> bool:
     return isinstance(target, OpOverloadPacket) and target._qualified_op_name.startswith(f"{NAMESPACE}::")
 
 
-def _mark(node: fx.Node, masks: _Masks) -> bool:
+def _mark(node: fx.Node, masks: _Masks) -> None:
     given = _arguments(node)
     output = next((user for user in node.users if user.args[1:] == (0,)), None)
     if output is None or not isinstance(value_of(output), FakeTensor):
-        return False
+        return
     if (reason := masks.refusal(node, output, given)) is not None:
         mark_unread(node, reason)
-        return False
+        return
     before, after = NodeBuilder(output), NodeBuilder(output, before=output.next)
     q, k, v = (_headed(before, given[name]) for name in ("query", "key", "value"))
     mask = masks.of(before, given)
@@ -74,9 +73,9 @@ def _mark(node: fx.Node, masks: _Masks) -> bool:
             is_causal=False,
             scale=given.get("scale"),
             enable_gqa=given.get("enable_gqa", False),
+            spelling="varlen_attn",
         )
     )
-    return True
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -104,7 +103,7 @@ class _Masks:
     def refusal(self, node: fx.Node, output: fx.Node, given: Arguments) -> str | None:
         """A clause that says why a call is not that of one long sequence."""
         starts, q, k = given["cu_seq_q"], given["query"], given["key"]
-        if set(node.users) - {output} and any(user.users for user in node.users if user is not output):
+        if any(user.users for user in node.users if user is not output):
             return "its log-sum-exp is used"
         if given["cu_seq_k"] is not starts or not same_sizes(value_of(q).shape[:1], value_of(k).shape[:1]):
             return "its keys are not packed as its queries are, by one and the same tensor of positions"

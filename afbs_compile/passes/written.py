@@ -18,16 +18,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from afbs_compile.passes.effects import Writes, function_name, storage_of, value_of, written_nodes
 from afbs_compile.passes.einsum import Product, View, product
+from afbs_compile.passes.kv_heads import COPIES, EXPANDS, RESHAPES
 from afbs_compile.passes.sizes import same_sizes
 
 SOFTMAX = frozenset({"softmax", "_softmax"})
 KEEP_VALUES = frozenset({
-    "to", "_to_copy", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach",
-    "alias",
+    *COPIES, "alias", "float", "half", "bfloat16", "double", "type", "type_as",
 })  # fmt: skip
 """Functions that keep every value but for rounding."""
 
-RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "view_as"})
 MULTIPLY = frozenset({"mul", "mul_", "imul", "multiply", "__mul__", "__rmul__"})
 DIVIDE = frozenset({"div", "div_", "truediv", "itruediv", "true_divide", "__truediv__"})
 ADD = frozenset({"add", "add_", "iadd", "__add__", "__radd__"})
@@ -35,7 +34,6 @@ SUBTRACT = frozenset({"sub", "sub_", "isub", "__sub__"})
 FILL = frozenset({"masked_fill", "masked_fill_"})
 CAP = frozenset({"tanh", "tanh_"})
 DROPOUTS = frozenset({"dropout", "dropout_"})
-EXPANDS = frozenset({"expand", "expand_as", "broadcast_to"})
 LARGEST = frozenset({"max", "amax"})
 BOUND_BELOW = frozenset({"max", "maximum", "clamp", "clamp_min"})
 
@@ -136,7 +134,7 @@ class Written:
 
 
 def written_calls(graph: fx.Graph) -> Iterator[Written | Unread]:
-    """Every attention call of a graph that is written out, in graph order. The graph is not changed."""
+    """Every attention call of a graph that is written out, in graph order, each read as the graph then is."""
     writes: Writes | None = None
     for softmax in [node for node in graph.nodes if function_name(node) in SOFTMAX and _is_over_keys(node)]:
         scores = _scores(softmax.args[0], Scores(), softmax)

@@ -24,29 +24,28 @@ Frame = tuple[Size, ...]
 """Sizes before the last two dimensions."""
 
 
-def mark_written(gm: fx.GraphModule) -> int:
-    """Mark every attention call of a graph that is written out, so that ``find`` sees it; in place.
-
-    Returns:
-        How many were marked.
-    """
-    marked = sum(_mark(written) for written in list(written_calls(gm.graph)))
-    if marked:
+def mark_written(gm: fx.GraphModule) -> None:
+    """Mark every attention call of a graph that is written out, so that ``find`` sees it; in place."""
+    # One after the other: what is inserted for a call may be an operand of the next one.
+    found = False
+    for written in written_calls(gm.graph):
+        _mark(written)
+        found = True
+    if found:
         gm.graph.lint()
         gm.recompile()
-    return marked
 
 
 class _NoCommonFrameError(Exception):
     """The parts of a call cannot be brought into one shape without reading sizes that may change."""
 
 
-def _mark(written: Written | Unread) -> bool:
+def _mark(written: Written | Unread) -> None:
     if isinstance(written, Unread):
         mark_unread(written.node, written.reason)
-        return False
+        return
     if not isinstance(value_of(written.weights.pv.node), FakeTensor):
-        return False
+        return
     graph = written.weights.pv.node.graph
     before = set(graph.nodes)
     try:
@@ -55,9 +54,8 @@ def _mark(written: Written | Unread) -> bool:
         for node in reversed([node for node in graph.nodes if node not in before]):
             graph.erase_node(node)
         mark_unread(written.weights.pv.node, "its parts are batches of heads in shapes that differ")
-        return False
-    mark(call)
-    return True
+    else:
+        mark(call)
 
 
 class _Canonical:
@@ -90,6 +88,7 @@ class _Canonical:
             is_causal=False,
             scale=scores.factor,
             enable_gqa=False,
+            spelling="attention written out",
             softcap=scores.softcap,
             sinks=sinks,
             weights_used=weights.used,
@@ -133,8 +132,6 @@ class _Canonical:
         return total
 
     def _seen(self, term: Term) -> fx.Node:
-        if value_of(term.node).dtype != torch.bool:
-            raise _NoCommonFrameError
         return term.node if term.inverted else self._build.call(aten.logical_not.default, (term.node,))
 
     def _added(self, term: Term) -> fx.Node:

@@ -16,7 +16,7 @@ from afbs_compile.kernels.masks.full import Full
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.passes.effects import submodule_of, value_of
 from afbs_compile.passes.names import SiteNames
-from afbs_compile.passes.operands import Call, is_attention, is_sdpa
+from afbs_compile.passes.operands import Call, is_attention
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.passes.rules import hidden_refusal
 from afbs_compile.recipe import SiteRecipe
@@ -149,7 +149,7 @@ def _call(node: fx.Node, row: SiteRecipe) -> tuple[str, str]:
     parts += [] if mask is None else [mask.words]
     parts += [f"softcap {call.softcap:g}"] if call.softcap else []
     parts += [] if call.sinks is None else [f"sinks {_shape(value_of(call.sinks))}"]
-    return "scaled_dot_product_attention" if is_sdpa(node) else "attention written out", ", ".join(parts)
+    return call.spelling, ", ".join(parts)
 
 
 def _shape(value: Any) -> str:

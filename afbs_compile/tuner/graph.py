@@ -64,8 +64,9 @@ def calibrate_graph(
     found = graphs[0][0]
     runs = [SampleRun(graph.gm, graph.sites, inputs) for graph, samples in graphs for inputs in samples]
     results, lengths, budget = _tune(runs, settings) if found.sites else ({}, [0], None)
-    validated = _validation_inputs(results, runs)
-    promised = _promise(results, runs)
+    batches = _batches(runs)
+    validated = _validation_inputs(results, batches)
+    promised = _promise(results, batches)
     record = SampleRecord(source, len(runs), validated, (min(lengths), max(lengths)), samples_digest(runs))
     sites = [_site_recipe(site, results[site.name]) for site in found.sites]
     refused = [SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals]
@@ -133,11 +134,10 @@ def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict
     return results, sorted(lengths)
 
 
-def _promise(results: Mapping[str, SiteResult], runs: Sequence[SampleRun]) -> Promise | None:
+def _promise(results: Mapping[str, SiteResult], batches: Mapping[str, Sequence[int]]) -> Promise | None:
     """What the validation of all sites says; the same inputs walked through each of them."""
     if not results:
         return None
-    batches = _batches(runs)
     inputs = _inputs(batches)
     held_out, deciding = [], []
     for name, result in results.items():
@@ -168,9 +168,8 @@ def _inputs(batches: Mapping[str, Sequence[int]]) -> list[int]:
     return [sizes[0] if len(set(sizes)) == 1 else 1 for sizes in zip(*batches.values(), strict=True)]
 
 
-def _validation_inputs(results: Mapping[str, SiteResult], runs: Sequence[SampleRun]) -> int:
+def _validation_inputs(results: Mapping[str, SiteResult], batches: Mapping[str, Sequence[int]]) -> int:
     """Inputs, or windows of the only one, that every sparse head was validated on."""
-    batches = _batches(runs)
     inputs = _inputs(batches)
     if any(list(sizes) != inputs for sizes in batches.values()):
         return sum(inputs)

@@ -181,6 +181,21 @@ def test_what_a_site_says() -> None:
     assert site.sinks is not None
 
 
+def test_an_attention_of_another_ones_output() -> None:
+    """The first call's last product is spelled anew, and what stands for it is an operand of the second."""
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for _ in range(2):
+            q = torch.einsum("bnij,bjnd->bind", torch.einsum("bind,bjnd->bnij", q, k).mul(0.25).softmax(-1), v)
+        return q
+
+    operands = tuple(x.transpose(1, 2).contiguous() for x in SQUARE)
+    found = compiled(twice, change=True, call=select_everything)
+    with torch.no_grad():
+        torch.testing.assert_close(found.call(*operands), twice(*operands), rtol=1e-4, atol=1e-5)
+    assert len(found.sites[-1]) == 2
+
+
 def test_a_mask_that_is_a_formula_is_proven() -> None:
     def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT * 0.25 + BIAS[:, :, :1, :N]
