@@ -1,6 +1,6 @@
 """Random attention calls of every kind on the CPU's engines, against float64: is any of them wrong?
 
-    python benchmarks/cases.py                    10,000 calls
+    python benchmarks/cases.py --workers 16       10,000 calls
     python benchmarks/cases.py --count 200 --first 50000
 
 A call has a mask by formula, valid keys, a dense mask, a bias, a cap or sinks, in any mixture; other numbers of rows
@@ -8,16 +8,22 @@ than keys; grouped heads, odd sizes, strides of their own; thresholds and polici
 output, or the specification's, differs from float64 over the same live blocks by more than 1e-4, or where what no row
 sees changes more than the last bits when it is filled with NaN, infinity or 1e4: rows that met NaN are computed again
 in another way. tests/any_mask.py draws the calls; tests/gpu/test_masks.py does this on a GPU.
+
+Calls that share a compilation of FlexAttention, which takes seconds, are computed by one process, the largest groups
+first; an interrupted run keeps what it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from common import RESULTS, ROOT, save, settings
@@ -28,37 +34,51 @@ sys.path.insert(0, str(ROOT))
 from afbs_compile.kernels.attend.engines import kernel_of
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.blocks import BlockShape, live_of
+from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.select import plain
 from afbs_compile.kernels.spec.attention import masked_attention
 from tests.any_mask import in_float64, poisoned, random_call, random_operands, undecided
 
 TOLERANCE = 1e-4
-SHAPES = (BlockShape(64, 64), BlockShape(128, 64))
-WIDTHS = (32, 64)
-"""Each width and block shape is a compilation for each kind of mask."""
+
+
+class Form(NamedTuple):
+    """What FlexAttention compiles in, beside the kind of mask."""
+
+    width: int
+    scale: float
+    shape: BlockShape
+
+
+FORMS = {
+    1: Form(32, 32**-0.5, BlockShape(64, 64)),
+    2: Form(64, 1.0, BlockShape(128, 64)),
+    3: Form(24, -0.3, BlockShape(64, 64)),
+}
+"""By the number of query heads per key head, which it compiles in too: every kind of mask costs three compilations."""
 
 POISON = (float("nan"), float("inf"), 1e4)
 
 
-def drawn(seed: int) -> tuple[Operands, BlockShape]:
-    """A random call with one of few head sizes."""
+def drawn(seed: int) -> tuple[Operands, SparseCall]:
+    """A random call in one of few forms."""
     operands = random_operands(seed)
     generator = torch.Generator().manual_seed(seed)
-    width = WIDTHS[seed % 2]
+    form = FORMS[operands.groups]
 
     def wide(x: Tensor) -> Tensor:
-        other = torch.randn(*x.shape[:3], width, generator=generator)
+        other = torch.randn(*x.shape[:3], form.width, generator=generator)
         return other if x.is_contiguous() else other.transpose(1, 2).contiguous().transpose(1, 2)
 
     q, k, v = (wide(x) for x in (operands.q, operands.k, operands.v))
-    return replace(operands, q=q, k=k, v=v), SHAPES[seed // 2 % 2]
+    call = replace(random_call(seed, operands.heads), shape=form.shape)
+    return replace(operands, q=q, k=k, v=v, scale=form.scale), call
 
 
-def wrong(seed: int) -> Iterator[str]:
+def wrong(operands: Operands, call: SparseCall, poison: float) -> Iterator[str]:
     """What is wrong with a call."""
-    operands, shape = drawn(seed)
-    call = replace(random_call(seed, operands.heads), shape=shape)
+    shape = call.shape
     live = live_of(plain.select(operands, call))
     decided = ~undecided(operands, live, shape)
     exact = in_float64(operands, live, shape)[decided]
@@ -67,16 +87,15 @@ def wrong(seed: int) -> Iterator[str]:
         close = torch.isclose(found[decided].double(), exact, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
         if not close.all():
             yield f"{name}: {int((~close).sum())} of {close.numel()} numbers"
-    other, others = run(poisoned(operands, POISON[seed % 3]), call)
+    other, others = run(poisoned(operands, poison), call)
     if not (torch.equal(counts, others) and torch.equal(out.isnan(), other.isnan())):
         yield "what no row sees changes counts"
     elif not torch.allclose(out, other, rtol=1e-5, atol=1e-5, equal_nan=True):
         yield "what no row sees changes the output"
 
 
-def kind(seed: int) -> str:
+def kind(operands: Operands) -> str:
     """What a call consists of, for the table."""
-    operands, _ = drawn(seed)
     parts = [str(operands.mask).partition("(")[0]]
     parts += ["valid"] if operands.valid is not None else []
     if operands.attn_mask is not None:
@@ -86,28 +105,57 @@ def kind(seed: int) -> str:
     return " + ".join(parts)
 
 
+class Outcome(NamedTuple):
+    """A call that was examined: what it consists of, the engine that computed it, what is wrong with it."""
+
+    seed: int
+    kind: str
+    engine: str
+    wrong: list[str]
+
+
+def examined(seeds: list[int]) -> list[Outcome]:
+    """The outcome of each seed's call."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()  # guards of other groups' compilations are tried one after another
+    outcomes = []
+    for seed in seeds:
+        operands, call = drawn(seed)
+        try:
+            found = list(wrong(operands, call, POISON[seed % len(POISON)]))
+        except Exception as error:
+            found = [f"{type(error).__name__}: {error}"]
+        outcomes.append(Outcome(seed, kind(operands), kernel_of(operands, call).name.split()[0], found))
+    return outcomes
+
+
+def by_compilation(seeds: range) -> list[list[int]]:
+    """The seeds whose calls share a compilation, the most numerous first."""
+    groups: dict[object, list[int]] = {}
+    for seed in seeds:
+        operands, _ = drawn(seed)
+        groups.setdefault((kind(operands), operands.groups, operands.k.shape[1] == 1), []).append(seed)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first call")
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time, a thread each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    kinds, engines, failures = Counter[str](), Counter[str](), list[str]()
-    for seed in range(arguments.first, arguments.first + arguments.count):
-        operands, shape = drawn(seed)
-        kinds[kind(seed)] += 1
-        engines[kernel_of(operands, replace(random_call(seed, operands.heads), shape=shape)).name.split()[0]] += 1
-        try:
-            found = list(wrong(seed))
-        except Exception as error:
-            found = [f"{type(error).__name__}: {error}"]
-        for what in found:
-            failures.append(f"seed {seed}, {kind(seed)}: {what}")
-            print(failures[-1], flush=True)
-        if (seed + 1) % 100 == 0:
-            print(f"{seed + 1 - arguments.first} calls, {len(kinds)} kinds, {len(failures)} wrong", flush=True)
-    print(f"{arguments.count} calls of {len(kinds)} kinds on {dict(engines)}: {len(failures)} wrong")
-    result = {"calls": arguments.count, "kinds": dict(kinds.most_common()), "engines": dict(engines), "wrong": failures}
+    kinds, engines, failures, done = Counter[str](), Counter[str](), list[str](), 0
+    groups = by_compilation(range(arguments.first, arguments.first + arguments.count))
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool, suppress(KeyboardInterrupt):
+        for outcomes in pool.imap_unordered(examined, groups):
+            done += len(outcomes)
+            kinds.update(outcome.kind for outcome in outcomes)
+            engines.update(outcome.engine for outcome in outcomes)
+            failures += [f"seed {seed}, {name}: {what}" for seed, name, _, found in outcomes for what in found]
+            print(f"{done} calls, {len(kinds)} kinds, {len(failures)} wrong", flush=True)
+    print(f"{done} calls of {len(kinds)} kinds on {dict(engines)}: {len(failures)} wrong", *sorted(failures), sep="\n")
+    result = {"calls": done, "kinds": dict(kinds.most_common()), "engines": dict(engines), "wrong": sorted(failures)}
     save("cases_cpu", arguments.out, {"settings": settings(arguments), **result})
 
 

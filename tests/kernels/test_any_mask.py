@@ -62,6 +62,18 @@ def test_what_no_row_sees_has_no_effect_on_a_bit(seed: int) -> None:
         torch.testing.assert_close(others, counts, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_no_row_of_a_few_sees_has_no_effect(seed: int) -> None:
+    """Calls of one block, which are computed in another way than longer ones."""
+    operands = random_operands(seed, largest=16, plain=True)
+    call = random_call(seed, operands.heads)
+    out, counts = run(operands, call)
+    for value in (math.nan, math.inf, 1e4):
+        other, others = run(poisoned(operands, value), call)
+        torch.testing.assert_close(other, out)
+        torch.testing.assert_close(others, counts, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_key_has_no_effect_on_query_blocks_that_do_not_see_it(seed: int) -> None:
     operands = random_operands(seed)

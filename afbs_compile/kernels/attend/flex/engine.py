@@ -212,25 +212,36 @@ def _kind(operands: Operands) -> Hashable:
 def attend(operands: Operands, shape: BlockShape, lists: BlockLists, out: Tensor) -> None:
     """:meth:`Flex.attend`: fused, or else a few hundred rows at a time."""
     operands = resolved(operands)
+    finite = _is_finite(operands)
+    if not finite:
+        operands = _cleaned(operands)
+        finite = _is_finite(operands)
+    if not _try_fused(operands, shape, lists, out):
+        _attend_by_rows(operands, shape, live_of(lists), out)
+    if not finite:
+        _repair(operands, shape, live_of(lists), out)
+
+
+def _try_fused(operands: Operands, shape: BlockShape, lists: BlockLists, out: Tensor) -> bool:
+    """Compute by FlexAttention where it can; false where it cannot.
+
+    Warns:
+        UnfusedAttentionWarning: it should have, but cannot be compiled.
+    """
     tiles = _tiles(operands.q.dtype, shape)
     if max(operands.q_len, operands.k_len) <= min(tiles) or operands.sinks is not None:
-        # FlexAttention would compile a length of one block on its own, and has no place for sinks.
-        _attend_by_rows(operands, shape, live_of(lists), out)
-        return
+        return False  # FlexAttention would compile a length of one block on its own, and has no place for sinks.
     reason = _uncompilable.get(_kind(operands), "")
     if not reason:
         try:
-            clean = _cleaned(operands)
-            _attend_fused(clean, tiles, _cut(clean, lists, shape, tiles), out)
-            if not _is_finite(clean):
-                _repair(clean, shape, live_of(lists), out)
-            return
+            _attend_fused(operands, tiles, _cut(operands, lists, shape, tiles), out)
+            return True
         except NotCompiledError as error:
             reason = str(error)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = _uncompilable[_kind(operands)] = " ".join(str(error).split())
-    warnings.warn(f"FlexAttention runs as masked dense attention: {reason}", UnfusedAttentionWarning, stacklevel=2)
-    _attend_by_rows(operands, shape, live_of(lists), out)
+    warnings.warn(f"FlexAttention runs as masked dense attention: {reason}", UnfusedAttentionWarning, stacklevel=3)
+    return False
 
 
 def _is_finite(operands: Operands) -> bool:
@@ -238,8 +249,8 @@ def _is_finite(operands: Operands) -> bool:
 
 
 def _cleaned(operands: Operands) -> Operands:
-    """The same call with zeros in place of keys that are not valid, if anything is infinite or NaN."""
-    if operands.valid is None or _is_finite(operands):
+    """The same call with zeros in place of keys that are not valid."""
+    if operands.valid is None:
         return operands
     away = ~operands.valid[:, None, :, None]
     return replace(operands, k=operands.k.masked_fill(away, 0.0), v=operands.v.masked_fill(away, 0.0))
