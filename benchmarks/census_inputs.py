@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,8 +73,9 @@ def _video(facts: Facts, batch: int) -> Tensor:
 
 def _patches(facts: Facts, batch: int) -> Tensor:
     patch = facts.get("patch_size", default=16)
+    pixels = math.prod(patch) if isinstance(patch, list | tuple) else patch * patch
     frames = facts.get("temporal_patch_size", default=1)
-    size = facts.get("num_channels", "in_channels", "in_chans", default=3) * frames * patch * patch
+    size = facts.get("num_channels", "in_channels", "in_chans", default=3) * frames * pixels
     return torch.randn(batch, PATCHES * PATCHES, size)
 
 

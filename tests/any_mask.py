@@ -19,18 +19,25 @@ SHAPES = (BlockShape(16, 16), BlockShape(32, 16), BlockShape(64, 32), BlockShape
 
 
 def random_operands(
-    seed: int, *, largest: int = 300, dtype: torch.dtype = torch.float32, plain: bool = False
+    seed: int,
+    *,
+    smallest: int = 1,
+    largest: int = 300,
+    groups: int = 3,
+    dtype: torch.dtype = torch.float32,
+    plain: bool = False,
 ) -> Operands:
     """A call of a random size with a random mask, valid keys, a dense mask, a cap and sinks.
 
     Args:
-        seed: of everything; largest: number of rows and keys; dtype: of q, k and v.
+        seed: of everything; smallest, largest: number of rows and keys.
+        groups: most query heads per key head; dtype: of q, k and v.
         plain: without bias, cap and sinks.
     """
     draw, torch_draw = random.Random(seed), torch.Generator().manual_seed(seed)
-    batch, kv_heads, groups = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 3)
-    heads, k_len = kv_heads * groups, draw.randint(1, largest)
-    q_len = k_len if draw.random() < 0.4 else draw.randint(1, largest)
+    batch, kv_heads, count = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, groups)
+    heads, k_len = kv_heads * count, draw.randint(smallest, largest)
+    q_len = k_len if draw.random() < 0.4 else draw.randint(smallest, largest)
     dim = draw.choice((8, 16, 24, 32, 64))
     value_dim = dim if draw.random() < 0.8 else draw.choice((16, 24, 64))
 

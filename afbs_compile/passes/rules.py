@@ -59,9 +59,12 @@ def weights(call: Call) -> str | None:
 
 
 def rows(call: Call) -> str | None:
-    """Enough query rows that blocks of them share keys: a decode step has one."""
+    """Enough query rows that blocks of them share keys: a decode step has one.
+
+    As few keys make no decode step: such a call is too short, by the length asked for.
+    """
     q, k, _ = call.tensors
-    if not holds(q.shape[-2] < FEWEST_ROWS):
+    if not holds(q.shape[-2] < FEWEST_ROWS) or holds(q.shape[-2] >= k.shape[-2]):
         return None
     return (
         f"decoding: {shown(q.shape[-2])} query rows against {shown(k.shape[-2])} keys; a few rows read every key once, "
