@@ -5,9 +5,9 @@
 
 A call has a mask by formula, valid keys, a dense mask, a bias, a cap or sinks, in any mixture; other numbers of rows
 than keys; grouped heads, odd sizes, strides of their own; thresholds and policies by head. It is wrong where its
-output, or the specification's, differs from float64 over the same live blocks by more than 1e-4, or where what no row
-sees changes more than the last bits when it is filled with NaN, infinity or 1e4: rows that met NaN are computed again
-in another way. tests/any_mask.py draws the calls; tests/gpu/test_masks.py does this on a GPU.
+output, or the specification's, differs from float64 over the same live blocks by more than 1e-4, or where it changes
+by as much when what no row sees is filled with NaN, infinity or 1e4: by rounding it may, for rows that met NaN are
+computed again in another way. tests/any_mask.py draws the calls; tests/gpu/test_masks.py does this on a GPU.
 
 Calls that share a compilation of FlexAttention, which takes seconds, are computed by one process, the largest groups
 first; an interrupted run keeps what it has.
@@ -89,7 +89,7 @@ def wrong(operands: Operands, call: SparseCall, poison: float) -> Iterator[str]:
     other, others = run(poisoned(operands, poison), call)
     if not (torch.equal(counts, others) and torch.equal(out.isnan(), other.isnan())):
         yield "what no row sees changes counts"
-    elif not torch.allclose(out, other, rtol=1e-5, atol=1e-5, equal_nan=True):
+    elif not torch.allclose(out, other, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
         yield "what no row sees changes the output"
 
 

@@ -25,16 +25,15 @@ from torch.export import ExportedProgram
 from afbs_compile.errors import ExportError, OptionError
 from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path
 from afbs_compile.export.inputs import Example
-from afbs_compile.export.onnx_function import DOMAIN, NAME, VERSION, function_protos
+from afbs_compile.export.onnx_function import DOMAIN, MASKED_NAME, NAME, VERSION, function_protos
 from afbs_compile.export.onnx_predict import policy_codes
-from afbs_compile.export.program import ExportProgram, more_than_plain, rewritten_program
+from afbs_compile.export.program import ExportProgram, rewritten_program
 from afbs_compile.export.runner import Runner
 from afbs_compile.files import whole_file
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.op import by_name
-from afbs_compile.kernels.operands import SMALLEST_HEAD_DIM
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import Recipe
@@ -54,8 +53,10 @@ ATTRIBUTES = {
     "policy": (STRINGS, "per head: the rule that scores and selects the key blocks"),
     "policy_code": (INTS, "per head: the policy as the number by which the body knows it"),
     "mask": (STRING, "what a row sees, by name"),
-    "upper": (INT, "the same to the body: row r sees the keys up to r + upper"),
-    "offset": (INT, "position of row 0 among the keys: the blocks about a row's position are always kept"),
+    "ahead": (INT, "the same to the body: how many keys after its own a row sees"),
+    "behind": (INT, "how many keys before its own"),
+    "chunk": (INT, "of which chunk it sees keys, its own: so many keys to a chunk"),
+    "at_end": (INT, "1 where the last row's own key is the last key, 0 where the first row's is the first"),
     "scale": (FLOAT, "softmax scale"),
     "block_q": (INT, "rows of a query block"),
     "block_k": (INT, "rows of a key block; block_q is a multiple of it"),
@@ -64,6 +65,13 @@ ATTRIBUTES = {
     "min_length": (INT, "shorter sequences keep every block"),
     "max_length": (INT, "longer sequences keep every block; 0 for no limit"),
     "predictor_version": (INT, "version of the selection rule; a native kernel must implement this one"),
+}
+
+MASKED_ATTRIBUTES = {
+    "softcap": (FLOAT, "scores s become softcap * tanh(s / softcap); 0 for none"),
+    "dense": (INT, "1 where attn_mask hides or adds anything that the other inputs do not say"),
+    "added": (INT, "1 where attn_mask has other numbers than 0 and -inf"),
+    "lowest": (FLOAT, "the number of attn_mask that hides a key from a row which has anything larger"),
 }
 
 
@@ -117,58 +125,84 @@ def no_form(site: AttentionSite, call: SparseCall) -> str | None:
     known = policy_codes()
     if others := sorted(set(call.policy) - set(known)):
         return f"no form in ONNX: policy {', '.join(others)}; {', '.join(known)} have one"
-    if (more := more_than_plain(site)) is not None:
-        return f"no form in ONNX: {more}"
-    if site.head_dim < SMALLEST_HEAD_DIM:
-        return f"no form in ONNX: head_dim {site.head_dim}; {SMALLEST_HEAD_DIM} and more have one"
-    if _band(site.mask) is None:
-        return f"no form in ONNX: mask {site.mask}; causal and full ones have one"
+    if _formula(site.mask) is None:
+        return f"no form in ONNX: mask {site.mask}; those that are bands aligned at the first or the last key have one"
     return None
 
 
-def _band(mask: Mask) -> dict[str, int] | None:
-    """A mask over as many rows as keys as the body computes it, if it does: the attributes ``upper`` and ``offset``.
-
-    The body keeps the blocks that hold a row's own key; those at another edge of a band it would have to keep as well.
-    """
-    (band, offset), *others = {(mask.band(n, n), mask.offset(n, n)) for n in (64, 4096)}
-    if band is None or others or band.width or (band.bounded and (band.upper, offset) != (0, 0)):
+def _formula(mask: Mask) -> dict[str, int] | None:
+    """A mask as the bodies compute it, if they do: the attributes ``ahead``, ``behind``, ``chunk`` and ``at_end``."""
+    found = set()
+    for sizes in ((64, 64), (64, 4096), (4096, 64)):
+        band, offset = mask.band(*sizes), mask.offset(*sizes)
+        if band is None or offset not in (0, sizes[1] - sizes[0]):
+            return None
+        ahead = band.upper - offset if band.bounded else NO_BOUND
+        behind = band.width - 1 - ahead if band.width and not band.chunked else NO_BOUND
+        found.add((ahead, behind, band.width if band.chunked else NO_BOUND))
+    if len(found) > 1:
         return None
-    return {"upper": band.upper if band.bounded else NO_BOUND, "offset": offset}
+    ((ahead, behind, chunk),) = found
+    return {"ahead": ahead, "behind": behind, "chunk": chunk, "at_end": int(mask.offset(64, 4096) != 0)}
 
 
 def attributes(call: SparseCall, mask: Mask, scale: float) -> dict[str, Any]:
-    """The node's attributes for a call that has a form."""
-    band, codes = _band(mask), policy_codes()
-    assert band is not None
+    """The attributes of a node for a call that has a form, but for those of :data:`MASKED_ATTRIBUTES`."""
+    formula, codes = _formula(mask), policy_codes()
+    assert formula is not None
     return {
         **{name: list(getattr(call, name)) for name in ("tau", "theta", "lam", "policy")},
-        **{"policy_code": [codes[name] for name in call.policy], "mask": str(mask), **band, "scale": scale},
+        **{"policy_code": [codes[name] for name in call.policy], "mask": str(mask), **formula, "scale": scale},
         **{"block_q": call.shape.q, "block_k": call.shape.k, **call.kept._asdict()},
         **{"min_length": call.min_length, "max_length": call.max_length, "predictor_version": PREDICTOR_VERSION},
     }
 
 
-def schema() -> Any:
-    """The ``onnx.defs.OpSchema`` of the node."""
+def masked_attributes(attn_mask: torch.dtype | None, softcap: float) -> dict[str, Any]:
+    """The attributes that a masked node has beside those.
+
+    Args:
+        attn_mask: its dtype, ``None`` where there is none.
+    """
+    added = attn_mask is not None and attn_mask != torch.bool
+    lowest = torch.finfo(attn_mask).min if added else torch.finfo(torch.float32).min
+    return {
+        "softcap": softcap, "dense": int(attn_mask is not None), "added": int(added),
+        "lowest": max(lowest, torch.finfo(torch.float32).min),
+    }  # fmt: skip
+
+
+def schema(name: str) -> Any:
+    """The ``onnx.defs.OpSchema`` of a node."""
     from onnx import defs
 
-    kind = defs.OpSchema.AttrType
+    kind, parameter = defs.OpSchema.AttrType, defs.OpSchema.FormalParameter
+    masked = name == MASKED_NAME
     inputs = [
-        defs.OpSchema.FormalParameter(name, "T", f"[batch, {heads}, length, head_dim]")
-        for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
+        parameter("q", "T", "[batch, heads, q_len, head_dim]"),
+        parameter("k", "T", "[batch, kv_heads, k_len, head_dim]"),
+        parameter("v", "T", "[batch, kv_heads, k_len, value_dim]"),
     ]
+    constraints = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")]
+    if masked:
+        inputs += [
+            parameter("valid", "B", "[batch or 1, k_len or 1], the keys that exist"),
+            parameter("attn_mask", "M", "[batch or 1, heads or 1, q_len or 1, k_len or 1], added to the scores"),
+            parameter("sinks", "M", "[heads or 1], one more logit in the denominator of each row; -inf for none"),
+        ]
+        constraints += [("B", ["tensor(bool)"], ""), ("M", ["tensor(float)"], "")]
+    known = ATTRIBUTES | (MASKED_ATTRIBUTES if masked else {})
     return defs.OpSchema(
-        NAME,
+        name,
         DOMAIN,
         VERSION,
         "Attention over the key blocks that each head's thresholds select.",
         inputs=inputs,
-        outputs=[defs.OpSchema.FormalParameter("out", "T", "[batch, heads, length, head_dim]")],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+        outputs=[parameter("out", "T", "[batch, heads, q_len, value_dim]")],
+        type_constraints=constraints,
         attributes=[
             defs.OpSchema.Attribute(name, getattr(kind, type_name), description)
-            for name, (type_name, description) in ATTRIBUTES.items()
+            for name, (type_name, description) in known.items()
         ],
     )
 
@@ -229,14 +263,58 @@ def _sparse_attention_node() -> Callable[..., Any]:
     """Translates one call of the torch operator into one node."""
     from onnxscript import values
 
-    node = values.Op(values.Opset(DOMAIN, VERSION), NAME, schema())
+    opset = values.Opset(DOMAIN, VERSION)
+    plain, masked = (values.Op(opset, name, schema(name)) for name in (NAME, MASKED_NAME))
 
     def sparse_attention(q: Any, k: Any, v: Any, *arguments: Any, **named: Any) -> Any:
         given = by_name(arguments, named)
         call = SparseCall.of_arguments(len(given["tau"]), given)
-        return node(q, k, v, **attributes(call, mask_of(given["mask"]), given["scale"]))
+        told = attributes(call, mask_of(given["mask"]), given["scale"])
+        extras = (given["valid"], given["attn_mask"], given["sinks"])
+        if extras == (None, None, None) and not given["softcap"]:
+            return plain(q, k, v, **told)
+        valid, attn_mask, sinks, dtype = _tensors(*extras)
+        return masked(q, k, v, valid, attn_mask, sinks, **told, **masked_attributes(dtype, given["softcap"]))
 
     return sparse_attention
+
+
+def _tensors(valid: Any, attn_mask: Any, sinks: Any) -> tuple[Any, Any, Any, torch.dtype | None]:
+    """The further inputs of a masked node, and the dtype of the dense mask; what is not there changes nothing."""
+    import onnx
+    from onnxscript import ir
+    from onnxscript.onnx_opset import opset18 as op
+
+    floats = {
+        ir.DataType.FLOAT: torch.float32,
+        ir.DataType.FLOAT16: torch.float16,
+        ir.DataType.BFLOAT16: torch.bfloat16,
+        ir.DataType.DOUBLE: torch.float64,
+    }
+
+    def constant(values: Any, shape: Sequence[int], kind: int) -> Any:
+        return op.Constant(value=onnx.helper.make_tensor("", kind, shape, [values]))
+
+    single, boolean = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL
+    dtype = None if attn_mask is None else torch.float32
+    if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
+        rows = attn_mask.shape[1:3]
+        if tuple(rows) == (1, 1):  # which keys are valid, in another shape
+            by_key = op.Squeeze(attn_mask, op.Constant(value_ints=[1, 2]))
+            valid = by_key if valid is None else op.And(valid, by_key)
+            attn_mask = dtype = None
+        else:
+            zero, hidden = (constant(value, (), single) for value in (0.0, -torch.inf))
+            attn_mask, dtype = op.Where(attn_mask, zero, hidden), torch.bool
+    elif attn_mask is not None:
+        dtype = floats[attn_mask.dtype]
+        attn_mask = op.Cast(attn_mask, to=single)
+    return (
+        constant(True, (1, 1), boolean) if valid is None else valid,
+        constant(0.0, (1, 1, 1, 1), single) if attn_mask is None else attn_mask,
+        constant(-torch.inf, (1,), single) if sinks is None else op.Cast(sinks, to=single),
+        dtype,
+    )
 
 
 def _output_names(exported: ExportedProgram) -> list[str]:

@@ -12,40 +12,47 @@ from string import Template
 
 from afbs_compile.kernels.policies.registry import POLICIES
 
-BLOCKS_IN_REACH = """
-BlocksInReach <upper, offset, block_q, block_k, last_rows, local_keys> (q_len, k_len) => (visible, kept)
+KEPT_BLOCKS = """
+KeptBlocks <block_q, block_k, last_rows, local_keys> (q_len, k_len, visible, blurred, first_ends, last_ends) => (kept)
 {
-    # visible: some row of the query block may attend some key; kept: the key block holds positions of the query block,
-    # or keys right before it, or the rows of the query block are among the last
+    # blurred ones; key blocks that hold positions of the query block, or keys right before it; all where the rows of
+    # the query block are among the last; the first one that is visible where that is none
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
     column = Constant <value = int64[1] {-1}> ()
+    key_axis = Constant <value = int64 {-1}> ()
     size_q = Constant <value_int: int = @block_q> ()
     size_k = Constant <value_int: int = @block_k> ()
-    reach = Constant <value_int: int = @upper> ()
-    shift = Constant <value_int: int = @offset> ()
     local = Constant <value_int: int = @local_keys> ()
     last = Constant <value_int: int = @last_rows> ()
-    first_q_flat = Range (zero, q_len, size_q)
-    first_q = Unsqueeze (first_q_flat, column)
-    first_k = Range (zero, k_len, size_k)
-    end_q = Add (first_q, size_q)
-    end_k = Add (first_k, size_k)
-    end_rows = Min (end_q, q_len)
-    last_row = Sub (end_rows, one)
-    furthest = Add (last_row, reach)
-    visible = LessOrEqual (first_k, furthest)
-    first_position = Add (first_q, shift)
-    end_position = Add (end_q, shift)
-    begins_before = Less (first_k, end_position)
-    end_near = Add (end_k, local)
-    ends_after = Less (first_position, end_near)
+    first_rows_flat = Range (zero, q_len, size_q)
+    first_rows = Unsqueeze (first_rows_flat, column)
+    end_rows = Add (first_rows, size_q)
+    first_keys = Range (zero, k_len, size_k)
+    end_keys = Add (first_keys, size_k)
+    begins_before = LessOrEqual (first_keys, last_ends)
+    end_near = Add (end_keys, local)
+    ends_after = Less (first_ends, end_near)
     near = And (begins_before, ends_after)
+    near_visible = And (near, visible)
     before_last = Sub (q_len, last)
     some_last = Greater (last, zero)
-    reaches = Greater (end_q, before_last)
+    reaches = Greater (end_rows, before_last)
     whole = And (reaches, some_last)
-    kept = Or (near, whole)
+    whole_visible = And (whole, visible)
+    near_or_blurred = Or (near_visible, blurred)
+    wanted = Or (near_or_blurred, whole_visible)
+    wanted_int = Cast <to = 6> (wanted)
+    wanted_most = ReduceMax <keepdims = 1> (wanted_int, column)
+    wanted_some = Cast <to = 9> (wanted_most)
+    wanted_none = Not (wanted_some)
+    visible_int = Cast <to = 6> (visible)
+    so_far = CumSum (visible_int, key_axis)
+    so_far_long = Cast <to = 7> (so_far)
+    is_first = Equal (so_far_long, one)
+    first_visible = And (is_first, visible)
+    first_instead = And (first_visible, wanted_none)
+    kept = Or (wanted, first_instead)
 }
 """
 
@@ -83,13 +90,31 @@ Taken (q, k, per_head, heads) => (q_mine, k_mine, mine)
 }
 """
 
+TAKEN_HEADS = """
+TakenHeads (x, heads) => (mine)
+{
+    # of [B, H or 1, ..] some heads, or the one that is there for all
+    zero1 = Constant <value = int64[1] {0}> ()
+    one1 = Constant <value = int64[1] {1}> ()
+    count1 = Shape <start = 1, end = 2> (x)
+    last = Sub (count1, one1)
+    number1 = Shape (heads)
+    many = Greater (count1, one1)
+    end = Where (many, number1, one1)
+    some = Slice (heads, zero1, end)
+    there = Min (some, last)
+    mine = Gather <axis = 1> (x, there)
+}
+"""
+
 SELF_SIMILARITY = """
-SelfSimilarity (x, size) => (similarity)
+SelfSimilarity (x, valid, size) => (similarity)
 {
     tiny = Constant <value = float {1.17549435e-38}> ()
     row_axis = Constant <value = int64[1] {-2}> ()
     dim_axis = Constant <value = int64[1] {-1}> ()
-    rows, sizes = afbs.InBlocks (x, size)
+    rows, unused = afbs.InBlocks (x, size)
+    sizes = afbs.ValidSizes (valid, size)
     # unit = (x / max|x|) / ||x / max|x|||
     magnitude = Abs (rows)
     largest = ReduceMax <keepdims = 1> (magnitude, dim_axis)
@@ -108,7 +133,7 @@ SelfSimilarity (x, size) => (similarity)
 }
 """
 
-WITHOUT_THETA = "keep = afbs.SelectBy$rule (scores, visible, tau_mine)"
+WITHOUT_THETA = "keep = afbs.SelectBy$rule (scores, candidates, tau_mine)"
 
 WITH_THETA = """
             # a key block less similar to itself than theta is kept and takes no part; such a query block keeps all
@@ -118,14 +143,15 @@ WITH_THETA = """
             size_k = Constant <value_int: int = @block_k> ()
             row_axis = Constant <value = int64[1] {-2}> ()
             key_axis = Constant <value = int64[1] {-1}> ()
-            of_q = afbs.SelfSimilarity (q_mine, size_q)
-            of_k = afbs.SelfSimilarity (k_mine, size_k)
+            rows_valid = afbs.AllRows (q_mine)
+            of_q = afbs.SelfSimilarity (q_mine, rows_valid, size_q)
+            of_k = afbs.SelfSimilarity (k_mine, valid, size_k)
             similarity_q = Unsqueeze (of_q, key_axis)
             similarity_k = Unsqueeze (of_k, row_axis)
             coherent_q = GreaterOrEqual (similarity_q, theta_mine)
             coherent_k = GreaterOrEqual (similarity_k, theta_mine)
-            candidates = And (visible, coherent_k)
-            selected = afbs.SelectBy$rule (scores, candidates, tau_mine)
+            similar = And (candidates, coherent_k)
+            selected = afbs.SelectBy$rule (scores, similar, tau_mine)
             coherent = And (coherent_q, coherent_k)
             incoherent = Not (coherent)
             keep = Or (selected, incoherent)
@@ -137,8 +163,13 @@ BRANCH = """
         then_branch = by_$code () => (bool[?, ?, ?, ?] keep)
         {
             q_mine, k_mine, tau_mine = afbs.Taken (q, k, tau, heads_$code)
-            scores = afbs.$name <scale: float = @scale, upper: int = @upper, offset: int = @offset,
-                block_q: int = @block_q, block_k: int = @block_k> (q_mine, k_mine)
+            mask_mine = afbs.TakenHeads (mask, heads_$code)
+            blurred_mine = afbs.TakenHeads (blurred, heads_$code)
+            bias_mine = afbs.TakenHeads (bias, heads_$code)
+            candidates = afbs.TakenHeads (clear, heads_$code)
+            scores = afbs.$name <scale: float = @scale, softcap: float = @softcap, dense: int = @dense,
+                added: int = @added, block_q: int = @block_q, block_k: int = @block_k>
+                (q_mine, k_mine, formula, valid, mask_mine, blurred_mine, bias_mine)
             $select
         },
         else_branch = none_$code () => (bool[?, ?, ?, ?] keep) { keep = Identity (nothing) }
@@ -146,9 +177,10 @@ BRANCH = """
 """
 
 PREDICT_MASK = """
-PredictMask <tau, theta, policy_code, upper, offset, scale, block_q, block_k, last_rows, local_keys, min_length,
-    max_length> (q, k) => (live)
+PredictMask <tau, theta, policy_code, scale, softcap, dense, added, block_q, block_k, last_rows, local_keys, min_length,
+    max_length> (q, k, formula, valid, mask) => (live)
 {
+    # valid is resolved, and k is 0 where it is not
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
     zero1 = Constant <value = int64[1] {0}> ()
@@ -157,6 +189,10 @@ PredictMask <tau, theta, policy_code, upper, offset, scale, block_q, block_k, la
     yes = Constant <value = bool {1}> ()
     tau = Constant <value_floats: floats = @tau> ()
     codes = Constant <value_ints: ints = @policy_code> ()
+    size_of_q = Constant <value_int: int = @block_q> ()
+    size_of_k = Constant <value_int: int = @block_k> ()
+    by_mask_int = Constant <value_int: int = @dense> ()
+    by_mask = Cast <to = 9> (by_mask_int)
     batch1 = Shape <start = 0, end = 1> (q)
     count1 = Shape <start = 1, end = 2> (q)
     q_len1 = Shape <start = 2, end = 3> (q)
@@ -164,11 +200,26 @@ PredictMask <tau, theta, policy_code, upper, offset, scale, block_q, block_k, la
     count = Squeeze (count1)
     q_len = Squeeze (q_len1)
     k_len = Squeeze (k_len1)
-    visible, always = afbs.BlocksInReach
-        <upper: int = @upper, offset: int = @offset, block_q: int = @block_q, block_k: int = @block_k,
-        last_rows: int = @last_rows, local_keys: int = @local_keys>
-        (q_len, k_len)
-    blocks = Shape (visible)
+    visible, blurred, first_ends, last_ends, bias = If (by_mask) <
+        then_branch = of_mask () => (bool[?, ?, ?, ?] seen_m, bool[?, ?, ?, ?] blurred_m, int64[?, ?, ?, ?] first_m,
+            int64[?, ?, ?, ?] last_m, float[?, ?, ?, ?] bias_m)
+        {
+            seen_m, blurred_m, first_m, last_m, bias_m = afbs.SightByMask <added: int = @added>
+                (q_len, formula, valid, mask, size_of_q, size_of_k)
+        },
+        else_branch = of_formula () => (bool[?, ?, ?, ?] seen_f, bool[?, ?, ?, ?] blurred_f, int64[?, ?, ?, ?] first_f,
+            int64[?, ?, ?, ?] last_f, float[?, ?, ?, ?] bias_f)
+        {
+            seen_f, blurred_f, first_f, last_f, bias_f = afbs.SightByFormula
+                (q_len, formula, valid, size_of_q, size_of_k)
+        }
+    >
+    always = afbs.KeptBlocks
+        <block_q: int = @block_q, block_k: int = @block_k, last_rows: int = @last_rows, local_keys: int = @local_keys>
+        (q_len, k_len, visible, blurred, first_ends, last_ends)
+    sharp = Not (blurred)
+    clear = And (visible, sharp)
+    blocks = Shape <start = 2, end = 4> (visible)
     none_shape = Concat <axis = 0> (batch1, zero1, blocks)
     nothing = Expand (no, none_shape)
 
@@ -186,11 +237,14 @@ PredictMask <tau, theta, policy_code, upper, offset, scale, block_q, block_k, la
     numbers = Range (zero, count, one)
     place = ScatterElements <axis = 0> (order, order, numbers)
     keep_heads = Gather <axis = 1> (keep_parts, place)
+    # calls of less work, and over more keys, keep every block
     shortest = Constant <value_int: int = @min_length> ()
-    short = Less (q_len, shortest)
+    least = Mul (shortest, shortest)
+    work = Mul (q_len, k_len)
+    short = Less (work, least)
     longest = Constant <value_int: int = @max_length> ()
     limited = Greater (longest, zero)
-    past = Greater (q_len, longest)
+    past = Greater (k_len, longest)
     long = And (limited, past)
     outside = Or (short, long)
     anyway = Or (always, outside)
@@ -221,4 +275,4 @@ def prediction() -> tuple[str, ...]:
         heads="".join(f", heads_{code}" for code in policy_codes().values()),
         keeps="".join(f", keep_{code}" for code in policy_codes().values()),
     )
-    return (BLOCKS_IN_REACH, HEADS_WITH, TAKEN, SELF_SIMILARITY, *functions, predict)
+    return (KEPT_BLOCKS, HEADS_WITH, TAKEN, TAKEN_HEADS, SELF_SIMILARITY, *functions, predict)

@@ -38,6 +38,52 @@ InBlocks (x, size) => (blocks, sizes)
 }
 """
 
+ALL_ROWS = """
+AllRows (x) => (valid)
+{
+    # [B, N], true: all rows of x count
+    yes = Constant <value = bool {1}> ()
+    batch = Shape <start = 0, end = 1> (x)
+    length = Shape <start = 2, end = 3> (x)
+    shape = Concat <axis = 0> (batch, length)
+    valid = Expand (yes, shape)
+}
+"""
+
+VALID_SIZES = """
+ValidSizes (valid, size) => (sizes)
+{
+    # how many valid rows each block has, at least 1, [B, 1, n, 1]
+    one = Constant <value = float {1}> ()
+    outer = Constant <value = int64[2] {1, 3}> ()
+    row_axis = Constant <value = int64[1] {-2}> ()
+    numbers = Cast <to = 1> (valid)
+    rows = Unsqueeze (numbers, outer)
+    blocks, unused = afbs.InBlocks (rows, size)
+    counted = ReduceSum <keepdims = 0> (blocks, row_axis)
+    sizes = Max (counted, one)
+}
+"""
+
+CAPPED = """
+Capped <softcap> (scores) => (capped)
+{
+    # softcap * tanh(scores / softcap); the scores themselves where softcap is 0
+    none = Constant <value = float {0}> ()
+    cap = Constant <value_float: float = @softcap> ()
+    some = Greater (cap, none)
+    capped = If (some) <
+        then_branch = by_tanh () => (float[?, ?, ?, ?] changed)
+        {
+            relative = Div (scores, cap)
+            bent = Tanh (relative)
+            changed = Mul (bent, cap)
+        },
+        else_branch = as_it_is () => (float[?, ?, ?, ?] same) { same = Identity (scores) }
+    >
+}
+"""
+
 BLOCK_PROBABILITY = """
 BlockProbability (scores, candidates) => (probability)
 {
@@ -132,4 +178,14 @@ SelectByStrength (scores, candidates, tau) => (keep)
 }
 """
 
-RULES = (IN_BLOCKS, BLOCK_PROBABILITY, SELECT_BY_MASS, STRONG_ENOUGH, SELECT_BY_SHARE, SELECT_BY_STRENGTH)
+RULES = (
+    IN_BLOCKS,
+    ALL_ROWS,
+    VALID_SIZES,
+    CAPPED,
+    BLOCK_PROBABILITY,
+    SELECT_BY_MASS,
+    STRONG_ENOUGH,
+    SELECT_BY_SHARE,
+    SELECT_BY_STRENGTH,
+)

@@ -28,9 +28,8 @@ from afbs_compile.passes.find import find
 from afbs_compile.passes.marking import mark_calls
 from afbs_compile.passes.record import record_graphs
 from afbs_compile.passes.rewrite import rewrite
-from afbs_compile.passes.rules import work_of
 from afbs_compile.passes.site import AttentionSite, Refusal
-from afbs_compile.passes.sizes import fixed, same_sizes
+from afbs_compile.passes.sizes import fixed
 from afbs_compile.plan import NOT_CALIBRATED, Plan, in_own_precision
 from afbs_compile.reasons import NONE_FOUND, grouped
 from afbs_compile.recipe import Recipe, SiteRecipe
@@ -239,24 +238,6 @@ def _expressible(
         replace(row, outcome="dense", reason=reason) if (reason := reasons.get(row.name)) else row for row in plan.rows
     )
     return {site: call for site, call in plan.calls.items() if not reasons[site.name]}, rows
-
-
-def more_than_plain(site: AttentionSite) -> str | None:
-    """What a node that is told q, k, v and a formula cannot say of a call, and what it can; None where it says all."""
-    if not same_sizes([site.q_len], [site.k_len]):
-        return f"{work_of(site.q_len, site.k_len)}; calls of as many rows as keys have one"
-    has = {
-        "keys that are not valid": site.valid is not None,
-        "a dense mask": site.attn_mask is not None,
-        "a softcap": site.softcap != 0.0,
-        "sinks": site.sinks is not None,
-    }
-    if any(has.values()):
-        named = " and ".join(name for name, there in has.items() if there)
-        return f"{named}; calls of q, k, v and a formula for the mask have one"
-    if site.value_dim != site.head_dim:
-        return f"v has head_dim {site.value_dim}, q and k have {site.head_dim}; calls of one head_dim have one"
-    return None
 
 
 def _results(gm: fx.GraphModule) -> list[str]:

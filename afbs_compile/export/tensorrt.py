@@ -3,8 +3,9 @@
 The plugin is a Quick Deployable Plugin that torch-tensorrt generates from a PyTorch operator. Its generator takes
 tensors, numbers and strings, neither lists nor optional values, and it asks the operator for its shape with sizes of
 its own choice; so the plugin has an operator to itself, ``afbs::sparse_attention_plugin``, which takes everything but
-the tensors as one text and checks nothing until it runs. The process that runs the file imports this module first
-(:func:`afbs_compile.export.load` does): the plugin calls back into Python.
+the tensors as one text and checks nothing until it runs. Another one, ``afbs::masked_sparse_attention_plugin``, also
+takes the tensors that not every call has: valid keys, a dense mask, sinks. The process that runs the file imports this
+module first (:func:`afbs_compile.export.load` does): the plugins call back into Python.
 
 TensorRT can also embed a compiled kernel in the engine (``tensorrt.plugin.aot_impl``), so that no Python runs. That
 interface launches one kernel per plugin and gives it no memory to work in; a sparse call is several kernels (block
@@ -29,16 +30,18 @@ from torch.export import ExportedProgram
 from afbs_compile.errors import ExportError
 from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path
 from afbs_compile.export.inputs import Example, ExportInputs
-from afbs_compile.export.program import more_than_plain, rewritten_program
+from afbs_compile.export.program import rewritten_program
 from afbs_compile.export.runner import Runner, call_as_exported
 from afbs_compile.files import whole_file
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.op import arguments_of, by_name, sparse_attention
-from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import Recipe
 
-PLUGIN = "afbs::sparse_attention_plugin"
+PLUGIN, MASKED_PLUGIN = "afbs::sparse_attention_plugin", "afbs::masked_sparse_attention_plugin"
+
+EXTRAS = ("valid", "attn_mask", "sinks")
+"""The tensors that not every call has."""
 
 
 def to_tensorrt(
@@ -68,7 +71,7 @@ def to_tensorrt(
     target = target_path(path, "tensorrt")
     (torch_tensorrt,) = extra(("torch_tensorrt",), "tensorrt")
     no_fp8 = "the TensorRT plugin takes no FP8 heads"
-    program = rewritten_program(model, recipe, example, dynamic=dynamic, refuse=no_form, no_fp8=no_fp8)
+    program = rewritten_program(model, recipe, example, dynamic=dynamic, no_fp8=no_fp8)
     call_plugins(program.exported.graph_module)
     shown = ExportInputs.of(program.module, example).tensors
     ranges = [
@@ -99,12 +102,6 @@ def to_tensorrt(
     return Exported(target, program.rows, program.inputs)
 
 
-def no_form(site: AttentionSite, call: SparseCall) -> str | None:
-    """Why the plugin cannot compute a call; None where it can."""
-    more = more_than_plain(site)
-    return None if more is None else f"no form in TensorRT: {more}"
-
-
 def _range(torch_tensorrt: Any, name: str, shape: Sequence[int | str], value: Tensor) -> Any:
     """The sizes that an input may have: free ones from 1 to the example's."""
     if all(isinstance(size, int) for size in shape):
@@ -115,7 +112,7 @@ def _range(torch_tensorrt: Any, name: str, shape: Sequence[int | str], value: Te
 
 
 def call_plugins(gm: fx.GraphModule) -> int:
-    """Replace each sparse call of a graph by the operator that the plugin is generated from.
+    """Replace each sparse call of a graph by the operator that its plugin is generated from.
 
     All arguments go by position: the converter that torch-tensorrt generates reads no others.
 
@@ -130,13 +127,20 @@ def call_plugins(gm: fx.GraphModule) -> int:
         if not isinstance(given["scale"], float):
             raise ExportError("TensorRT: the softmax scale of an attention call is computed in the graph.")
         call = SparseCall.of_arguments(len(given["tau"]), given)
-        text = json.dumps(arguments_of(call, mask_of(given["mask"]), given["scale"]))
-        with gm.graph.inserting_before(node):
-            plugin = gm.graph.call_function(torch.ops.afbs.sparse_attention_plugin.default, (*node.args[:3], text))
-        plugin.meta = dict(node.meta)
-        plugin.meta["val"] = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format)
-        node.replace_all_uses_with(plugin)
-        gm.graph.erase_node(node)
+        told = arguments_of(call, mask_of(given["mask"]), given["scale"])
+        told |= {"softcap": given["softcap"]} if given["softcap"] else {}
+        there = [name for name in EXTRAS if given[name] is not None]
+        # In place, for the program's signature knows the results by the names of their nodes.
+        if there:
+            # The plugin has a fixed number of inputs: q stands in for those that the call has not.
+            extras = [given[name] if name in there else node.args[0] for name in EXTRAS]
+            node.target = torch.ops.afbs.masked_sparse_attention_plugin.default
+            node.args = (*node.args[:3], *extras, json.dumps(told | {"given": there}))
+        else:
+            node.target = torch.ops.afbs.sparse_attention_plugin.default
+            node.args = (*node.args[:3], json.dumps(told))
+        node.kwargs = {}
+        node.meta["val"] = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format)
     gm.recompile()
     return len(calls)
 
@@ -156,15 +160,38 @@ def sparse_attention_plugin(q: Tensor, k: Tensor, v: Tensor, arguments: str = ""
 
 @sparse_attention_plugin.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, arguments: str = "") -> Tensor:
-    """The shape of q, unchecked: the generator asks with sizes that no attention has."""
-    return q.new_empty(q.shape)
+    """The shape of the result, unchecked: the generator asks with sizes that no attention has."""
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@torch.library.custom_op(MASKED_PLUGIN, mutates_args=())
+def masked_sparse_attention_plugin(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, attn_mask: Tensor, sinks: Tensor, arguments: str = ""
+) -> Tensor:
+    """The same for a call that has some of the further tensors: the text says which, the others may be anything.
+
+    Raises:
+        ValueError: as the operator it calls.
+    """
+    told = json.loads(arguments)
+    given = told.pop("given")
+    extras = {name: x for name, x in zip(EXTRAS, (valid, attn_mask, sinks), strict=True) if name in given}
+    result: Tensor = sparse_attention(q, k, v, **told, **extras).contiguous()
+    return result
+
+
+@masked_sparse_attention_plugin.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, attn_mask: Tensor, sinks: Tensor, arguments: str = "") -> Tensor:
+    """The shape of the result, unchecked."""
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
 @functools.cache
 def register_plugin() -> None:
-    """Have torch-tensorrt generate the plugin and its converter, once."""
+    """Have torch-tensorrt generate the plugins and their converters, once."""
     plugins, *_ = extra(("torch_tensorrt.dynamo.conversion.plugins",), "tensorrt")
-    plugins.custom_op(PLUGIN, supports_dynamic_shapes=True)
+    for name in (PLUGIN, MASKED_PLUGIN):
+        plugins.custom_op(name, supports_dynamic_shapes=True)
 
 
 def load_tensorrt(path: Path) -> Runner:

@@ -157,14 +157,20 @@ def without_idle_parts(operands: Operands) -> Operands:
 
 
 def _end_of_what_is_seen(operands: Operands) -> int:
-    """How many keys there are up to the last one that any row sees, in whole blocks; all where a formula has a say."""
+    """How many keys there are up to the last one that any row sees, in whole blocks.
+
+    All where a formula has a say; and where only valid keys say it, at least those at the positions of rows: which
+    blocks lie near a row would be others.
+    """
     mask = operands.attn_mask
     seen = [] if operands.valid is None else [operands.valid.any(0)]
     seen += [some(mask.flatten(0, 2), 0)] if mask is not None and mask.dtype == torch.bool else []
     if not operands.mask.hides_nothing or not seen:
         return operands.k_len
+    by_rows = mask is not None and mask.dtype == torch.bool and not mask.shape[1] == mask.shape[2] == 1
     places = functools.reduce(torch.bitwise_and, seen).nonzero()
     end = int(places[-1]) + 1 if len(places) else operands.k_len
+    end = end if by_rows else max(end, operands.q_len)
     return min(operands.k_len, -(-end // LARGEST.k) * LARGEST.k)
 
 

@@ -54,7 +54,7 @@ class NearestFirst(Policy):
     onnx = OnnxBody(
         "NearestFirst",
         ("""
-NearestFirst <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+NearestFirst <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
 {
     zero = Constant <value = int64 {0}> ()
     column = Constant <value = int64[1] {-1}> ()

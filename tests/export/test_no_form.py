@@ -1,4 +1,4 @@
-"""Calls that a format has no form for stay dense in its file, with a sentence."""
+"""Calls of every kind in the files of each format; what a format has no form for stays dense, with a sentence."""
 
 from dataclasses import replace
 
@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afbs_compile.export import onnx, tensorrt
+from afbs_compile.export import load, to_onnx, to_pt2, to_tensorrt
+from afbs_compile.export.onnx import no_form
 from afbs_compile.export.program import rewritten_program
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.causal import CausalEnd
 from afbs_compile.kernels.masks.window import Around, Chunk, Window
 from afbs_compile.passes.find import find
 from tests.export.helpers import recipe_for
+from tests.export.test_tensorrt import library  # noqa: F401  # a fixture
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 SPARSE = torch.ops.afbs.sparse_attention.default
@@ -50,52 +53,92 @@ class OwnKeys(Attention):
         return super().forward(q, q, q)
 
 
-PLAIN = {"causal": OwnKeys(causal=True), "full": OwnKeys()}
-MORE = {
-    "130 query rows over 200 keys; calls of as many rows as keys have one": (Attention(), (x(), x(200), x(200))),
-    "keys that are not valid; calls of q, k, v and a formula for the mask have one": (
-        Attention(), (x(), x(), x(), (torch.arange(N) < 100)[None, None, None])
-    ),
-    "a dense mask; calls of q, k, v and a formula for the mask have one": (
-        Attention(), (x(), x(), x(), torch.randn(N, N))
-    ),
-    "v has head_dim 24, q and k have 16; calls of one head_dim have one": (
-        Attention(value_dim=24), (x(), x(), x(dim=24))
-    ),
-}  # fmt: skip
+def padded(n=N, keys=100):
+    return (torch.arange(n) < keys)[None, None, None]
 
 
-def decided(model, inputs, refuse, dynamic=False):
-    """The only call's row, and how many calls of the program are dense and sparse."""
-    program = rewritten_program(model, recipe_for(model, inputs), inputs, dynamic=dynamic, refuse=refuse)
-    (row,) = program.rows
+CALLS = {
+    "causal": (OwnKeys(causal=True), (x(),)),
+    "full": (OwnKeys(), (x(),)),
+    "window": (OwnKeys(window), (x(),)),
+    "more keys": (Attention(), (x(), x(200), x(200))),
+    "valid keys": (Attention(), (x(), x(), x(), padded())),
+    "a bias": (Attention(), (x(), x(), x(), torch.randn(N, N))),
+    "a dense mask": (Attention(), (x(), x(), x(), torch.rand(N, N) < 0.8)),
+    "v of another size": (Attention(value_dim=24), (x(), x(), x(dim=24))),
+}
+EACH_CALL = pytest.mark.parametrize("case", CALLS.values(), ids=CALLS.keys())
+FREE = ("causal", "full", "window")
+
+
+def written(model, inputs):
+    """The same as PyTorch runs it from a file, in which the only call is sparse."""
+    recipe = recipe_for(model, inputs, tau=0.5)
+    program = rewritten_program(model, recipe, inputs, dynamic=False)
     graph = program.exported.graph
-    return row, *(len(graph.find_nodes(op="call_function", target=target)) for target in (SDPA, SPARSE))
+    assert [len(graph.find_nodes(op="call_function", target=target)) for target in (SDPA, SPARSE)] == [0, 1]
+    return recipe
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("refuse", [onnx.no_form, tensorrt.no_form])
-@pytest.mark.parametrize("model", PLAIN.values(), ids=PLAIN.keys())
-def test_plain_calls_have_a_form(model, refuse, dynamic):
-    row, dense, sparse = decided(model, (x(),), refuse, dynamic)
-    assert (row.outcome, dense, sparse) == ("sparse", 0, 1)
+@EACH_CALL
+def test_onnx_computes_what_pytorch_does(case, tmp_path):
+    model, inputs = case
+    recipe = written(model, inputs)
+    assert [row.outcome for row in to_onnx(model, recipe, inputs, tmp_path / "m.onnx").rows] == ["sparse"]
+    to_pt2(model, recipe, inputs, tmp_path / "m.pt2")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        inputs = [torch.randn_like(value) if value.dim() == 3 else value for value in inputs]
+        (expected,), (out,) = (load(tmp_path / name)(*inputs) for name in ("m.pt2", "m.onnx"))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            dense = model(*inputs)
+        assert (out - dense).abs().max() > 0.01 or case[0].mask is not None, "nothing was skipped"
 
 
-@pytest.mark.parametrize(("refuse", "file"), [(onnx.no_form, "ONNX"), (tensorrt.no_form, "TensorRT")])
-@pytest.mark.parametrize(("sentence", "case"), MORE.items(), ids=MORE.keys())
-def test_calls_of_more_than_that_stay_dense(sentence, case, refuse, file):
-    row, dense, sparse = decided(*case, refuse)
-    assert (row.outcome, row.reason) == ("dense", f"no form in {file}: {sentence}")
-    assert (dense, sparse) == (1, 0)
+@EACH_CALL
+def test_the_plugins_of_tensorrt_compute_what_pytorch_does(case, tmp_path, library):  # noqa: F811
+    model, inputs = case
+    recipe = written(model, inputs)
+    assert [row.outcome for row in to_tensorrt(model, recipe, inputs, tmp_path / "m.ep").rows] == ["sparse"]
+    to_pt2(model, recipe, inputs, tmp_path / "m.pt2")
+    (expected,), (out,) = (load(tmp_path / name)(*inputs) for name in ("m.pt2", "m.ep"))
+    assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_window_has_a_form_in_tensorrt_alone(dynamic):
-    model, inputs = OwnKeys(window), (x(),)
-    row, dense, sparse = decided(model, inputs, onnx.no_form, dynamic)
-    assert (row.outcome, dense, sparse) == ("dense", 1, 0)
-    assert row.reason == "no form in ONNX: mask window(40); causal and full ones have one"
-    assert decided(model, inputs, tensorrt.no_form, dynamic)[1:] == (0, 1)
+@pytest.mark.parametrize("name", FREE)
+def test_a_free_length(name, tmp_path):
+    model, inputs = CALLS[name]
+    recipe = recipe_for(model, inputs, tau=0.5)
+    to_onnx(model, recipe, inputs, tmp_path / "m.onnx", dynamic=True)
+    to_pt2(model, recipe, inputs, tmp_path / "m.pt2", dynamic=True)
+    for length in (70, 300):
+        given = torch.randn(2, length, 64)
+        (expected,), (out,) = (load(tmp_path / file)(given) for file in ("m.pt2", "m.onnx"))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+class Padded(Attention):
+    """A text with padding, of any length: causal, and a mask of the keys."""
+
+    def forward(self, q, kept):
+        rows = torch.arange(q.shape[1])
+        mask = (rows <= rows[:, None])[None, None] & kept.bool()[:, None, None, :]
+        return super().forward(q, q, q, mask)
+
+
+def test_padded_texts_of_a_free_length(tmp_path):
+    model, inputs = Padded(), (x(), torch.ones(1, N, dtype=torch.int64))
+    recipe = recipe_for(model, inputs, tau=0.5)
+    for name, write in (("m.onnx", to_onnx), ("m.pt2", to_pt2)):
+        (row,) = write(model, recipe, inputs, tmp_path / name, dynamic=True).rows
+        assert (row.outcome, row.mask) == ("sparse", "causal")
+    for length in (90, 300):
+        given = torch.randn(2, length, 64)
+        kept = torch.ones(2, length, dtype=torch.int64)
+        kept[0, : length // 3] = 0
+        (expected,), (out,) = (load(tmp_path / file)(given, kept) for file in ("m.pt2", "m.onnx"))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -105,25 +148,23 @@ def site():
     return site
 
 
-@pytest.mark.parametrize("refuse", [onnx.no_form, tensorrt.no_form])
-def test_what_becomes_of_scores_has_no_form(site, refuse):
-    call = SparseCall.uniform(4, 0.5)
-    assert refuse(site, call) is None
-    assert ": a softcap; " in refuse(replace(site, softcap=20.0), call)
-    assert ": sinks; " in refuse(replace(site, sinks=site.q), call)
-    both = refuse(replace(site, softcap=20.0, sinks=site.q, valid=site.q), call)
-    assert ": keys that are not valid and a softcap and sinks; " in both
+@pytest.mark.parametrize("mask", [CausalEnd(), Window(40), Chunk(40), Around(5, 0), Around(5, 3)])
+def test_every_kind_of_mask_has_a_form(site, mask):
+    assert no_form(replace(site, mask=mask), SparseCall.uniform(4, 0.5)) is None
 
 
-@pytest.mark.parametrize("mask", [Window(40), Chunk(40), Around(5, 0), Around(5, 3)])
-def test_a_band_with_another_edge_has_no_form_in_onnx(site, mask):
-    assert f"mask {mask}; " in onnx.no_form(replace(site, mask=mask), SparseCall.uniform(4, 0.5))
+class EverySecond(Mask):
+    """Of a package of its own: no band."""
+
+    name, words, local = "every_second", "every second key", False
+
+    def sees(self, positions, keys):
+        """See :meth:`Mask.sees`."""
+        return (positions + keys) % 2 == 0
 
 
-def test_heads_that_kernels_would_pad_have_no_form_in_onnx(site):
-    reason = onnx.no_form(replace(site, head_dim=8, value_dim=8), SparseCall.uniform(4, 0.5))
-    assert reason == "no form in ONNX: head_dim 8; 16 and more have one"
-
-
-def test_causal_at_the_end_is_causal_over_as_many_rows_as_keys(site):
-    assert onnx.no_form(replace(site, mask=CausalEnd()), SparseCall.uniform(4, 0.5)) is None
+def test_a_mask_that_is_no_band_has_none_in_onnx(site):
+    reason = no_form(replace(site, mask=EverySecond()), SparseCall.uniform(4, 0.5))
+    assert reason == (
+        "no form in ONNX: mask every_second; those that are bands aligned at the first or the last key have one"
+    )

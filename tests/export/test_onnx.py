@@ -103,7 +103,7 @@ class ByFirst(Policy):
 
 
 SCORE_BY_FIRST = """
-ScoreByFirst <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+ScoreByFirst <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
 {
     first = Constant <value = int64 {0}> ()
     size_q = Constant <value_int: int = @block_q> ()
@@ -135,7 +135,7 @@ def test_a_policy_from_outside_brings_its_body(tmp_path, monkeypatch, grouped):
     (node,) = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.domain == "afbs"]
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert given["policy_code"] == [6, 1, 6, 1]
-    assert given["upper"] == (0 if grouped.causal else NO_BOUND)
+    assert given["ahead"] == (0 if grouped.causal else NO_BOUND)
 
 
 def test_all_dense_is_the_original_model(tmp_path, grouped):
@@ -161,7 +161,8 @@ def test_one_node_for_each_call_that_says_how_to_claim_it(causal_file):
     assert given["predictor_version"] == PREDICTOR_VERSION
     assert given["tau"] == pytest.approx([0.6] * 4)
     assert given["theta"] == pytest.approx([0.3] * 4)
-    assert (given["mask"], given["upper"], given["offset"]) == (b"causal", 0, 0)
+    assert (given["mask"], given["ahead"], given["behind"]) == (b"causal", 0, NO_BOUND)
+    assert (given["chunk"], given["at_end"]) == (NO_BOUND, 0)
     assert (given["block_q"], given["block_k"], given["min_length"], given["max_length"]) == (64, 64, 64, 0)
     assert given["scale"] == pytest.approx(0.25)
     assert not [n for n in model.graph.node if n.op_type == "Softmax"], "no attention outside of the node"
@@ -234,7 +235,7 @@ class TestRefusals:
         recipe = recipe_for(model, x)
         monkeypatch.setattr(Causal, "band", lambda _, q_len, k_len: band and Band(q_len // 2))
         (row,) = to_onnx(model, recipe, x, tmp_path / "model.onnx").rows
-        sentence = "no form in ONNX: mask causal; causal and full ones have one"
+        sentence = "no form in ONNX: mask causal; those that are bands aligned at the first or the last key have one"
         assert (row.outcome, row.reason) == ("dense", sentence)
 
     def test_without_the_extra_it_is_named(self, tmp_path, monkeypatch):

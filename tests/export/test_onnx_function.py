@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -62,11 +64,27 @@ def call_of(tau=TAU, theta=THETA, policy=("meansim",) * 4, blocks=(64, 64), **ot
     return SparseCall(tuple(tau), tuple(theta), LAM, tuple(policy), BlockShape(*blocks), **other)
 
 
+FORMULA = ("ahead", "behind", "chunk", "at_end")
+UNUSED = ("lam", "policy", "mask", "predictor_version", *FORMULA)
+
+
 def predictor(call, mask, **options):
-    """A session of the function that selects."""
-    unused = ("lam", "policy", "mask", "predictor_version")
-    given = {name: value for name, value in attributes(call, mask, SCALE).items() if name not in unused}
-    return session("PredictMask", ["q", "k"], ["live"], given, {"live": BOOL}, **options)
+    """A session of the function that selects, for a call without more than a formula."""
+    given = attributes(call, mask, SCALE)
+    make = functools.partial(onnx.helper.make_node, domain=DOMAIN)
+    nodes = [
+        make("Formula", ["q", "k"], ["formula"], **{name: given.pop(name) for name in FORMULA}),
+        make("AllRows", ["k"], ["valid"]),
+        onnx.helper.make_node("Constant", [], ["mask"], value=onnx.helper.make_tensor("", FLOAT, (1, 1, 1, 1), [0.0])),
+        make(
+            "PredictMask",
+            ["q", "k", "formula", "valid", "mask"],
+            ["live"],
+            **{name: value for name, value in given.items() if name not in UNUSED},
+            **{"softcap": 0.0, "dense": 0, "added": 0},
+        ),
+    ]
+    return session_of(nodes, ["q", "k"], ["live"], {"live": BOOL}, **options)
 
 
 def attention(call, mask, kind=None):

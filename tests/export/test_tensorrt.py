@@ -57,7 +57,10 @@ def test_the_program_that_the_library_gets(library, tmp_path, grouped):
     recipe = recipe_for(grouped, x, tau=[0.3, 0.6, 0.9, 1.0], theta=0.3, min_length=64)
     written = to_tensorrt(grouped, recipe, x, tmp_path / "model.ep", dynamic=True)
     assert [row.outcome for row in written.rows] == ["sparse"]
-    assert library["plugins"] == [("afbs::sparse_attention_plugin", {"supports_dynamic_shapes": True})]
+    assert library["plugins"] == [
+        (name, {"supports_dynamic_shapes": True})
+        for name in ("afbs::sparse_attention_plugin", "afbs::masked_sparse_attention_plugin")
+    ]
     (given,) = library["arg_inputs"]
     assert (given.min_shape, given.opt_shape, given.max_shape) == ((1, 1, 64), (1, 130, 64), (1, 130, 64))
     program = torch.export.load(tmp_path / "model.ep")
@@ -114,8 +117,9 @@ def test_every_argument_of_a_call_reaches_the_operator():
         "policy": ["meansim", "cumulant", "sink_window", "meanshare"], "last_rows": 20, "local_keys": 40,
     }  # fmt: skip
     known = {argument.name for argument in torch.ops.afbs.sparse_attention.default._schema.arguments}
-    refused = {"precision", "fp8_constants", "valid", "attn_mask", "softcap", "sinks"}  # before a graph has them
-    assert known == {"q", "k", "v", *given, *refused}
+    tensors = {"valid", "attn_mask", "sinks"}  # of the other plugin
+    refused = {"precision", "fp8_constants"}  # before a graph has them
+    assert known == {"q", "k", "v", "softcap", *given, *tensors, *refused}
 
     def converted(**changed):
         graph = torch.fx.Graph()
@@ -134,12 +138,38 @@ def test_every_argument_of_a_call_reaches_the_operator():
     for changed in (
         {"tau": [0.9, 0.3, 0.3, 0.3]}, {"theta": [-1.0] * 4}, {"mask": "full"}, {"scale": 0.2}, {"block_q": 16},
         {"block_k": 32}, {"min_length": 201}, {"max_length": 199}, {"policy": ["meansim"] * 4, "theta": [-1.0] * 4},
-        {"last_rows": 0},
-        {"local_keys": 0},
+        {"last_rows": 0}, {"local_keys": 0}, {"softcap": 0.5},
     ):  # fmt: skip
         seen.append(converted(**changed))
         assert torch.equal(seen[-1], sparse_attention(q, k, v, **{**given, **changed})), changed
         assert not torch.equal(seen[-1], seen[0]), changed
+
+
+@pytest.mark.parametrize("there", [("valid",), ("attn_mask",), ("sinks",), ("valid", "attn_mask", "sinks")])
+def test_further_tensors_reach_the_operator(there):
+    q, k, v = (torch.randn(1, heads, 200, 16) for heads in (4, 2, 2))
+    extras = {"valid": torch.rand(1, 200) < 0.8, "attn_mask": torch.randn(200, 200)[None, None], "sinks": torch.ones(4)}
+    extras = {name: extras[name] for name in there}
+    given = {
+        "tau": [0.5] * 4,
+        "theta": [-1.0] * 4,
+        "lam": [-1000.0] * 4,
+        "mask": "causal",
+        "scale": 0.3,
+        "softcap": 2.0,
+    }
+    graph = torch.fx.Graph()
+    operands = [graph.placeholder(name) for name in "qkv"]
+    named = {name: graph.placeholder(name) for name in there}
+    node = graph.call_function(torch.ops.afbs.sparse_attention.default, tuple(operands), {**given, **named})
+    node.meta["val"] = torch.empty_like(q)
+    graph.output(node)
+    gm = torch.fx.GraphModule({}, graph)
+    assert tensorrt.call_plugins(gm) == 1
+    masked = torch.ops.afbs.masked_sparse_attention_plugin.default
+    (plugin,) = gm.graph.find_nodes(op="call_function", target=masked)
+    assert plugin.kwargs == {}
+    assert torch.equal(gm(q, k, v, *extras.values()), sparse_attention(q, k, v, **given, **extras))
 
 
 def test_heads_in_fp8_are_refused():
@@ -200,6 +230,15 @@ class TestGenerator:
         assert list(out.shape_expr) == ["b", 4, "n", 64]
         assert described.__annotations__["arguments"] is str
         assert tensorrt.PLUGIN in recorder.implemented
+
+    def test_it_takes_the_masked_one(self, generated):
+        generator, recorder = generated
+        generator.generate_plugin(tensorrt.MASKED_PLUGIN)
+        described = recorder.described[tensorrt.MASKED_PLUGIN]
+        inputs = [Descriptor(["b", heads, "n", 64]) for heads in (4, 2, 2)]
+        (out,) = described(*inputs, *(Descriptor(shape) for shape in (["b", "n"], [1, 1, "n", "n"], [4])), "{}")
+        assert list(out.shape_expr) == ["b", 4, "n", 64]
+        assert tensorrt.MASKED_PLUGIN in recorder.implemented
 
     def test_it_refuses_the_operator_of_the_graphs(self, generated):
         """Why there is another operator for it."""

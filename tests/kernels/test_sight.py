@@ -17,9 +17,9 @@ from afbs_compile.kernels.sight import every, some, without_idle_parts
 LENGTH, USED = 700, 300
 
 
-def operands(mask: object = None, **extras: object) -> Operands:
+def operands(mask: object = None, rows: int = 90, **extras: object) -> Operands:
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 90, 16), torch.randn(2, 2, LENGTH, 16), torch.randn(2, 2, LENGTH, 16)
+    q, k, v = torch.randn(2, 4, rows, 16), torch.randn(2, 2, LENGTH, 16), torch.randn(2, 2, LENGTH, 16)
     return Operands(q, k, v, mask or Full(), 0.25, **extras)
 
 
@@ -43,6 +43,12 @@ def test_keys_at_the_end_that_no_row_sees_go_in_whole_blocks(kind: str) -> None:
     left = without_idle_parts(given)
     assert left.k_len == 384
     torch.testing.assert_close(dense_attention(left), dense_attention(given))
+
+
+def test_keys_at_the_positions_of_rows_stay() -> None:
+    """Which blocks lie near a row follows from the number of keys, where no mask of its own says it."""
+    given = operands(valid=(torch.arange(LENGTH) < 200).expand(2, -1), rows=500)
+    assert without_idle_parts(given).k_len == 512
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.policies.grouped import BLOCK_MASS, GroupedPolicy
 
 SCORE_BY_ANTIDIAGONAL = """
-ScoreByAntidiagonal <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+ScoreByAntidiagonal <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) =>
+    (scores)
 {
     # logit_ab = scale / 16 * sum_t <q[a 16 + 15 - t], k[b 16 + t]>
     group = Constant <value = int64 {16}> ()
@@ -22,13 +23,16 @@ ScoreByAntidiagonal <scale, upper, offset, block_q, block_k> (q, k) => (scores)
     shape = Constant <value = int64[4] {0, 0, 0, -1}> ()
     scale_flat = Constant <value_float: float = @scale> ()
     scaling = Div (scale_flat, group_float)
+    q_len1 = Shape <start = 2, end = 3> (q)
+    q_len = Squeeze (q_len1)
     q_groups, sizes_q = afbs.InBlocks (q, group)
     k_groups, sizes_k = afbs.InBlocks (k, group)
     q_reversed = Gather <axis = 3> (q_groups, backwards)
     rows = Reshape (q_reversed, shape)
     cols = Reshape (k_groups, shape)
-    mass = afbs.BlockMass <upper: int = @upper, block_q: int = @block_q, block_k: int = @block_k, span = 16, last = 15>
-        (rows, cols, scaling)
+    mass = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added, block_q: int = @block_q,
+        block_k: int = @block_k, span = 16, last = 15>
+        (rows, cols, scaling, q_len, formula, valid, mask, blurred)
     scores = Log (mass)
 }
 """

@@ -19,21 +19,21 @@ from afbs_compile.kernels.policies.grouped import BLOCK_MASS, GroupedPolicy
 from afbs_compile.kernels.policies.statistics import in_blocks
 
 GROUP_MOMENTS = """
-GroupMoments (x) => (mean, variance)
+GroupMoments (x, valid) => (mean, variance)
 {
-    # of each coordinate over each group; the last group may have fewer tokens
+    # of each coordinate over the valid tokens of each group; the last group may have fewer tokens
     group = Constant <value = int64 {16}> ()
-    places = Constant <value = float[16] {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}> ()
-    column = Constant <value = int64[1] {-1}> ()
+    outer = Constant <value = int64[2] {1, 3}> ()
     row_axis = Constant <value = int64[1] {-2}> ()
-    rows, sizes = afbs.InBlocks (x, group)
+    rows, unused = afbs.InBlocks (x, group)
+    sizes = afbs.ValidSizes (valid, group)
     sum = ReduceSum <keepdims = 1> (rows, row_axis)
     sizes_wide = Unsqueeze (sizes, row_axis)
     mean_wide = Div (sum, sizes_wide)
     mean = Squeeze (mean_wide, row_axis)
-    inside_flat = Less (places, sizes)
-    inside_bool = Unsqueeze (inside_flat, column)
-    inside = Cast <to = 1> (inside_bool)
+    valid_float = Cast <to = 1> (valid)
+    valid_rows = Unsqueeze (valid_float, outer)
+    inside, unused_too = afbs.InBlocks (valid_rows, group)
     centred = Sub (rows, mean_wide)
     spread = Mul (centred, inside)
     squares = Mul (spread, spread)
@@ -43,21 +43,26 @@ GroupMoments (x) => (mean, variance)
 """
 
 SCORE_BY_CUMULANT = """
-ScoreByCumulant <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+ScoreByCumulant <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) =>
+    (scores)
 {
     # logit_ab = <scale mean_q, mean_k> + <(scale mean_q)^2 / 2, var_k>
     one = Constant <value = float {1}> ()
     two = Constant <value = float {2}> ()
     scaling = Constant <value_float: float = @scale> ()
-    mean_q, unused = afbs.GroupMoments (q)
-    mean_k, variance_k = afbs.GroupMoments (k)
+    q_len1 = Shape <start = 2, end = 3> (q)
+    q_len = Squeeze (q_len1)
+    rows_valid = afbs.AllRows (q)
+    mean_q, unused = afbs.GroupMoments (q, rows_valid)
+    mean_k, variance_k = afbs.GroupMoments (k, valid)
     scaled = Mul (mean_q, scaling)
     squared = Mul (scaled, scaled)
     half = Div (squared, two)
     rows = Concat <axis = -1> (scaled, half)
     cols = Concat <axis = -1> (mean_k, variance_k)
-    mass = afbs.BlockMass <upper: int = @upper, block_q: int = @block_q, block_k: int = @block_k, span = 16, last = 15>
-        (rows, cols, one)
+    mass = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added, block_q: int = @block_q,
+        block_k: int = @block_k, span = 16, last = 15>
+        (rows, cols, one, q_len, formula, valid, mask, blurred)
     scores = Log (mass)
 }
 """

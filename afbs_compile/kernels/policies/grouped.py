@@ -20,18 +20,18 @@ from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.sight import capped, of_rows, seen_by_rows, sight_of, valid_blocks
 
 BLOCK_MASS = """
-BlockMass <upper, block_q, block_k, span, last> (rows, cols, scaling) => (mass)
+BlockMass <softcap, dense, added, block_q, block_k, span, last>
+    (rows, cols, scaling, q_len, formula, valid, mask, blurred) => (mass)
 {
-    # rows [B, H, groups of queries, F], cols [B, H, groups of keys, F] -> [B, H, n_q, n_k], which sums to 1 over n_k;
-    # for one query block at a time, so that nothing but this result grows with the square of the length
+    # rows [B, H, groups of queries, F], cols [B, H, groups of keys, F] -> [B, H, n_q, n_k], which sums to 1 over n_k,
+    # or to less where groups see nothing; for one query block at a time, so that nothing but this result grows with
+    # the square of the length
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
     group = Constant <value = int64 {16}> ()
     shape1 = Constant <value = int64[1] {1}> ()
     column = Constant <value = int64[1] {-1}> ()
     row_axis = Constant <value = int64[1] {-2}> ()
-    same2 = Constant <value = int64[2] {0, 0}> ()
-    same1 = Constant <value = int64[1] {0}> ()
     lowest = Constant <value = float {-inf}> ()
     zero_float = Constant <value = float {0}> ()
     always = Constant <value = bool {1}> ()
@@ -39,10 +39,10 @@ BlockMass <upper, block_q, block_k, span, last> (rows, cols, scaling) => (mass)
     size_k = Constant <value_int: int = @block_k> ()
     span_k = Constant <value_int: int = @span> ()
     last_token = Constant <value_int: int = @last> ()
-    reach = Constant <value_int: int = @upper> ()
+    by_mask_int = Constant <value_int: int = @dense> ()
+    by_mask = Cast <to = 9> (by_mask_int)
     groups_q1 = Shape <start = 2, end = 3> (rows)
     groups_k1 = Shape <start = 2, end = 3> (cols)
-    width1 = Shape <start = 3, end = 4> (cols)
     groups_q = Squeeze (groups_q1)
     groups_k = Squeeze (groups_k1)
 
@@ -50,19 +50,11 @@ BlockMass <upper, block_q, block_k, span, last> (rows, cols, scaling) => (mass)
     per_q = Div (size_q, group)
     per_k = Div (size_k, span_k)
     row_blocks, groups_of = afbs.InBlocks (rows, per_q)
-    col_blocks, unused = afbs.InBlocks (cols, per_k)
-    flat = Concat <axis = 0> (same2, column, width1)
-    cols_flat = Reshape (col_blocks, flat)
-    col_columns = Transpose <perm = [0, 1, 3, 2]> (cols_flat)
+    col_columns = Transpose <perm = [0, 1, 3, 2]> (cols)
     count_q1 = Shape <start = 2, end = 3> (row_blocks)
     count_q = Squeeze (count_q1)
-    per_k1 = Reshape (per_k, shape1)
-    by_block = Concat <axis = 0> (same2, same1, column, per_k1)
-    end_k1 = Shape <start = 2, end = 3> (cols_flat)
-    end_k = Squeeze (end_k1)
-    key_groups = Range (zero, end_k, one)
-    key_exists = Less (key_groups, groups_k)
-    first_tokens = Mul (key_groups, span_k)
+    key_groups = Range (zero, groups_k, one)
+    blocks_of_groups = Div (key_groups, per_k)
     groups_in_block = Range (zero, per_q, one)
 
     mass_blocks = Loop (count_q, always)
@@ -71,21 +63,40 @@ BlockMass <upper, block_q, block_k, span, last> (rows, cols, scaling) => (mass)
         again = Identity (always)
         row_block = Gather <axis = 2> (row_blocks, block)
         products = MatMul (row_block, col_columns)
-        logits = Mul (products, scaling)
-        # key group b is seen by query group a when b * span <= a * 16 + last + upper
+        scaled = Mul (products, scaling)
+        logits = afbs.Capped <softcap: float = @softcap> (scaled)
+        # the last token that a query group is told of decides what it sees
         first_group = Mul (block, per_q)
         query_groups_flat = Add (groups_in_block, first_group)
-        query_groups = Unsqueeze (query_groups_flat, column)
-        group_tokens = Mul (query_groups, group)
-        last_tokens = Add (group_tokens, last_token)
-        furthest = Add (last_tokens, reach)
-        in_reach = LessOrEqual (first_tokens, furthest)
-        seen = And (in_reach, key_exists)
-        masked = Where (seen, logits, lowest)
+        group_tokens = Mul (query_groups_flat, group)
+        tokens = Add (group_tokens, last_token)
+        in_sight, bias = If (by_mask) <
+            then_branch = of_mask () => (bool[?, ?, ?, ?] seen_m, float[?, ?, ?, ?] bias_m)
+            {
+                seen_m, bias_m = afbs.GroupsByMask <added: int = @added> (tokens, q_len, formula, valid, mask, span_k)
+            },
+            else_branch = of_formula () => (bool[?, ?, ?, ?] seen_f, float[?, ?, ?, ?] bias_f)
+            {
+                seen_f, bias_f = afbs.GroupsByFormula (tokens, formula, valid, span_k)
+            }
+        >
+        # key groups of blurred blocks nobody sees
+        block1 = Reshape (block, shape1)
+        blurred_blocks = Gather <axis = 2> (blurred, block1)
+        blurred_groups = Gather <axis = 3> (blurred_blocks, blocks_of_groups)
+        clear = Not (blurred_groups)
+        seen = And (in_sight, clear)
+        logits_all = Add (logits, bias)
+        masked = Where (seen, logits_all, lowest)
         all_weights = Softmax <axis = -1> (masked)
+        query_groups = Unsqueeze (query_groups_flat, column)
         query_exists = Less (query_groups, groups_q)
-        weights_flat = Where (query_exists, all_weights, zero_float)
-        weights = Reshape (weights_flat, by_block)
+        counts = And (query_exists, seen)
+        counts_int = Cast <to = 6> (counts)
+        counts_most = ReduceMax <keepdims = 1> (counts_int, column)
+        counts_some = Cast <to = 9> (counts_most)
+        weights_flat = Where (counts_some, all_weights, zero_float)
+        weights = afbs.KeyBlocks (weights_flat, per_k, zero_float)
         by_group = ReduceSum <keepdims = 0> (weights, column)
         total = ReduceSum <keepdims = 0> (by_group, row_axis)
         size = Gather <axis = 0> (groups_of, block)

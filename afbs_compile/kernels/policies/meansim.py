@@ -15,26 +15,30 @@ from afbs_compile.kernels.policies.statistics import block_means
 from afbs_compile.kernels.sight import adjusted
 
 BLOCK_MEANS = """
-BlockMeans (x, size) => (means)
+BlockMeans (x, valid, size) => (means)
 {
     row_axis = Constant <value = int64[1] {-2}> ()
-    rows, sizes = afbs.InBlocks (x, size)
+    rows, unused = afbs.InBlocks (x, size)
+    sizes = afbs.ValidSizes (valid, size)
     total = ReduceSum <keepdims = 0> (rows, row_axis)
     means = Div (total, sizes)
 }
 """
 
 SCORE_BY_MEANS = """
-ScoreByMeans <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+ScoreByMeans <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
 {
     size_q = Constant <value_int: int = @block_q> ()
     size_k = Constant <value_int: int = @block_k> ()
     scaling = Constant <value_float: float = @scale> ()
-    mean_q = afbs.BlockMeans (q, size_q)
-    mean_k = afbs.BlockMeans (k, size_k)
+    rows_valid = afbs.AllRows (q)
+    mean_q = afbs.BlockMeans (q, rows_valid, size_q)
+    mean_k = afbs.BlockMeans (k, valid, size_k)
     columns = Transpose <perm = [0, 1, 3, 2]> (mean_k)
     products = MatMul (mean_q, columns)
-    scores = Mul (products, scaling)
+    scaled = Mul (products, scaling)
+    capped = afbs.Capped <softcap: float = @softcap> (scaled)
+    scores = Add (capped, bias)
 }
 """
 

@@ -19,7 +19,7 @@ WINDOW = 1024
 """Extent in tokens at tau = 0.5."""
 
 SCORE_BY_WINDOW = """
-ScoreByWindow <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+ScoreByWindow <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
 {
     # scores = log(1024 / distance), infinite for the first block; distance: tokens between the blocks' nearest rows
     zero = Constant <value = int64 {0}> ()
@@ -29,7 +29,7 @@ ScoreByWindow <scale, upper, offset, block_q, block_k> (q, k) => (scores)
     infinite = Constant <value = float {inf}> ()
     size_q = Constant <value_int: int = @block_q> ()
     size_k = Constant <value_int: int = @block_k> ()
-    shift = Constant <value_int: int = @offset> ()
+    shift = Gather (formula, zero)
     q_len1 = Shape <start = 2, end = 3> (q)
     k_len1 = Shape <start = 2, end = 3> (k)
     q_len = Squeeze (q_len1)

@@ -48,7 +48,7 @@ WithPrevious (mass, step) => (total)
 """
 
 SCORE_BY_SLASH = """
-ScoreBySlash <scale, upper, offset, block_q, block_k> (q, k) => (scores)
+ScoreBySlash <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
 {
     # the first query of every group against every key that it sees
     scaling = Constant <value_float: float = @scale> ()
@@ -59,9 +59,11 @@ ScoreBySlash <scale, upper, offset, block_q, block_k> (q, k) => (scores)
     size_k = Constant <value_int: int = @block_k> ()
     step = Div (size_q, size_k)
     q_len1 = Shape <start = 2, end = 3> (q)
+    q_len = Squeeze (q_len1)
     rows = Slice (q, start, q_len1, row_axis, group1)
-    mass = afbs.BlockMass <upper: int = @upper, block_q: int = @block_q, block_k: int = @block_k, span = 1, last = 0>
-        (rows, k, scaling)
+    mass = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added, block_q: int = @block_q,
+        block_k: int = @block_k, span = 1, last = 0>
+        (rows, k, scaling, q_len, formula, valid, mask, blurred)
     total = afbs.WithPrevious (mass, step)
     scores = Log (total)
 }
