@@ -164,12 +164,10 @@ def masked_attributes(attn_mask: torch.dtype | None, softcap: float) -> dict[str
     Args:
         attn_mask: its dtype, ``None`` where there is none.
     """
-    added = attn_mask is not None and attn_mask != torch.bool
-    lowest = torch.finfo(attn_mask).min if added else torch.finfo(torch.float32).min
-    return {
-        "softcap": softcap, "dense": int(attn_mask is not None), "added": int(added),
-        "lowest": max(lowest, torch.finfo(torch.float32).min),
-    }  # fmt: skip
+    added = None if attn_mask == torch.bool else attn_mask
+    lowest = torch.finfo(torch.float32 if added in (None, torch.float64) else added).min
+    dense = int(attn_mask is not None)
+    return {"softcap": softcap, "dense": dense, "added": int(added is not None), "lowest": lowest}
 
 
 def schema(name: str) -> Any:
@@ -300,7 +298,8 @@ def _tensors(valid: Any, attn_mask: Any, sinks: Any) -> tuple[Any, Any, Any, tor
     if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
         rows = attn_mask.shape[1:3]
         if tuple(rows) == (1, 1):  # which keys are valid, in another shape
-            by_key = op.Squeeze(attn_mask, op.Constant(value_ints=[1, 2]))
+            axes: Any = op.Constant(value_ints=[1, 2])
+            by_key = op.Squeeze(attn_mask, axes)
             valid = by_key if valid is None else op.And(valid, by_key)
             attn_mask = dtype = None
         else:
