@@ -57,14 +57,15 @@ def padded(n=N, keys=100):
     return (torch.arange(n) < keys)[None, None, None]
 
 
+RANDOM = torch.Generator().manual_seed(0)
 CALLS = {
     "causal": (OwnKeys(causal=True), (x(),)),
     "full": (OwnKeys(), (x(),)),
     "window": (OwnKeys(window), (x(),)),
     "more keys": (Attention(), (x(), x(200), x(200))),
     "valid keys": (Attention(), (x(), x(), x(), padded())),
-    "a bias": (Attention(), (x(), x(), x(), torch.randn(N, N))),
-    "a dense mask": (Attention(), (x(), x(), x(), torch.rand(N, N) < 0.8)),
+    "a bias": (Attention(), (x(), x(), x(), torch.randn(N, N, generator=RANDOM))),
+    "a dense mask": (Attention(), (x(), x(), x(), torch.rand(N, N, generator=RANDOM) < 0.8)),
     "v of another size": (Attention(value_dim=24), (x(), x(), x(dim=24))),
 }
 EACH_CALL = pytest.mark.parametrize("case", CALLS.values(), ids=CALLS.keys())
@@ -73,7 +74,7 @@ FREE = ("causal", "full", "window")
 
 def written(model, inputs):
     """The same as PyTorch runs it from a file, in which the only call is sparse."""
-    recipe = recipe_for(model, inputs, tau=0.5)
+    recipe = recipe_for(model, inputs, tau=0.3)
     program = rewritten_program(model, recipe, inputs, dynamic=False)
     graph = program.exported.graph
     assert [len(graph.find_nodes(op="call_function", target=target)) for target in (SDPA, SPARSE)] == [0, 1]
@@ -86,14 +87,15 @@ def test_onnx_computes_what_pytorch_does(case, tmp_path):
     recipe = written(model, inputs)
     assert [row.outcome for row in to_onnx(model, recipe, inputs, tmp_path / "m.onnx").rows] == ["sparse"]
     to_pt2(model, recipe, inputs, tmp_path / "m.pt2")
-    for seed in range(2):
+    changes = []
+    for seed in range(3):
         torch.manual_seed(seed)
         inputs = [torch.randn_like(value) if value.dim() == 3 else value for value in inputs]
         (expected,), (out,) = (load(tmp_path / name)(*inputs) for name in ("m.pt2", "m.onnx"))
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
         with torch.no_grad():
-            dense = model(*inputs)
-        assert (out - dense).abs().max() > 0.01 or case[0].mask is not None, "nothing was skipped"
+            changes.append(float((out - model(*inputs)).abs().max()))
+    assert max(changes) > 0.01 or model.mask is not None, "nothing was skipped"
 
 
 @EACH_CALL
