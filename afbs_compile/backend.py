@@ -12,24 +12,22 @@ import torch
 from torch import fx
 
 from afbs_compile.cache import cache_path, read_cached, write_cached
+from afbs_compile.conditions import conditions
 from afbs_compile.errors import AfbsWarning, RecipeError
 from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
 from afbs_compile.guards import guard_parameters
-from afbs_compile.kernels.attend import machine
 from afbs_compile.kernels.compilations import forget_compilations, note_compilation
-from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.options import Options
+from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.lower import lower
 from afbs_compile.passes.rewrite import dump, rewrite
 from afbs_compile.plan import Plan
-from afbs_compile.recipe import SCHEMA_VERSION, Recipe
+from afbs_compile.recipe import Recipe
 from afbs_compile.report import registry
+from afbs_compile.revalidate import revalidated
 from afbs_compile.samples import bind, forget_samples, materialised, tensors_of
-from afbs_compile.tuner import measure
 from afbs_compile.tuner.graph import Source, calibrate_graph
-from afbs_compile.tuner.lengths import Outside
-from afbs_compile.version import __version__
 
 
 def afbs(
@@ -78,10 +76,10 @@ def _reset() -> None:
 afbs.reset = _reset  # type: ignore[attr-defined]
 
 
-def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options) -> tuple[Recipe, Plan]:
+def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options) -> tuple[Recipe | None, Plan]:
     """The recipe the user named, else a cached one, else a new one, and what it makes of the graph."""
     if settings.recipe is not None:
-        return _as_named(found, settings.recipe, settings.outside)
+        return _as_named(found, example_inputs, settings)
     samples = None if settings.samples is None else materialised(settings.samples)
     path = cache_path(_conditions(found, example_inputs, settings, samples))
     cached = read_cached(path)
@@ -92,6 +90,8 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
                 return cached, plan
         except RecipeError as error:
             warnings.warn(f"{path}: {error} Calibrating again.", AfbsWarning, stacklevel=2)
+    if settings.first_call == "dense":
+        return None, Plan.dense(found, "not calibrated: there is no recipe, and first_call is 'dense'")
     source: Source = "first call"
     runs: list[list[Any]] = [list(example_inputs)]
     if samples is not None:
@@ -101,38 +101,33 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
     return recipe, Plan.of(found, recipe, settings.outside)
 
 
-def _as_named(found: FoundGraph, named: str | os.PathLike[str] | Recipe, outside: Outside) -> tuple[Recipe, Plan]:
+def _as_named(found: FoundGraph, example_inputs: Sequence[Any], settings: Options) -> tuple[Recipe, Plan]:
+    named: str | os.PathLike[str] | Recipe = settings.recipe
     recipe = named if isinstance(named, Recipe) else Recipe.load(named)
+    name = "the recipe given" if isinstance(named, Recipe) else f"recipe {Path(named)}"
     try:
-        return recipe, Plan.of(found, recipe, outside)
+        plan = Plan.of(found, recipe, settings.outside)
     except RecipeError as error:
-        name = "the recipe given" if isinstance(named, Recipe) else f"recipe {Path(named)}"
         raise RecipeError(f"{name} {error}") from None
+    return recipe, revalidated(plan, [SampleRun(found.gm, found.sites, example_inputs)], recipe, name)
 
 
 def _conditions(
     found: FoundGraph, example_inputs: Sequence[Any], settings: Options, samples: list[Any] | None
 ) -> dict[str, Any]:
     """Everything that must be equal for a cached recipe to be used."""
-    device = found.sites[0].device
     calibrated_on = None if samples is None else tensor_digest(tensors_of(samples))
     if samples is None and not found.tensors:  # nothing but its inputs tells such a graph from another one
         calibrated_on = tensor_digest(value for value in example_inputs if isinstance(value, torch.Tensor))
-    return {
-        "version": __version__,  # another one may know better candidates
-        "schema": SCHEMA_VERSION,
-        "predictor": PREDICTOR_VERSION,
-        "graph": found.graph,
-        "weights": found.weights,
-        "source": found.source,
-        "sites": sorted(site.name for site in found.sites),
-        "dtypes": sorted({str(site.dtype) for site in found.sites}),
-        "device": machine.identity(device),
-        "torch": torch.__version__,
-        "shapes": settings.tuning.shapes_on(device),
-        "kept": measure.LOCAL_KEPT,
-        "samples": calibrated_on,
+    return conditions(
+        found.sites[0].device,
+        settings,
+        graph=found.graph,
+        weights=found.weights,
+        source=found.source,
+        sites=sorted(site.name for site in found.sites),
+        dtypes=sorted({str(site.dtype) for site in found.sites}),
+        samples=calibrated_on,
         # Lengths are calibrated one by one only where the user asks for it.
-        "lengths": [str(site.q_len) for site in found.sites] if settings.outside == "recalibrate" else None,
-        **{f"option {name}": value for name, value in settings.key.items()},
-    }
+        lengths=[str(site.q_len) for site in found.sites] if settings.outside == "recalibrate" else None,
+    )

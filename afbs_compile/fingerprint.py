@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 WORDS_AT_ONCE = 2**22
 """Eight-byte words of a tensor that enter its checksum in one step."""
@@ -59,10 +60,28 @@ def tensor_digest(tensors: Iterable[Tensor]) -> str:
     The values enter by a checksum that runs on the tensor's device and depends on every byte and its place: sending
     a large model through SHA-256 would take longer than calibrating it.
     """
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{list(tensor.shape)}{_checksum(tensor)}".encode())
-    return digest.hexdigest()
+    return digest_of(map(described, tensors))
+
+
+def digest_of(descriptions: Iterable[str]) -> str:
+    """Digest of tensors by what :func:`described` says of each."""
+    return hashlib.sha256("".join(descriptions).encode()).hexdigest()
+
+
+def described(tensor: Tensor) -> str:
+    """The dtype, shape and content of a tensor, in few characters."""
+    return f"{tensor.dtype}{list(tensor.shape)}{_content(tensor)}"
+
+
+def _content(tensor: Any) -> str:
+    """What a tensor holds: a checksum or, of one that is made of others (quantised, a shard), theirs."""
+    if tensor.is_meta:
+        return "meta"
+    if not is_traceable_wrapper_subclass(tensor):
+        return str(_checksum(tensor))
+    names, _ = tensor.__tensor_flatten__()
+    parts = [getattr(tensor, name) for name in names]
+    return f"{type(tensor).__name__}{tensor_digest(part for part in parts if isinstance(part, Tensor))}"
 
 
 def _checksum(tensor: Tensor) -> int:

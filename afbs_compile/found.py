@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from afbs_compile.fingerprint import graph_digest, module_tensors, source_digest, tensor_digest
+from afbs_compile.fingerprint import digest_of, graph_digest, module_tensors, source_digest
 from afbs_compile.passes.expand import expand
 from afbs_compile.passes.find import find
 from afbs_compile.passes.marking import mark_calls
 from afbs_compile.passes.site import AttentionSite, Refusal
+from afbs_compile.sketch import TensorSketch, sketched
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class FoundGraph:
     Attributes:
         sites, refusals: the attention calls, each in graph order.
         tensors: names and values of parameters and buffers.
-        graph: digest of the calls' names and the tensors' shapes; weights: digest of the tensors' values, empty where
-            there is no site to calibrate; source: digest of the code that makes the calls.
+        graph: digest of the calls' names and the tensors' shapes; source: digest of the code that makes the calls.
+        sketches: what tells the tensors' values; none where there is no site to calibrate.
     """
 
     gm: fx.GraphModule
@@ -31,8 +32,8 @@ class FoundGraph:
     refusals: list[Refusal]
     tensors: list[tuple[str, Tensor]]
     graph: str
-    weights: str
     source: str
+    sketches: tuple[TensorSketch, ...]
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], min_length: int) -> FoundGraph:
@@ -43,6 +44,11 @@ class FoundGraph:
         tensors = module_tensors(gm, example_inputs)
         # Sorted, because a call may be a site at one length and refused at another.
         names = sorted([site.name for site in sites] + [refusal.name for refusal in refusals])
-        weights = tensor_digest(tensor for _, tensor in tensors) if sites else ""
         source = source_digest(site.node for site in sites)
-        return cls(gm, sites, refusals, tensors, graph_digest(names, tensors), weights, source)
+        sketches = sketched(tensors) if sites else ()
+        return cls(gm, sites, refusals, tensors, graph_digest(names, tensors), source, sketches)
+
+    @property
+    def weights(self) -> str:
+        """Digest of the tensors' values, empty where there is no site to calibrate."""
+        return digest_of(sketch.digest for sketch in self.sketches) if self.sites else ""

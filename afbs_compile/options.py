@@ -223,6 +223,16 @@ _DECLARED = (
         flag="--outside",
     ),
     Option(
+        "first_call",
+        "calibrate",
+        "What happens where no recipe is named or cached: 'calibrate' on the samples or the first call; 'dense': every "
+        "call stays dense.",
+        (one_of(("calibrate", "dense")),),
+        calibrates=False,
+        runs=True,
+        flag="--first-call",
+    ),
+    Option(
         "dump",
         None,
         "Folder for the text of every graph before and after the rewrite.",

@@ -5,22 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from afbs_compile.errors import RecipeError
 from afbs_compile.found import FoundGraph
-from afbs_compile.kernels.attend import machine
-from afbs_compile.kernels.attend.engines import family_on, precision_refusal
+from afbs_compile.kernels.attend.engines import precision_refusal
 from afbs_compile.kernels.call import SparseCall
-from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
+from afbs_compile.match import match
 from afbs_compile.passes.rules import work_of
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.passes.sizes import holds
 from afbs_compile.passes.unmask import has_mask_of_valid_keys, has_needless_mask
 from afbs_compile.reasons import EXPECTED, NONE_FOUND, grouped
-from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
+from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.tuner.lengths import Outside, extrapolated_tau
 
 NOT_CALIBRATED = "not calibrated: it was refused when the recipe was made"
@@ -35,12 +35,17 @@ class Plan:
         rows: every call, with its outcome in THIS graph, in the recipe's terms.
         covered: whether the recipe speaks for this graph's length: a call that did not pay at a shorter one may here.
         unmasked: calls that stay dense and lose their mask; only :meth:`without_masks` names any.
+        differences: in what the model differs from the one that was calibrated, as :class:`afbs_compile.match.Match`
+            has them: thresholds hold only once :mod:`afbs_compile.revalidate` has looked.
+        number: of the recipe's graph.
     """
 
     calls: Mapping[AttentionSite, SparseCall]
     rows: tuple[SiteRecipe, ...]
     covered: bool = True
     unmasked: tuple[AttentionSite, ...] = ()
+    differences: tuple[str, ...] = ()
+    number: int | None = None
 
     @classmethod
     def of(cls, found: FoundGraph, recipe: Recipe | None, outside: Outside = "extrapolate") -> Plan:
@@ -60,10 +65,9 @@ class Plan:
         refused = tuple(SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals)
         if recipe is None:
             return cls({}, refused)
-        graph = _matching_graph(found, recipe)
-        by_name = {site.name: site for site in graph.sites}
+        known = match(found, recipe)
         rows = [
-            _in_precision(site, _applied(site, by_name.get(site.name), outside, recipe.tolerance))
+            _in_precision(site, applied(site, known.sites.get(site.name), outside, recipe.tolerance))
             for site in found.sites
         ]
         calls = {
@@ -71,10 +75,17 @@ class Plan:
             for site, row in zip(found.sites, rows, strict=True)
             if row.outcome == "sparse"
         }
-        longest = graph.samples.lengths[1]
+        longest = known.graph.samples.lengths[1]
         open_question = [row for row in rows if row.outcome == "dense" and row.sparse_ms and not _pays(row)]
         longer = any(_size(site.k_len) > longest for site in found.sites)
-        return cls(calls, (*rows, *refused), covered=not (open_question and longer))
+        covered = not (open_question and longer)
+        return cls(calls, (*rows, *refused), covered, differences=known.differences, number=known.number)
+
+    @classmethod
+    def dense(cls, found: FoundGraph, reason: str) -> Plan:
+        """The plan that leaves every call dense, those that could be rewritten for one reason."""
+        rows = [SiteRecipe(site.name, "dense", reason) for site in found.sites]
+        return cls({}, (*rows, *(SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals)))
 
     def without_masks(self, found: FoundGraph) -> Plan:
         """The plan in which calls that stay dense lose a mask that PyTorch's own flag replaces.
@@ -105,28 +116,6 @@ class Plan:
         return all((row.reason or "").startswith(EXPECTED) for row in self.rows)
 
 
-def _matching_graph(found: FoundGraph, recipe: Recipe) -> GraphRecipe:
-    if recipe.predictor_version != PREDICTOR_VERSION:
-        raise RecipeError(f"was made for predictor version {recipe.predictor_version}, this is {PREDICTOR_VERSION}.")
-    device = found.sites[0].device
-    here = machine.kind(device), family_on(device)
-    if (recipe.device, recipe.engine) != here:
-        raise RecipeError(
-            f"was calibrated on {recipe.device} ({recipe.engine}), this model runs on {here[0]} ({here[1]})."
-        )
-    same_calls = [graph for graph in recipe.graphs if graph.graph == found.graph]
-    if not same_calls:
-        raise RecipeError("belongs to another model: its attention calls or parameter shapes are not this graph's.")
-    same_weights = [graph for graph in same_calls if graph.weights == found.weights]
-    if not same_weights:
-        raise RecipeError("belongs to another model: same architecture, other weights.")
-    # Only graphs that are alike in all else need their source to tell them apart.
-    same_source = [graph for graph in same_weights if graph.source == found.source]
-    if not same_source and len(same_weights) > 1:
-        raise RecipeError("has several graphs like this one, all from other code.")
-    return (same_source or same_weights)[0]
-
-
 def _size(length: int | torch.SymInt) -> int:
     """A length as a number; of a symbolic one its value in this call, without a guard on it."""
     return int(length) if isinstance(length, int) else int(length.node.hint)
@@ -137,15 +126,33 @@ def _pays(row: SiteRecipe) -> bool:
     return row.calibrated.min_length > 0
 
 
-def _applied(site: AttentionSite, recorded: SiteRecipe | None, outside: Outside, tolerance: float | None) -> SiteRecipe:
-    """The recorded decision, as it applies to a site at this graph's length."""
+class Sizes(NamedTuple):
+    """What a recorded decision needs to know of an attention call that stands in no graph."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_len: int
+    k_len: int
+
+
+def applied(
+    site: AttentionSite | Sizes, recorded: SiteRecipe | None, outside: Outside, tolerance: float | None
+) -> SiteRecipe:
+    """The recorded decision, as it applies to a call at its length.
+
+    Raises:
+        RecipeError: the call has other heads.
+    """
     if recorded is None or recorded.outcome == "refused":
         return SiteRecipe(site.name, "dense", NOT_CALIBRATED)
+    recorded = replace(recorded, name=site.name)
     # What rows see is not part of it: thresholds hold for a model's weights, and calls differ in their masks.
-    here = (site.heads, site.kv_heads, site.head_dim, str(site.dtype).removeprefix("torch."))
-    there = (len(recorded.heads), recorded.kv_heads, recorded.head_dim, recorded.dtype)
+    here = (site.heads, site.kv_heads, site.head_dim)
+    there = (len(recorded.heads), recorded.kv_heads, recorded.head_dim)
     if here != there:
-        raise RecipeError(f"does not fit {site.name}: (heads, kv heads, head_dim, dtype) is {here}, not {there}.")
+        raise RecipeError(f"does not fit {site.name}: (heads, kv heads, head_dim) is {here}, not {there}.")
     if recorded.outcome != "sparse":
         return recorded
     # Of a symbolic length this makes a guard, so that Dynamo compiles again for the other side and short sequences keep

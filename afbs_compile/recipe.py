@@ -19,9 +19,13 @@ from afbs_compile.kernels.call import SparseCall, fp8_constant_count
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.recipe_schema3 import VERSION as EARLIER_SCHEMA
 from afbs_compile.recipe_schema3 import upgraded
+from afbs_compile.sketch import TensorSketch
 
 FORMAT = "afbs-recipe"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+
+ALIKE_SCHEMA = 4
+"""Its files lack the sketches of weights and are alike in all else."""
 
 Method = Literal["afbs", "paper"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -213,6 +217,7 @@ class GraphRecipe:
         evaluations: its attention work in dense calls over one input of full length, summed over the sites.
         sites: in graph order.
         promise: what the validation says about inputs that were not seen; ``None`` where nothing was calibrated.
+        tensors: what tells its parameters and buffers in other forms; empty in recipes of an earlier schema.
     """
 
     graph: str
@@ -223,6 +228,7 @@ class GraphRecipe:
     evaluations: float
     sites: tuple[SiteRecipe, ...]
     promise: Promise | None = None
+    tensors: tuple[TensorSketch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -324,6 +330,8 @@ class Recipe:
         try:
             if version == EARLIER_SCHEMA:
                 data, version = upgraded(data), SCHEMA_VERSION
+            if version == ALIKE_SCHEMA:
+                version = SCHEMA_VERSION
             if version != SCHEMA_VERSION:
                 age = "newer than" if isinstance(version, int) and version > SCHEMA_VERSION else "not"
                 what = f"schema version {version!r}, {age} the {SCHEMA_VERSION} read here"

@@ -324,11 +324,9 @@ def test_the_recipe_of_another_model_is_refused(tmp_path):
     recipe.save(tmp_path / "toy.json")
     with pytest.raises(BackendCompilerFailed, match="toy.json belongs to another model: same architecture"):
         compiled(Toy(seed=9).eval(), recipe=tmp_path / "toy.json")(drifting(LENGTH))
-    other = nn.Sequential(Toy()).eval()
-    with pytest.raises(BackendCompilerFailed, match="the recipe given belongs to another model: its attention calls"):
+    other = nn.Sequential(Toy(seed=9).layers[0]).eval()
+    with pytest.raises(BackendCompilerFailed, match="the recipe given belongs to another model: "):
         compiled(other, recipe=recipe)(drifting(LENGTH))
-    with pytest.raises(BackendCompilerFailed, match="belongs to another model"):
-        compiled(Toy().eval().double().bfloat16(), recipe=recipe)(drifting(LENGTH).bfloat16())
 
 
 @torch.no_grad()

@@ -72,4 +72,4 @@ def _masks(arguments: argparse.Namespace, recipe: Recipe) -> Masks | None:
     )
     with step("drawing block masks"):
         graphs = apply(model.module, recipe, [sample], name=f"recipe {arguments.recipe}")
-        return block_masks(graphs, recipe, arguments.data)
+        return block_masks(graphs, arguments.data)

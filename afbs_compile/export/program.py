@@ -24,6 +24,7 @@ from afbs_compile.export.files import Note, as_written, first_line
 from afbs_compile.export.inputs import Example, ExportInputs
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.find import find
 from afbs_compile.passes.marking import mark_calls
 from afbs_compile.passes.record import record_graphs
@@ -33,6 +34,7 @@ from afbs_compile.passes.sizes import fixed
 from afbs_compile.plan import NOT_CALIBRATED, Plan, in_own_precision
 from afbs_compile.reasons import NONE_FOUND, grouped
 from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.revalidate import revalidated
 
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
@@ -57,6 +59,9 @@ class ExportProgram:
     sizes: dict[str, str]
     module: nn.Module
 
+
+Captured = tuple[FoundGraph, list[Any]]
+"""A graph that Dynamo captured, and the values of its placeholders."""
 
 Refuse = Callable[[AttentionSite, SparseCall], str | None]
 """Why a format has no form for a call; None where it has."""
@@ -113,13 +118,13 @@ def rewritten_program(
     return ExportProgram(exported, rows, note, shapes, sizes, module)
 
 
-def _captured(module: nn.Module, example: Example) -> list[FoundGraph]:
-    """What Dynamo captures of the model on the example: the graphs that recipes are made for."""
+def _captured(module: nn.Module, example: Example) -> list[Captured]:
+    """What Dynamo captures of the model on the example: the graphs that recipes are made for, with their inputs."""
     try:
         recorded = record_graphs(module, [example])
     except Exception as error:  # whatever the user's model raises on an input that does not fit it
         raise OptionError(f"example: the model does not run on it: {first_line(error)}") from error
-    return [FoundGraph.of(graph.gm, graph.samples[0], 1) for graph in recorded]
+    return [(FoundGraph.of(graph.gm, graph.samples[0], 1), graph.samples[0]) for graph in recorded]
 
 
 def _trace(module: nn.Module, inputs: ExportInputs, dynamic: bool) -> ExportedProgram:
@@ -186,15 +191,15 @@ def _in_order(gm: fx.GraphModule, calls: Iterable[AttentionSite | Refusal]) -> l
     return sorted(calls, key=lambda call: place[call.node])
 
 
-def _carried_over(graphs: list[FoundGraph], calls: list[AttentionSite | Refusal], recipe: Recipe) -> Plan:
+def _carried_over(graphs: list[Captured], calls: list[AttentionSite | Refusal], recipe: Recipe) -> Plan:
     """The recipe's decisions for the exported calls, under the names that Dynamo gave them.
 
     Raises:
         RecipeError: the recipe belongs to another model.
         ExportError: the two ways of tracing see different calls.
     """
-    known = [(found, _in_order(found.gm, (*found.sites, *found.refusals))) for found in graphs]
-    count = sum(len(same) for _, same in known)
+    known = [(found, inputs, _in_order(found.gm, (*found.sites, *found.refusals))) for found, inputs in graphs]
+    count = sum(len(same) for *_, same in known)
     if count != len(calls):
         raise ExportError(
             f"the exported graph has {len(calls)} attention calls and the graphs that Dynamo captures have {count}; "
@@ -203,16 +208,16 @@ def _carried_over(graphs: list[FoundGraph], calls: list[AttentionSite | Refusal]
     remaining = iter(calls)
     planned: dict[AttentionSite, SparseCall] = {}
     rows: list[SiteRecipe] = []
-    for found, same in known:
+    for found, inputs, same in known:
         here = [replace(next(remaining), name=call.name) for call in same]
-        plan = _planned(found, here, recipe)
+        plan = _planned(found, inputs, here, recipe)
         planned.update(plan.calls)
         row_of = {row.name: row for row in plan.rows}
         rows += [row_of[call.name] for call in here]
     return Plan(planned, tuple(rows))
 
 
-def _planned(found: FoundGraph, calls: list[AttentionSite | Refusal], recipe: Recipe) -> Plan:
+def _planned(found: FoundGraph, inputs: list[Any], calls: list[AttentionSite | Refusal], recipe: Recipe) -> Plan:
     """The plan of one graph: its identity is the captured graph's, its calls are the exported ones."""
     sites = [call for call in calls if isinstance(call, AttentionSite)]
     refusals = [call for call in calls if isinstance(call, Refusal)]
@@ -220,10 +225,25 @@ def _planned(found: FoundGraph, calls: list[AttentionSite | Refusal], recipe: Re
         refusals += [Refusal(site.name, NOT_CALIBRATED, site.node) for site in sites]
         return Plan.of(replace(found, sites=[], refusals=refusals), None)
     try:
-        Plan.of(found, recipe)  # whether it belongs to this model, even where nothing is accepted below
-        return Plan.of(replace(found, sites=sites, refusals=refusals), recipe if sites else None)
+        captured = Plan.of(found, recipe)  # whether it belongs to this model, even where nothing is accepted below
+        plan = Plan.of(replace(found, sites=sites, refusals=refusals), recipe if sites else None)
     except RecipeError as error:
         raise RecipeError(f"the recipe {error}") from None
+    if not captured.differences:
+        return plan
+    return _as_checked(plan, revalidated(captured, [SampleRun(found.gm, found.sites, inputs)], recipe, "the recipe"))
+
+
+def _as_checked(plan: Plan, checked: Plan) -> Plan:
+    """The plan of the exported calls with what the captured ones were seen to hold."""
+    rows = {row.name: row for row in checked.rows}
+    held = {site.name: call for site, call in checked.calls.items()}
+    calls = {
+        site: replace(held[site.name], min_length=call.min_length, max_length=call.max_length)
+        for site, call in plan.calls.items()
+        if site.name in held
+    }
+    return replace(plan, calls=calls, rows=tuple(rows.get(row.name, row) for row in plan.rows))
 
 
 def _expressible(

@@ -18,6 +18,7 @@ from afbs_compile.passes.record import record_graphs
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.plan import Plan
 from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.revalidate import revalidated
 
 ANY_LENGTH = 1
 """No attention is too short here: what the recipe says is shown and checked at the length that is given."""
@@ -65,20 +66,21 @@ def apply(
     for graph in record_graphs(model, list(samples)):
         found = FoundGraph.of(graph.gm, graph.samples[0], min_length)
         if found.sites or found.refusals:
-            applied.append(AppliedGraph(found, matched(found, recipe, name), graph.samples))
+            applied.append(AppliedGraph(found, matched(found, recipe, name, graph.samples), graph.samples))
     if not applied:
         raise OptionError("MODEL: it calls no torch.nn.functional.scaled_dot_product_attention on this data")
     return applied
 
 
-def matched(found: FoundGraph, recipe: Recipe | None, name: str) -> Plan:
-    """The plan for a graph, with the recipe's name in front of a refusal."""
-    if not found.sites:
+def matched(found: FoundGraph, recipe: Recipe | None, name: str, inputs: Sequence[Sequence[Any]]) -> Plan:
+    """The plan for a graph, with the recipe's name in front of a refusal; checked on the inputs where models differ."""
+    if not found.sites or recipe is None:
         return Plan.of(found, None)
     try:
-        return Plan.of(found, recipe)
+        plan = Plan.of(found, recipe)
     except RecipeError as error:
         raise RecipeError(f"{name} {error}") from None
+    return revalidated(plan, [SampleRun(found.gm, found.sites, values) for values in inputs], recipe, name)
 
 
 def operands(graphs: Sequence[AppliedGraph]) -> Iterator[tuple[SiteRecipe, list[Operands]]]:
@@ -103,7 +105,7 @@ def rewritten(model: Callable[..., Any], recipe: Recipe, *, name: str = "the rec
 
     def backend(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
         found = FoundGraph.of(gm, example_inputs, ANY_LENGTH)
-        rewrite(gm, matched(found, recipe, name).calls)
+        rewrite(gm, matched(found, recipe, name, [example_inputs]).calls)
         return gm
 
     compiled: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=False)

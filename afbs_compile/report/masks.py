@@ -13,7 +13,7 @@ from afbs_compile.kernels.attend.engines import engines_on
 from afbs_compile.kernels.blocks import live_of
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.sight import resolved, sight_of
-from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.recipe import SiteRecipe
 from afbs_compile.report.applied import AppliedGraph, operands
 
 BYTES = 4 * 2**20
@@ -59,12 +59,11 @@ class Masks:
     sights: tuple[str, ...]
 
 
-def block_masks(graphs: Sequence[AppliedGraph], recipe: Recipe, source: str) -> Masks:
+def block_masks(graphs: Sequence[AppliedGraph], source: str) -> Masks:
     """Masks of every sparse head, whether its call is rewritten or stayed dense because it was not faster.
 
     Args:
-        graphs: of a run on one input, of which the first batch element is shown, with this recipe applied.
-        recipe: whose thresholds are drawn.
+        graphs: of a run on one input, of which the first batch element is shown, with a recipe applied.
         source: what the input was, for the page.
     """
     keep_every = max(1, -(-sum(map(_weight, graphs)) // BYTES))
@@ -72,7 +71,7 @@ def block_masks(graphs: Sequence[AppliedGraph], recipe: Recipe, source: str) -> 
     sights: dict[str, int] = {}
     notes: list[str] = []
     tokens = number = 0
-    for graph, row, (sample, *_) in _numbered(graphs, recipe):
+    for graph, row, (sample, *_) in _numbered(graphs):
         tokens = max(tokens, sample.k_len)
         wanted = []
         for index, head in enumerate(row.heads):
@@ -87,14 +86,11 @@ def block_masks(graphs: Sequence[AppliedGraph], recipe: Recipe, source: str) -> 
     return Masks(source, tokens, tuple(heads), tuple(notes), tuple(sights))
 
 
-def _numbered(graphs: Sequence[AppliedGraph], recipe: Recipe) -> Iterator[tuple[int, SiteRecipe, Sequence[Operands]]]:
+def _numbered(graphs: Sequence[AppliedGraph]) -> Iterator[tuple[int, SiteRecipe, Sequence[Operands]]]:
     """Each calibrated site with the number of its graph in the recipe."""
     for graph in graphs:
-        found = graph.found
-        alike = [n for n, g in enumerate(recipe.graphs) if (g.graph, g.weights) == (found.graph, found.weights)]
-        same = [n for n in alike if recipe.graphs[n].source == found.source]
         for row, samples in operands([graph]):
-            yield (same or alike)[0], row, samples
+            yield graph.plan.number or 0, row, samples
 
 
 def _weight(graph: AppliedGraph) -> int:

@@ -22,7 +22,6 @@ from afbs_compile.kernels.attend.engines import family_on, kernel_of
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.passes.capture import SampleRun, capture
-from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import (
     BudgetRecord,
     GraphRecipe,
@@ -68,28 +67,40 @@ def calibrate_graph(
     validated = _validation_inputs(results, batches)
     promised = _promise(results, batches)
     record = SampleRecord(source, len(runs), validated, (min(lengths), max(lengths)), samples_digest(runs))
-    sites = [_site_recipe(site, results[site.name]) for site in found.sites]
+    sites = [site_recipe(site.name, site.shapes().operands(), results[site.name]) for site in found.sites]
     refused = [SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals]
     evaluations = sum(result.evaluations for result in results.values())
     device = found.sites[0].device if found.sites else torch.device("cpu")
+    graph = GraphRecipe(
+        graph=found.graph,
+        weights=found.weights,
+        source=found.source,
+        samples=record,
+        seconds=round(time.monotonic() - began, 3),
+        evaluations=round(evaluations, 2),
+        sites=(*sites, *refused),
+        promise=promised,
+        tensors=found.sketches,
+    )
+    return recipe_of(graph, settings, device, budget)
+
+
+def recipe_of(
+    graph: GraphRecipe, settings: TuneSettings, device: torch.device, budget: BudgetRecord | None = None
+) -> Recipe:
+    """A recipe of one graph.
+
+    Args:
+        graph: what was decided; settings: how it was tuned; device: where.
+        budget: how a budget on the output was spent, where there is one.
+    """
     return Recipe(
         options=dict(settings.asked),
         device=machine.kind(device),
         engine=family_on(device),
         predictor_version=PREDICTOR_VERSION,
         versions=_versions(),
-        graphs=(
-            GraphRecipe(
-                graph=found.graph,
-                weights=found.weights,
-                source=found.source,
-                samples=record,
-                seconds=round(time.monotonic() - began, 3),
-                evaluations=round(evaluations, 2),
-                sites=(*sites, *refused),
-                promise=promised,
-            ),
-        ),
+        graphs=(graph,),
         budget=budget,
     )
 
@@ -193,17 +204,23 @@ def _padded(deciding: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if deciding is None or not len(deciding) else deciding
 
 
-def _site_recipe(site: AttentionSite, result: SiteResult) -> SiteRecipe:
+def site_recipe(name: str, operands: Operands, result: SiteResult) -> SiteRecipe:
+    """What is written down of one call.
+
+    Args:
+        name: of the site; operands: what it is called on, of which only shapes, strides and dtypes are read.
+        result: of tuning it.
+    """
     speed, call = result.speed, result.call
-    kernel = None if speed is None else kernel_of(site.shapes().operands(), call)
+    kernel = None if speed is None else kernel_of(operands, call)
     return SiteRecipe(
-        name=site.name,
+        name=name,
         outcome="sparse" if result.dense_reason is None else "dense",
         reason=result.dense_reason,
-        mask=str(site.mask),
-        head_dim=site.head_dim,
-        kv_heads=site.kv_heads,
-        dtype=str(site.dtype).removeprefix("torch."),
+        mask=str(operands.mask),
+        head_dim=operands.q.shape[3],
+        kv_heads=operands.k.shape[1],
+        dtype=str(operands.q.dtype).removeprefix("torch."),
         call=replace(call, tau=_rounded(call.tau), theta=_rounded(call.theta), lam=_rounded(call.lam)),
         heads=tuple(_head_recipe(result, head) for head in range(call.heads)),
         dense_ms=None if speed is None else round(speed.dense_ms, 4),

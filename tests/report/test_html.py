@@ -154,7 +154,7 @@ def test_masks_are_those_of_the_predictor():
         recipe.graphs[0], graph=graph.found.graph, weights=graph.found.weights, source=graph.found.source, sites=sites
     )
     recipe = replace(recipe, graphs=(recipe.graphs[0], known))
-    masks = block_masks(apply(toy, recipe, [x]), recipe, "drifting")
+    masks = block_masks(apply(toy, recipe, [x]), "drifting")
     assert [(m.graph, m.site, m.head) for m in masks.heads] == [
         (1, s, h) for s in ("layers.0", "layers.1") for h in (0, 1, 3)
     ]

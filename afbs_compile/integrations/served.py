@@ -1,0 +1,250 @@
+"""The attention calls of one model, served one by one: what an interface hands over is made sparse or left alone.
+
+There is no graph here. A call is known by the path of the module that makes it, as in a recipe of
+:func:`afbs_compile.calibrate`; what is decided for it is decided when it first comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from afbs_compile.cache import cache_path, read_cached, write_cached
+from afbs_compile.conditions import conditions
+from afbs_compile.errors import AfbsWarning, RecipeError
+from afbs_compile.fingerprint import digest_of
+from afbs_compile.kernels.attend import machine
+from afbs_compile.kernels.attend.engines import family_on
+from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.sight import without_idle_parts
+from afbs_compile.match import check_device, renamed_as, weight_differences
+from afbs_compile.options import Options
+from afbs_compile.plan import NOT_CALIBRATED, Sizes, applied
+from afbs_compile.recipe import GraphRecipe, Recipe, SampleRecord, SiteRecipe
+from afbs_compile.revalidate import checked
+from afbs_compile.sketch import likeness, sketched, version_of
+from afbs_compile.tuner.graph import recipe_of, site_recipe
+from afbs_compile.tuner.promise import promise
+from afbs_compile.tuner.site import tune_site
+from afbs_compile.tuner.speed import Stopwatch
+
+_log = logging.getLogger("afbs_compile")
+
+LENGTHS = 64
+"""Lengths of a call for which its constants are kept at hand."""
+
+
+@dataclass
+class _Site:
+    """One call: what is recorded of it, and its constants by length, ``None`` where it stays dense."""
+
+    row: SiteRecipe
+    unchecked: bool = False
+    calls: OrderedDict[tuple[int, int], SparseCall | None] = field(default_factory=OrderedDict)
+
+
+class ServedModel:
+    """The calls of one model and its recipe.
+
+    Args:
+        tensors: names and values of its parameters and buffers, now.
+        names: of every module that may make a call.
+        settings: options; where a recipe is named nothing is calibrated.
+
+    Raises:
+        RecipeError: the recipe named was made for another model, device or predictor.
+    """
+
+    def __init__(
+        self,
+        tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+        names: Callable[[], Iterable[str]],
+        settings: Options,
+    ) -> None:
+        self.settings = settings
+        self._tensors, self._names = tensors, names
+        self._sites: dict[str, _Site] = {}
+        self._refused: dict[str, str] = {}
+        self._first: str | None = None
+        self._stopwatch = Stopwatch()
+        held = list(tensors())
+        self._weights = [tensor for _, tensor in held]
+        self._versions = self._version()
+        self._sketches = sketched(held)
+        self._recorded: dict[str, SiteRecipe] = {}
+        self._unchecked: set[str] = set()
+        self._device = held[0][1].device if held else torch.device("cpu")
+        self._path: Path | None = None
+        self.recipe = self._found_recipe()
+
+    def attend(self, name: str, operands: Operands) -> Tensor | None:
+        """The result of a call, ``[B, H, q_len, D_v]``; ``None`` where it is to be computed densely.
+
+        Args:
+            name: of the module that makes it; operands: of the call, without gradients.
+        """
+        if name == self._first:
+            self._notice_other_weights()
+        self._first = self._first or name
+        call = self._call(name, operands)
+        return None if call is None else run(without_idle_parts(operands), call)[0]
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Remember why a call stays dense that the interface did not hand over."""
+        self._refused[name] = reason
+
+    @property
+    def rows(self) -> tuple[SiteRecipe, ...]:
+        """Every call that came, with its outcome."""
+        refused = (SiteRecipe(name, "refused", why) for name, why in self._refused.items() if name not in self._sites)
+        return (*(site.row for site in self._sites.values()), *refused)
+
+    def _found_recipe(self) -> Recipe | None:
+        """The recipe the user named, else a cached one."""
+        named = self.settings.recipe
+        if named is not None:
+            recipe = named if isinstance(named, Recipe) else Recipe.load(named)
+            name = "the recipe given" if isinstance(named, Recipe) else f"recipe {named}"
+            try:
+                self._adopt(recipe, name)
+            except RecipeError as error:
+                raise RecipeError(f"{name} {error}") from None
+            return recipe
+        self._path = cache_path(conditions(self._device, self.settings, weights=self._digest(), graph="served"))
+        cached = read_cached(self._path)
+        if cached is not None:
+            self._adopt(cached, f"the cached recipe {self._path}")
+        return cached
+
+    def _adopt(self, recipe: Recipe, name: str) -> None:
+        """Take over what a recipe recorded, under the names here."""
+        check_device(recipe, machine.kind(self._device), family_on(self._device))
+        alike = likeness(self._sketches, [sketch for graph in recipe.graphs for sketch in graph.tensors])
+        same = alike.same or any(graph.weights == self._digest() for graph in recipe.graphs)
+        if not same and (alike.foreign or not any(graph.tensors for graph in recipe.graphs)):
+            raise RecipeError("belongs to another model: other weights.")
+        self._recorded = renamed_as(list(self._names()), recipe)
+        if not self._recorded:
+            raise RecipeError("belongs to another model: none of its attention calls is named like a module here.")
+        if not same:
+            self._unchecked = set(self._recorded)
+            warnings.warn(
+                f"{name} was made for a model that differs: {'; '.join(weight_differences(alike))}. "
+                "Each call is checked on the first inputs that reach it.",
+                AfbsWarning,
+                stacklevel=2,
+            )
+
+    def _call(self, name: str, operands: Operands) -> SparseCall | None:
+        """The constants of a call at its length; decided when it first comes."""
+        site = self._sites.get(name)
+        if site is None:
+            site = self._sites[name] = self._decided(name, operands)
+        if site.unchecked:
+            self._check(site, operands)
+        length = (operands.q_len, operands.k_len)
+        if length not in site.calls:
+            site.calls[length] = self._at_length(site.row, operands)
+            if len(site.calls) > LENGTHS:
+                site.calls.popitem(last=False)
+        return site.calls[length]
+
+    def _at_length(self, recorded: SiteRecipe, operands: Operands) -> SparseCall | None:
+        sizes = _sizes(recorded.name, operands)
+        row = applied(sizes, recorded, self.settings.outside, None if self.recipe is None else self.recipe.tolerance)
+        if row.outcome != "sparse" or row.calibrated.dense_at(operands.q_len, operands.k_len):
+            return None
+        return row.calibrated.rounded()
+
+    def _decided(self, name: str, operands: Operands) -> _Site:
+        recorded = self._recorded.get(name)
+        if recorded is not None:
+            return _Site(replace(recorded, name=name), unchecked=name in self._unchecked)
+        if self.settings.recipe is not None:
+            return _Site(SiteRecipe(name, "refused", NOT_CALIBRATED))
+        if self.settings.first_call == "dense":
+            return _Site(SiteRecipe(name, "refused", "not calibrated: first_call is 'dense' and there is no recipe"))
+        if self.settings.budget is not None:
+            reason = "not calibrated: a budget on the output needs afbs_compile.calibrate(model, samples)"
+            return _Site(SiteRecipe(name, "refused", reason))
+        return _Site(self._calibrated(name, operands))
+
+    def _calibrated(self, name: str, operands: Operands) -> SiteRecipe:
+        """Calibrate a call on its first operands, and write down what came out."""
+        if not self._recorded:
+            _log.info("calibrating %s and the calls after it on their first inputs", name)
+        try:
+            result = tune_site([operands], self.settings.tuning, stopwatch=self._stopwatch)
+        except (RuntimeError, ValueError) as error:  # out of memory, an engine's refusal: the model runs all the same
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            return SiteRecipe(name, "refused", f"calibration failed: {first_line}")
+        row = site_recipe(name, operands, result)
+        self._recorded[name] = row
+        _log.info("calibrated %s: %s, sparsity %.3f", name, row.outcome, row.sparsity)
+        self.recipe = self._with(row, operands, int(result.measured.error.shape[0]))
+        if self._path is not None:
+            write_cached(self._path, self.recipe)
+        return row
+
+    def _with(self, row: SiteRecipe, operands: Operands, inputs: int) -> Recipe:
+        """The recipe with one more call; it is whole after each, so that a process may end at any time."""
+        if self.recipe is not None:
+            (graph,) = self.recipe.graphs
+            return replace(self.recipe, graphs=(replace(graph, sites=(*graph.sites, row)),))
+        record = SampleRecord("first call", operands.q.shape[0], inputs, (operands.k_len, operands.k_len), "")
+        graph = GraphRecipe("", self._digest(), "", record, 0.0, 0.0, (row,), promise(0, 0), self._sketches)
+        return recipe_of(graph, self.settings.tuning, self._device)
+
+    def _check(self, site: _Site, operands: Operands) -> None:
+        """Look whether the thresholds of another form of the model hold in this one."""
+        site.unchecked = False
+        self._unchecked.discard(site.row.name)
+        site.calls.clear()
+        if site.row.outcome != "sparse":
+            return
+        call = self._at_length(site.row, operands)
+        if call is None:  # too short to tell
+            site.unchecked = True
+            return
+        tolerance = None if self.recipe is None else self.recipe.tolerance
+        found = checked(site.row, call, [operands], tolerance)
+        site.row = found.row
+        _log.info("checked %s: %d of %d sparse heads hold", site.row.name, found.held, found.heads)
+
+    def _notice_other_weights(self) -> None:
+        """After a write into the weights every call is checked again, if values really changed."""
+        versions = self._version()
+        if versions == self._versions:
+            return
+        self._versions = versions
+        before, self._sketches = self._sketches, sketched(self._tensors())
+        if [sketch.digest for sketch in before] == [sketch.digest for sketch in self._sketches]:
+            return
+        warnings.warn(
+            "the weights changed since the attention calls were calibrated: each is checked on the inputs that reach "
+            "it next.",
+            AfbsWarning,
+            stacklevel=2,
+        )
+        for site in self._sites.values():
+            site.unchecked = True
+
+    def _version(self) -> int:
+        return sum(map(version_of, self._weights))
+
+    def _digest(self) -> str:
+        return digest_of(sketch.digest for sketch in self._sketches)
+
+
+def _sizes(name: str, operands: Operands) -> Sizes:
+    heads, kv_heads, head_dim = operands.heads, operands.k.shape[1], operands.q.shape[3]
+    return Sizes(name, heads, kv_heads, head_dim, operands.q_len, operands.k_len)
