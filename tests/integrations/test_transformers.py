@@ -17,7 +17,7 @@ from torch import nn
 
 import afbs_compile
 from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
-from afbs_compile.integrations.served import ServedModel
+from afbs_compile.integrations.served import ServedModel, served_model
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
@@ -27,7 +27,6 @@ transformers = pytest.importorskip("transformers")
 
 
 import afbs_compile.integrations.transformers as afbs  # noqa: E402
-from afbs_compile.integrations.transformers.models import served_model  # noqa: E402
 
 LENGTH = 96
 ASKED: dict[str, Any] = {"min_length": 128, "tolerance": 0.5}
