@@ -3,9 +3,9 @@
     python benchmarks/census_interface.py --workers 8
     python benchmarks/census_interface.py --models llama mistral --forms padded
 
-The models and inputs are those of census.py. A model runs as it is made, then switched to "afbs" with every call that
-the interface hands over computed by the sparse engine over all blocks; both must agree to 1e-3 of the largest number.
-A model that cannot be switched, or makes no call, is counted as such.
+The models and inputs are those of census.py. A model runs with "sdpa", or as it is made where it has none, then
+switched to "afbs" with every call that the interface hands over computed by the specification over all blocks; both
+must agree to 1e-3 of the largest number. A model that cannot be switched, or makes no call, is counted as such.
 """
 
 from __future__ import annotations
@@ -21,18 +21,13 @@ from unittest import mock
 
 import torch
 from census import FORMS, records
-from census_check import TOLERANCE, NotRunError, _called, _inputs, _said, difference, running
+from census_check import TOLERANCE, NotRunError, _called, _every_block, _inputs, _said, difference, running
 from census_models import architectures
 from common import RESULTS, save, settings
 
 import afbs_compile.integrations.transformers as afbs
 from afbs_compile.integrations.served import ServedModel, served_model
-from afbs_compile.kernels.blocks import BlockShape
-from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
-
-KEEP = 0.9999999
-"""A tau that keeps every block and is not what stands for a dense head."""
 
 
 def examine(model_type: str, forms: list[str]) -> dict[str, Any]:
@@ -55,21 +50,23 @@ def examine(model_type: str, forms: list[str]) -> dict[str, Any]:
 
 def _form(model: Any, inputs: dict[str, torch.Tensor], visible: torch.Tensor | None) -> dict[str, Any]:
     try:
+        if type(model)._supports_sdpa:
+            model.set_attn_implementation("sdpa")
         expected = _called(model, inputs)
     except Exception as error:
         raise NotRunError(_said(error)) from error
     switched = copy.deepcopy(model)
     masks: Counter[str] = Counter()
 
-    def keep_all(self: ServedModel, name: str, operands: Operands) -> SparseCall:
+    def every_block(self: ServedModel, name: str, operands: Operands) -> torch.Tensor:
         kind = str(operands.mask).partition("(")[0]
         extras = [part for part in ("valid", "attn_mask", "sinks") if getattr(operands, part) is not None]
         masks[" + ".join([kind, *extras, *(["softcap"] if operands.softcap else [])])] += 1
-        return SparseCall.uniform(operands.heads, KEEP, shape=BlockShape(32, 16))
+        return _every_block(name, operands)
 
     try:
         afbs.use(switched, min_length=16)
-        with mock.patch.object(ServedModel, "_call", keep_all):
+        with mock.patch.object(ServedModel, "attend", every_block):
             found = _called(switched, inputs)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from afbs_compile.integrations.transformers.masks import Seen
-from afbs_compile.integrations.transformers.models import served_by
+from afbs_compile.integrations.transformers.models import served_by, supports_sdpa
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import DTYPES, HEAD_DIMS, Operands
 from afbs_compile.passes.rules import FEWEST_ROWS
+
+
+BEYOND_SDPA = frozenset({"softcap", "s_aux"})
+"""Arguments of a call that SDPA has no form for."""
 
 
 def attention(
@@ -39,7 +43,13 @@ def attention(
     Returns:
         ``[B, q_len, H, D_v]``, and no weights.
     """
+    if query.shape[2] < FEWEST_ROWS and not kwargs.keys() & BEYOND_SDPA and not isinstance(attention_mask, Seen):
+        # A decode step: what it pays for our being there is this line.
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
+        )
     given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias, **kwargs}
+    given = {name: value for name, value in given.items() if value is not None}
     if _is_candidate(query, dropout) and not (given.get("cache") is not None or given.get("output_attentions")):
         served = served_by(module)
         if served is not None and query.shape[2] * key.shape[2] >= served[0].settings.min_length ** 2:
@@ -79,17 +89,18 @@ def _operands(
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         return f"batches of {q.shape[0]} and {k.shape[0]}"
     formula, valid, dense = mask_of("full"), None, None
-    known = mask.form(q.shape[2], k.shape[2]) if isinstance(mask, Seen) else None
+    causal = supports_sdpa(getattr(module, "config", None))  # eager attention does nothing that its mask does not say
+    causal = causal and given.get("is_causal", getattr(module, "is_causal", True))
+    known = mask.form(q.shape[2], k.shape[2], causal=causal) if isinstance(mask, Seen) else None
     if known is not None:
         formula, keys, valid = known
         k, v = k[:, :, :keys], v[:, :, :keys]
     else:
         dense = mask.dense() if isinstance(mask, Seen) else mask
-        causal = given["is_causal"] if given["is_causal"] is not None else getattr(module, "is_causal", True)
         if dense is None and causal:
             formula = mask_of("causal")
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-    bias = given["position_bias"]
+    bias = given.get("position_bias")
     if bias is not None:
         if dense is not None and dense.dtype != torch.bool:
             dense = bias + dense
@@ -97,7 +108,7 @@ def _operands(
             dense = torch.where(dense, bias, -torch.inf)
         else:
             dense = bias[..., : k.shape[2]]
-    scale = q.shape[3] ** -0.5 if given["scaling"] is None else float(given["scaling"])
+    scale = float(given.get("scaling", q.shape[3] ** -0.5))
     sinks = given.get("s_aux")
     return Operands(
         q,
@@ -117,17 +128,18 @@ def _dense(
 ) -> tuple[Tensor, Tensor | None]:
     """What ``sdpa`` would give or, where a cap or sinks are beyond it, the model's own eager attention."""
     tensor = mask.dense() if isinstance(mask, Seen) else mask
-    if given.get("softcap") is None and given.get("s_aux") is None:
+    by_sdpa = supports_sdpa(getattr(module, "config", None))
+    if by_sdpa and "softcap" not in given and "s_aux" not in given:
         out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, q, k, v, tensor, **given)
         return out
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
-        raise NotImplementedError(f"{type(module).__name__} caps scores or has sinks, and has no eager attention.")
+        raise NotImplementedError(f"{type(module).__name__} is beyond SDPA, and its module has no eager attention.")
     if tensor is None and isinstance(mask, Seen):
-        tensor = mask._tensor()
+        tensor = mask.materialised()
     if tensor is not None and tensor.dtype == torch.bool:
         lowest = torch.finfo(q.dtype).min
         tensor = torch.zeros_like(tensor, dtype=q.dtype).masked_fill(~tensor, lowest)
-    given = {name: value for name, value in given.items() if name != "is_causal" and value is not None}
+    given.pop("is_causal", None)
     eager_out: tuple[Tensor, Tensor | None] = eager(module, q, k, v, tensor, **given)
     return eager_out

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import masking_utils
 
+from afbs_compile.integrations.transformers.models import supports_sdpa
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.passes.rules import FEWEST_ROWS
@@ -23,30 +24,36 @@ class Seen:
 
     Args:
         arguments: those of transformers' mask interface.
+        make: transformers' function for the dense mask.
     """
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self._arguments = arguments
+    def __init__(self, arguments: dict[str, Any], make: Callable[..., Tensor | None]) -> None:
+        self._arguments, self._make = arguments, make
         self._dense: Tensor | None = None
         self._built = False
 
     def dense(self) -> Tensor | None:
-        """The mask as SDPA takes it, bool ``[B, 1, q_len, k_len]``; ``None`` where ``is_causal`` says it all."""
+        """``[B, 1, q_len, k_len]`` as the model's own attention takes it: bool or, for eager attention, added to the
+        scores; ``None`` where SDPA's ``is_causal`` says it all.
+        """
         if not self._built:
-            self._dense, self._built = masking_utils.sdpa_mask(**self._arguments), True
+            self._dense, self._built = self._make(**self._arguments), True
         return self._dense
 
-    def form(self, q_len: int, k_len: int) -> tuple[Mask, int, Tensor | None] | None:
+    def form(self, q_len: int, k_len: int, *, causal: bool) -> tuple[Mask, int, Tensor | None] | None:
         """The mask by formula: the formula, how many of the keys it is over, and which of them are valid.
 
         ``None`` where there is no such form, or the keys are not those that the mask was asked for.
+
+        Args:
+            q_len, k_len: of the call; causal: whether the module that calls counts as causal without a mask.
         """
         if (q_len, k_len) != (self._arguments["q_length"], self._arguments["kv_length"]):
             return None
         start, keys_start = int(self._arguments.get("q_offset", 0)), int(self._arguments.get("kv_offset", 0))
         text = _formula(self._arguments["mask_function"], keys_start)
-        if text is None:
-            return None
+        if text is None or (not causal and text == "causal_end" and self.dense() is None):
+            return None  # SDPA gets no mask, and looks at the module
         keys = k_len
         if text != "full":
             keys = start - keys_start + q_len  # further ones are the unused end of a static cache
@@ -79,31 +86,32 @@ class Seen:
         return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tensor(), name)
+        return getattr(self.materialised(), name)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._tensor()[index]
+        return self.materialised()[index]
 
-    def _tensor(self) -> Tensor:
+    def materialised(self) -> Tensor:
         """The dense mask for code that takes it apart, which a mask left out would surprise."""
         asked = {**self._arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        dense = masking_utils.sdpa_mask(**asked)
+        dense = self._make(**asked)
         assert dense is not None  # nothing is skipped
         return dense
 
 
 def _as_dense(value: Any) -> Any:
-    return value._tensor() if isinstance(value, Seen) else value
+    return value.materialised() if isinstance(value, Seen) else value
 
 
 def mask_interface(**arguments: Any) -> Seen | Tensor | None:
     """transformers' mask interface: a :class:`Seen` for long calls, for short ones what SDPA gets."""
     if isinstance(made := arguments.get("attention_mask"), Seen):  # generate asks before the model does
         return made
+    make = masking_utils.sdpa_mask if supports_sdpa(arguments.get("config")) else masking_utils.eager_mask
     short = arguments["q_length"] < FEWEST_ROWS
     if short or torch.compiler.is_compiling() or not isinstance(arguments["q_length"], int):
-        return masking_utils.sdpa_mask(**arguments)
-    return Seen(arguments)
+        return make(**arguments)
+    return Seen(arguments, make)
 
 
 def _valid(padding: Tensor, first: int, keys: int) -> Tensor | None:

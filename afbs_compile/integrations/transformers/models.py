@@ -27,6 +27,8 @@ class Place(NamedTuple):
 
 
 _places: weakref.WeakKeyDictionary[nn.Module, Place] = weakref.WeakKeyDictionary()
+_supports: dict[int, tuple[weakref.ref[Any], bool]] = {}
+"""By the config's ``id``: configs compare by value."""
 
 
 def served_by(module: nn.Module) -> tuple[ServedModel, str] | None:
@@ -78,6 +80,22 @@ def _serve_by_config(model: PreTrainedModel) -> None:
         serve(model, None)
 
 
+def supports_sdpa(config: Any) -> bool:
+    """Whether a model of this config may be computed by SDPA: one that may not expects eager attention's masks."""
+    if config is None:
+        return True
+    known = _supports.get(id(config))
+    if known is not None and known[0]() is config:
+        return known[1]
+    answer = all(type(model)._supports_sdpa for model in _models() if model.config is config)
+    _supports[id(config)] = (weakref.ref(config), answer)
+    return answer
+
+
+def _models() -> Iterator[PreTrainedModel]:
+    return (each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel))
+
+
 def _model_of(module: nn.Module) -> PreTrainedModel | None:
     """The outermost model of transformers that a module is part of.
 
@@ -85,9 +103,8 @@ def _model_of(module: nn.Module) -> PreTrainedModel | None:
     """
     found: PreTrainedModel | None = None
     size = 0
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), PreTrainedModel):
-            modules = list(candidate.modules())
-            if len(modules) > size and any(part is module for part in modules):
-                found, size = candidate, len(modules)
+    for candidate in _models():
+        modules = list(candidate.modules())
+        if len(modules) > size and any(part is module for part in modules):
+            found, size = candidate, len(modules)
     return found
