@@ -11,9 +11,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from afbs_compile.card import card
 from afbs_compile.codec import DamagedError, decode
 from afbs_compile.errors import RecipeError
 from afbs_compile.files import write_whole
+from afbs_compile.hub import downloaded, uploaded
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall, fp8_constant_count
 from afbs_compile.kernels.masks.registry import mask_of
@@ -22,6 +24,10 @@ from afbs_compile.recipe_schema3 import upgraded
 from afbs_compile.sketch import TensorSketch
 
 FORMAT = "afbs-recipe"
+
+HUB_FILE = "afbs_recipe.json"
+"""A recipe in a folder or repository of others."""
+
 SCHEMA_VERSION = 5
 
 ALIKE_SCHEMA = 4
@@ -309,7 +315,78 @@ class Recipe:
         Raises:
             OSError: the folder is missing or not writable.
         """
-        write_whole(Path(path), json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        write_whole(Path(path), self._text())
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, name: str = "owner/name") -> None:
+        """Write ``afbs_recipe.json`` into a folder, and a README.md that shows it where the folder has none.
+
+        Args:
+            folder: made where it is missing; name: what the README calls the recipe by.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.save(Path(folder) / HUB_FILE)
+        if not (Path(folder) / "README.md").exists():
+            write_whole(Path(folder) / "README.md", self._card(name))
+
+    @classmethod
+    def from_pretrained(cls, repo_or_folder: str | os.PathLike[str], **options: Any) -> Recipe:
+        """Read ``afbs_recipe.json`` of a folder or of a repository on the Hugging Face Hub.
+
+        Args:
+            repo_or_folder: a folder, or ``"owner/name"``.
+            options: of ``huggingface_hub.hf_hub_download``: ``revision``, ``token``, ``cache_dir``, ...
+
+        Raises:
+            RecipeError: there is none, or it is damaged; one sentence.
+        """
+        if Path(repo_or_folder).is_dir():
+            return cls.load(Path(repo_or_folder) / HUB_FILE)
+        return cls.load(downloaded(str(repo_or_folder), HUB_FILE, **options))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Sparse attention recipe",
+    ) -> str:
+        """Put the recipe into a repository on the Hugging Face Hub, the model's own or another.
+
+        A README.md that shows it goes along where the repository has none.
+
+        Args:
+            repo_id: ``"owner/name"``, made where it is missing.
+            private: whether a new repository is; token: by default the one logged in.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            RecipeError: huggingface_hub is not installed. What it raises itself comes as it is.
+        """
+        files = {HUB_FILE: self._text()}
+        once = {"README.md": self._card(repo_id)}
+        return uploaded(repo_id, files, once, message=commit_message, private=private, token=token)
+
+    def _text(self) -> str:
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+
+    def _card(self, name: str) -> str:
+        samples = [graph.samples for graph in self.graphs]
+        facts = {
+            "goal": f"{self.goal}, method {self.method}",
+            "calibrated on": f"{max(s.count for s in samples)} inputs of at most {max(s.lengths[1] for s in samples)} "
+            f"tokens ({samples[0].source})",
+            "device": f"{self.device}, engine {self.engine}",
+            "mean sparsity": f"{self.sparsity:.1%}",
+            "versions": ", ".join(f"{what} {number}" for what, number in self.versions.items()),
+        }
+        return card(name, facts, self.to_records())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:

@@ -15,7 +15,6 @@ from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import DTYPES, HEAD_DIMS, Operands
 from afbs_compile.passes.rules import FEWEST_ROWS
 
-
 BEYOND_SDPA = frozenset({"softcap", "s_aux"})
 """Arguments of a call that SDPA has no form for."""
 
