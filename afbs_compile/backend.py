@@ -29,6 +29,7 @@ from afbs_compile.report import registry
 from afbs_compile.revalidate import revalidated
 from afbs_compile.samples import bind, forget_samples, materialised, tensors_of
 from afbs_compile.tuner.graph import Source, calibrate_graph
+from afbs_compile.watch import Watched, copied
 
 
 def afbs(
@@ -51,6 +52,7 @@ def afbs(
     """
     note_compilation()
     settings = Options.parse(options)
+    original = copied(gm)
     found = FoundGraph.of(gm, example_inputs, settings.min_length)
     if found.sites:
         recipe, plan = _planned(found, example_inputs, settings)
@@ -64,7 +66,10 @@ def afbs(
     if registry.record(found, plan, rewritten, recipe) and not rewritten.changed:
         rest = "nothing else in this graph changed" if plan.unmasked else "this graph runs unchanged"
         warnings.warn(f"afbs: {plan.summary()}; {rest}.", AfbsWarning, stacklevel=2)
-    return lower(gm, example_inputs, mode=mode)
+    compiled = lower(gm, example_inputs, mode=mode)
+    if recipe is None or not plan.calls:
+        return compiled
+    return Watched(compiled, original, example_inputs, found, recipe, plan, settings.min_length, settings.outside)
 
 
 def _reset() -> None:

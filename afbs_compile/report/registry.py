@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -98,6 +98,15 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
         )
     )
     return new and not answered
+
+
+def changed(compile_id: str, plan: Plan) -> None:
+    """Remember another outcome of a graph's calls.
+
+    Args:
+        compile_id: of the graph; plan: what holds from now on.
+    """
+    _graphs[:] = [replace(graph, rows=plan.rows) if graph.compile_id == compile_id else graph for graph in _graphs]
 
 
 def _callers() -> list[Any]:

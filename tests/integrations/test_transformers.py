@@ -154,6 +154,23 @@ def test_packed_sequences_are_kept_apart(every_block):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_asks_whether_there_is_a_mask_stays_causal(every_block):
+    torch.manual_seed(0)
+    config = transformers.MoonshineConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1,
+        encoder_num_attention_heads=4, decoder_num_attention_heads=4,
+    )  # fmt: skip
+    sound = {"input_values": torch.randn(1, 40_000), "decoder_input_ids": ids(1, 64)}
+    model = transformers.MoonshineModel(config).eval()
+    expected, found = both(copy.deepcopy(model), **sound)
+    assert "causal_end" in {str(operands.mask) for operands in every_block}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    afbs.use(model, min_length=32, first_call="dense")
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ServedModel, "_call", lambda *_: None)
+        torch.testing.assert_close(model(**sound)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_encoders_and_cross_attention(every_block):
     torch.manual_seed(0)
     bart = transformers.BartModel(

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from afbs_compile.integrations.transformers.masks import Seen
 from afbs_compile.integrations.transformers.models import served_by, supports_sdpa
 from afbs_compile.kernels.masks.registry import mask_of
-from afbs_compile.kernels.operands import DTYPES, HEAD_DIMS, Operands
+from afbs_compile.kernels.operands import Operands, check_operands
 from afbs_compile.passes.rules import FEWEST_ROWS
 
 BEYOND_SDPA = frozenset({"softcap", "s_aux"})
@@ -55,7 +55,7 @@ def attention(
             operands = _operands(module, query, key, value, attention_mask, given)
             out = _sparse(*served, operands)
             if out is not None:
-                return out.transpose(1, 2), None
+                return out.transpose(1, 2).contiguous(), None  # engines leave nothing to copy
     return _dense(module, query, key, value, attention_mask, given)
 
 
@@ -81,15 +81,8 @@ def _operands(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Seen | Tensor | None, given: dict[str, Any]
 ) -> Operands | str:
     """The call in canonical form, or why it has none."""
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"dtypes {q.dtype}, {k.dtype} and {v.dtype}: half, bfloat16 or float32 is needed, one for all"
-    if q.shape[3] not in HEAD_DIMS or v.shape[3] not in HEAD_DIMS or q.shape[1] % k.shape[1]:
-        return f"heads of {q.shape[3]} and {v.shape[3]}, {q.shape[1]} over {k.shape[1]}: not the form of an operator"
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        return f"batches of {q.shape[0]} and {k.shape[0]}"
     formula, valid, dense = mask_of("full"), None, None
-    causal = supports_sdpa(getattr(module, "config", None))  # eager attention does nothing that its mask does not say
-    causal = causal and given.get("is_causal", getattr(module, "is_causal", True))
+    causal = _is_causal(module, mask, given)
     known = mask.form(q.shape[2], k.shape[2], causal=causal) if isinstance(mask, Seen) else None
     if known is not None:
         formula, keys, valid = known
@@ -109,7 +102,7 @@ def _operands(
             dense = bias[..., : k.shape[2]]
     scale = float(given.get("scaling", q.shape[3] ** -0.5))
     sinks = given.get("s_aux")
-    return Operands(
+    operands = Operands(
         q,
         k,
         v,
@@ -120,6 +113,22 @@ def _operands(
         float(given.get("softcap") or 0.0),
         None if sinks is None else sinks.detach(),
     )
+    try:
+        check_operands(operands)
+    except ValueError as error:
+        return str(error)
+    return operands
+
+
+def _is_causal(module: nn.Module, mask: Seen | Tensor | None, given: dict[str, Any]) -> bool:
+    """Whether a call that gets no mask is causal: eager attention does nothing that its mask does not say.
+
+    A model that decides by whether there is a mask has seen ours, which SDPA may do without.
+    """
+    if not supports_sdpa(getattr(module, "config", None)):
+        return False
+    own: bool = getattr(module, "is_causal", True)
+    return own if isinstance(mask, Seen) else given.get("is_causal", own)
 
 
 def _dense(
@@ -129,6 +138,8 @@ def _dense(
     tensor = mask.dense() if isinstance(mask, Seen) else mask
     by_sdpa = supports_sdpa(getattr(module, "config", None))
     if by_sdpa and "softcap" not in given and "s_aux" not in given:
+        if tensor is None:
+            given["is_causal"] = _is_causal(module, mask, given)
         out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, q, k, v, tensor, **given)
         return out
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

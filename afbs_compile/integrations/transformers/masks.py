@@ -19,26 +19,46 @@ from afbs_compile.passes.rules import FEWEST_ROWS
 MaskFunction = Callable[..., Any]
 
 
-class Seen:
-    """The mask of a long call. Whoever wants a tensor gets the dense one: it behaves like it, and is it once asked.
+OF_SHAPE = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_meta")),
+        *(getattr(Tensor, name) for name in ("dim", "size", "numel", "is_floating_point", "__len__")),
+    }
+)
+"""What is asked of a mask without a look at its content."""
+
+
+class Seen(Tensor):
+    """The mask of a long call: a tensor without data that any function of PyTorch makes the dense one of.
 
     Args:
         arguments: those of transformers' mask interface.
         make: transformers' function for the dense mask.
     """
 
-    def __init__(self, arguments: dict[str, Any], make: Callable[..., Tensor | None]) -> None:
-        self._arguments, self._make = arguments, make
-        self._dense: Tensor | None = None
-        self._built = False
+    _arguments: dict[str, Any]
+    _make: Callable[..., Tensor | None]
+    _built: bool
+    _made: Tensor | None
+
+    @staticmethod
+    def __new__(cls, arguments: dict[str, Any], make: Callable[..., Tensor | None]) -> Seen:
+        """``[B, 1, q_len, k_len]``."""
+        size = arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"]
+        dtype = torch.bool if make is masking_utils.sdpa_mask else arguments.get("dtype", torch.float32)
+        seen = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=arguments.get("device", "cpu"))
+        seen._arguments, seen._make, seen._built, seen._made = arguments, make, False, None
+        return seen
+
+    def __init__(self, *_: Any) -> None: ...
 
     def dense(self) -> Tensor | None:
         """``[B, 1, q_len, k_len]`` as the model's own attention takes it: bool or, for eager attention, added to the
         scores; ``None`` where SDPA's ``is_causal`` says it all.
         """
         if not self._built:
-            self._dense, self._built = self._make(**self._arguments), True
-        return self._dense
+            self._made, self._built = self._make(**self._arguments), True
+        return self._made
 
     def form(self, q_len: int, k_len: int, *, causal: bool) -> tuple[Mask, int, Tensor | None] | None:
         """The mask by formula: the formula, how many of the keys it is over, and which of them are valid.
@@ -65,31 +85,21 @@ class Seen:
             return None
         return mask_of(text), keys, valid
 
-    @property
-    def shape(self) -> torch.Size:
-        """``[B, 1, q_len, k_len]``."""
-        return torch.Size([self._arguments["batch_size"], 1, self._arguments["q_length"], self._arguments["kv_length"]])
-
-    @property
-    def ndim(self) -> int:
-        """4."""
-        return 4
-
-    def contiguous(self) -> Seen:
-        """The mask itself: generation asks every mask for this."""
-        return self
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """A function of PyTorch gets the dense mask."""
+        """A function that reads or computes gets the dense mask."""
+        if func is Tensor.contiguous:  # generation asks every mask for this
+            return args[0]
+        if func not in OF_SHAPE:
+            args, kwargs = torch.utils._pytree.tree_map(_as_dense, (args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """The same for what reaches PyTorch's dispatcher alone."""
         args, kwargs = torch.utils._pytree.tree_map(_as_dense, (args, kwargs or {}))
         return func(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.materialised(), name)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.materialised()[index]
 
     def materialised(self) -> Tensor:
         """The dense mask for code that takes it apart, which a mask left out would surprise."""
