@@ -51,6 +51,17 @@ class _Site:
     unchecked: bool = False
     calls: OrderedDict[tuple[int, int], SparseCall | None] = field(default_factory=OrderedDict)
 
+    def __post_init__(self) -> None:
+        self._errors = [head.error for head in self.row.heads]
+
+    def with_errors_of_calibration(self) -> SiteRecipe:
+        """What is recorded, each head that is still sparse with the error that calibration measured."""
+        heads = [
+            replace(head, error=error) if head.outcome == "sparse" else head
+            for head, error in zip(self.row.heads, self._errors, strict=True)
+        ]
+        return replace(self.row, heads=tuple(heads))
+
 
 class ServedModel:
     """The calls of one model and its recipe.
@@ -101,6 +112,11 @@ class ServedModel:
     def refuse(self, name: str, reason: str) -> None:
         """Remember why a call stays dense that the interface did not hand over."""
         self._refused[name] = reason
+
+    def check_again(self) -> None:
+        """Have every call checked on the inputs that reach it next: what they are like has changed."""
+        for site in self._sites.values():
+            site.unchecked = True
 
     @property
     def rows(self) -> tuple[SiteRecipe, ...]:
@@ -216,9 +232,24 @@ class ServedModel:
             site.unchecked = True
             return
         tolerance = None if self.recipe is None else self.recipe.tolerance
-        found = checked(site.row, call, [operands], tolerance)
+        # What an earlier check measured is no bound for this one: bounds would grow from check to check.
+        found = checked(site.with_errors_of_calibration(), call, [operands], tolerance)
         site.row = found.row
+        self._write_down(site)
         _log.info("checked %s: %d of %d sparse heads hold", site.row.name, found.held, found.heads)
+
+    def _write_down(self, site: _Site) -> None:
+        """Leave to the next process which heads failed a check, if the recipe was made here, for these weights."""
+        if self.recipe is None or self.settings.recipe is not None:
+            return
+        (graph,) = self.recipe.graphs
+        if graph.weights != self._digest():
+            return
+        row = site.with_errors_of_calibration()
+        sites = tuple(row if each.name == row.name else each for each in graph.sites)
+        self.recipe = replace(self.recipe, graphs=(replace(graph, sites=sites),))
+        if self._path is not None:
+            write_cached(self._path, self.recipe)
 
     def _notice_other_weights(self) -> None:
         """After a write into the weights every call is checked again, if values really changed."""
@@ -235,8 +266,7 @@ class ServedModel:
             AfbsWarning,
             stacklevel=2,
         )
-        for site in self._sites.values():
-            site.unchecked = True
+        self.check_again()
 
     def _version(self) -> int:
         return sum(map(version_of, self._weights))
