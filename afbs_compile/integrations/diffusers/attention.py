@@ -1,4 +1,4 @@
-"""Attention as diffusers asks for it, through its dispatcher or past it: sparse where it was calibrated, else native."""
+"""Attention as diffusers asks for it, through its dispatcher or past it: sparse as calibrated, all else native."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from afbs_compile.integrations.diffusers.models import (
 from afbs_compile.passes.rules import FEWEST_ROWS
 
 PARALLEL = "context parallel: a device sees a part of the rows or heads, and thresholds are those of whole calls"
+
 
 def dispatched(
     query: Tensor,
@@ -90,14 +91,11 @@ def attended(call: Call, reason: str | None = None) -> Tensor | None:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
         reason = reason or "gradients are asked for: sparse attention has none"
-    served = denoiser.served
-    if served is None:
-        return None
     operands = reason or canonical(call)
     if isinstance(operands, str):
-        served.refuse(name, operands)
+        denoiser.served.refuse(name, operands)
         return None
-    return served.attend(name, operands)
+    return denoiser.served.attend(name, operands)
 
 
 class _DirectCalls(TorchFunctionMode):

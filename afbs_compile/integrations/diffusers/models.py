@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from afbs_compile.errors import AfbsError, AfbsWarning
 from afbs_compile.integrations.served import ServedModel
 from afbs_compile.options import Options
 
@@ -42,19 +40,14 @@ class Denoiser:
         self.passes = 0
         self._model = weakref.ref(model)
         self._served: ServedModel | None = None
-        self._failed = False
         if settings.recipe is not None:
             self._served = self._serve()
 
     @property
-    def served(self) -> ServedModel | None:
+    def served(self) -> ServedModel:
         """What serves the calls, made when it is first asked for: by then weights are on their device."""
-        if self._served is None and not self._failed:
-            try:
-                self._served = self._serve()
-            except (AfbsError, NotImplementedError) as error:  # a damaged cache; weights without values
-                self._failed = True
-                warnings.warn(f"attention stays dense: {error}", AfbsWarning, stacklevel=2)
+        if self._served is None:
+            self._served = self._serve()
         return self._served
 
     def begin_pass(self) -> None:
