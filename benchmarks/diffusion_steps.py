@@ -4,8 +4,9 @@
 
 Two models of diffusers denoise latents of a drawn video: the example's transformer, whose written-down weights compare
 patches as boldly as a step has noise, and a Wan with random weights whose keys are made as its queries are, on latents
-with the noise of each step. Every call of every step is calibrated by itself, and what came out is measured at every
-step: the error of each head where step ``c`` was calibrated and step ``s`` is computed. Neither model is trained.
+with the noise of each step. The calls of the first, the middle and the last step are calibrated, each step by itself,
+and the error of each head is measured at every step; so is what serving a pipeline ends with, which raises thresholds
+at later steps. Neither model is trained.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import afbs_compile.integrations.diffusers as afbs
 from diffusers import WanTransformer3DModel
 
 from afbs_compile.integrations.diffusers.models import CHECKED_STEPS
+from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.revalidate import raised
 from afbs_compile.tuner.graph import site_recipe
@@ -92,38 +94,40 @@ def wan_steps(frames: int, size: int, count: int) -> Steps:
     return operands_of(model, run)
 
 
-def matrix(steps: Steps, tolerance: float) -> dict[str, Any]:
-    """For each call what thresholds of each step do at each: errors and sparsities ``[calibrated][measured][head]``."""
+def measured(steps: Steps, calls: dict[str, SparseCall]) -> dict[str, Any]:
+    """For each call what its thresholds do at each step: errors and sparsities ``[step][head]``."""
     found: dict[str, Any] = {}
-    for name in steps[0]:
-        error, sparsity, calibrated = [], [], []
-        for step in steps:
-            call = search_curves(SiteInputs([step[name]]), TuneSettings(tolerance), Stopwatch()).call
-            measured = [Meter([other[name]])(call) for other in steps]
-            error.append([each.error.amax(0).tolist() for each in measured])
-            sparsity.append([each.sparsity.tolist() for each in measured])
-            calibrated.append([not dense for dense in call.dense_heads])
-            print(name, len(error) - 1, [f"{max(row):.3f}" for row in error[-1]], flush=True)
-        found[name] = {"error": error, "sparsity": sparsity, "sparse": calibrated}
-    return found
-
-
-def checked(steps: Steps, tolerance: float) -> dict[str, Any]:
-    """What serving ends with: calibrated on the first step, raised at some of the others, measured at all of them."""
-    found: dict[str, Any] = {}
-    for name, first in steps[0].items():
-        result = search_curves(SiteInputs([first]), TuneSettings(tolerance), Stopwatch())
-        row = site_recipe(name, first, result)
-        for number, step in enumerate(steps, 1):
-            if number in CHECKED_STEPS:
-                row = raised(row, row.calibrated.rounded(), [step[name]], tolerance, Stopwatch()).row
-        measured = [Meter([step[name]])(row.calibrated) for step in steps]
+    for name, call in calls.items():
+        at = [Meter([step[name]])(call) for step in steps]
         found[name] = {
-            "error": [each.error.amax(0).tolist() for each in measured],
-            "sparsity": [each.sparsity.tolist() for each in measured],
-            "sparse": [not dense for dense in row.calibrated.dense_heads],
+            "error": [each.error.amax(0).tolist() for each in at],
+            "sparsity": [each.sparsity.tolist() for each in at],
+            "sparse": [not dense for dense in call.dense_heads],
         }
+        print(name, [f"{max(row):.3f}" for row in found[name]["error"]], flush=True)
     return found
+
+
+def rows_of(steps: Steps, calibrated: list[int], tolerance: float) -> dict[str, Any]:
+    """Calls calibrated on some steps, each alone, and as serving has them, measured at every step.
+
+    Serving calibrates on the first step and raises thresholds at some of the later ones.
+    """
+    found: dict[str, Any] = {}
+    served: dict[str, SparseCall] = {}
+    for number in calibrated:
+        calls = {}
+        for name, operands in steps[number].items():
+            result = search_curves(SiteInputs([operands]), TuneSettings(tolerance), Stopwatch())
+            calls[name] = result.call
+            if number == 0:
+                row = site_recipe(name, operands, result)
+                for later, step in enumerate(steps, 1):
+                    if later in CHECKED_STEPS:
+                        row = raised(row, row.calibrated.rounded(), [step[name]], tolerance, Stopwatch()).row
+                served[name] = row.calibrated
+        found[f"calibrated on step {number + 1}"] = measured(steps, calls)
+    return {**found, "served": measured(steps, served)}
 
 
 def holding(errors: list[list[float]], sparse: list[list[bool]], tolerance: float) -> float | None:
@@ -134,20 +138,16 @@ def holding(errors: list[list[float]], sparse: list[list[bool]], tolerance: floa
     return round(statistics.mean(held), 3) if held else None
 
 
-def summary(calls: dict[str, Any], served: dict[str, Any], tolerance: float) -> dict[str, Any]:
-    """Over the heads of all calls: a row for each calibrated step and one for what serving ends with, by step."""
-    count = len(next(iter(calls.values()))["error"])
-    rows = [[(x["error"][c], x["sparsity"][c], x["sparse"][c]) for x in calls.values()] for c in range(count)]
-    rows.append([(x["error"], x["sparsity"], x["sparse"]) for x in served.values()])
-    sparse = [[on for _, _, on in row] for row in rows]
-    errors = [[[error[s] for error, _, _ in row] for s in range(count)] for row in rows]
+def summary(calls: dict[str, Any], tolerance: float) -> dict[str, Any]:
+    """By step, over the heads of all calls."""
+    sites = list(calls.values())
+    sparse, count = [site["sparse"] for site in sites], len(sites[0]["error"])
+    errors = [[site["error"][step] for site in sites] for step in range(count)]
+    sparsity = [[x for site in sites for x in site["sparsity"][step]] for step in range(count)]
     return {
-        "heads_that_hold": [[holding(e, on, tolerance) for e in row] for row, on in zip(errors, sparse, strict=True)],
-        "worst_error": [[round(max(map(max, e)), 4) for e in row] for row in errors],
-        "sparsity": [
-            [round(statistics.mean(x for _, sparsity, _ in row for x in sparsity[s]), 3) for s in range(count)]
-            for row in rows
-        ],
+        "heads that hold": [holding(error, sparse, tolerance) for error in errors],
+        "worst error": [round(max(map(max, error)), 4) for error in errors],
+        "sparsity": [round(statistics.mean(x), 4) for x in sparsity],
     }
 
 
@@ -164,13 +164,15 @@ def main() -> None:
     result: dict[str, Any] = {"settings": settings(arguments), "noise": video.shares(arguments.steps), "models": {}}
     for name, steps_of in (("example", example_steps), ("wan", wan_steps)):
         steps = steps_of(arguments.frames, arguments.size, arguments.steps)
-        calls, served = matrix(steps, arguments.tolerance), checked(steps, arguments.tolerance)
-        found = summary(calls, served, arguments.tolerance)
-        result["models"][name] = {**found, "calls": calls, "served": served}
-        for key, rows in found.items():
-            print(f"{name}, {key}: a row for each calibrated step, then what serving ends with; a column for each step")
-            for row in rows:
-                print("  ".join("   - " if x is None else f"{x:5.2f}" for x in row))
+        last = len(steps) - 1
+        rows = rows_of(steps, [0, last // 2, last], arguments.tolerance)
+        result["models"][name] = {
+            row: {**summary(calls, arguments.tolerance), "calls": calls} for row, calls in rows.items()
+        }
+        for row, found in result["models"][name].items():
+            for key in ("heads that hold", "worst error", "sparsity"):
+                numbers = "  ".join("   - " if x is None else f"{x:5.2f}" for x in found[key])
+                print(f"{name}, {row}, {key} at each step: {numbers}", flush=True)
     save(arguments.name, arguments.out, result)
 
 
