@@ -16,6 +16,7 @@ from afbs_compile.conditions import conditions
 from afbs_compile.errors import AfbsWarning, RecipeError
 from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
+from afbs_compile.generation import take_part_in_generation
 from afbs_compile.guards import guard_parameters
 from afbs_compile.kernels.compilations import forget_compilations, note_compilation
 from afbs_compile.options import Options
@@ -74,6 +75,7 @@ def _reset() -> None:
 
 
 afbs.reset = _reset  # type: ignore[attr-defined]
+take_part_in_generation(afbs)
 
 
 def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options) -> tuple[Recipe | None, Plan]:

@@ -24,7 +24,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,9 @@ WAITING = 5
 """Times the limit that a process may exist, for others share the processor."""
 
 
+Examine = Callable[[str, list[str]], dict[str, Any]]
+
+
 class Job(NamedTuple):
     """A model that is being examined."""
 
@@ -49,7 +52,7 @@ class Job(NamedTuple):
     began: float
 
 
-def _work(model: str, forms: list[str], seconds: int, out: Connection) -> None:
+def _work(model: str, forms: list[str], seconds: int, examine: Examine, out: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -58,18 +61,21 @@ def _work(model: str, forms: list[str], seconds: int, out: Connection) -> None:
     out.send(examine(model, forms))
 
 
-def records(models: list[str], forms: list[str], workers: int, seconds: int) -> Iterator[dict[str, Any]]:
+def records(
+    models: list[str], forms: list[str], workers: int, seconds: int, examine: Examine = examine
+) -> Iterator[dict[str, Any]]:
     """The record of each model, as they come.
 
     Args:
         models: to examine; forms: of each; workers: models at a time; seconds: of a processor that each may take.
+        examine: makes the record.
     """
     waiting, running = list(reversed(models)), dict[Connection, Job]()
     while waiting or running:
         while waiting and len(running) < workers:
             model = waiting.pop()
             receive, send = FORK.Pipe(duplex=False)
-            process = FORK.Process(target=_work, args=(model, forms, seconds, send), daemon=True)
+            process = FORK.Process(target=_work, args=(model, forms, seconds, examine, send), daemon=True)
             process.start()
             send.close()
             running[receive] = Job(model, process, time.perf_counter())

@@ -63,6 +63,35 @@ def test_generate_with_a_static_cache_gives_the_dense_tokens(llama):
         assert torch.equal(llama.generate(ids, **settings), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["all", "left"])
+def test_generate_of_what_torch_compile_returned_is_compiled(llama, side, monkeypatch):
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
+    ids = torch.randint(64, (2, 512))
+    mask = torch.ones_like(ids)
+    mask[1, : 100 if side == "left" else 0] = 0
+    settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
+    expected = llama.generate(ids, **settings)
+    compiled = torch.compile(llama, backend="afbs", options={"min_length": 128, "tolerance": 0.5})
+    found = compiled.generate(ids, **settings)
+    assert found.shape == expected.shape
+    assert "forward" not in vars(llama), "it is as it was"
+    assert {row.outcome for row in afbs_compile.explain(compiled).rows} == {"sparse"}
+    assert len({row.graph for row in afbs_compile.explain(compiled).rows}) == 1, "no decode step was compiled"
+    assert torch.compile(llama).generate.__func__ is type(llama).generate, "other backends are left alone"
+
+
+@torch.no_grad()
+def test_a_pipeline_with_a_compiled_model_is_compiled(llama, monkeypatch):
+    from tests.integrations.test_transformers import word_tokenizer
+
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
+    compiled = torch.compile(llama, backend="afbs", options={"min_length": 128, "tolerance": 0.5})
+    pipe = transformers.pipeline("text-generation", model=compiled, tokenizer=word_tokenizer())
+    pipe(" ".join(f"w{i % 50}" for i in range(600)), max_new_tokens=2, do_sample=False)
+    assert {row.outcome for row in afbs_compile.explain(compiled).rows} == {"sparse"}
+
+
 def fake_kernels_distribution(folder: Path) -> Path:
     """A package and a distribution named ``kernels``, as Hugging Face's is."""
     (folder / "kernels").mkdir(parents=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afbs_compile.cache import cache_path, read_cached, write_cached
 from afbs_compile.conditions import conditions
@@ -55,6 +57,24 @@ class _Site:
     unchecked: bool = False
     of_these_weights: bool = False
     calls: OrderedDict[tuple[int, int], SparseCall | None] = field(default_factory=OrderedDict)
+
+
+_by_model: weakref.WeakKeyDictionary[Any, ServedModel | None] = weakref.WeakKeyDictionary()
+
+
+def serve(model: Any, served: ServedModel | None) -> None:
+    """Have a model served from now on, or left dense."""
+    _by_model[model] = served
+
+
+def is_served(model: Any) -> bool:
+    """Whether it is decided what serves a model."""
+    return model in _by_model
+
+
+def served_model(model: Any) -> ServedModel | None:
+    """What serves a model, if anything does."""
+    return _by_model.get(model) if isinstance(model, nn.Module) else None
 
 
 class ServedModel:

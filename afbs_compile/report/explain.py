@@ -16,6 +16,7 @@ from rich.table import Table
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.resume_execution import ContinueExecutionCache
 
+from afbs_compile.integrations.served import served_model
 from afbs_compile.kernels.attend.engines import kernel_of
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.reasons import NONE_FOUND
@@ -120,12 +121,15 @@ class Explanation:
         return headers, [[line[header] for header in headers] for line in lines]
 
 
+NO_LONG_CALL = "no long call has come yet: call the model once; decode steps and short prompts stay dense"
+
+
 def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     """Tell what happened to every attention call.
 
     Args:
         compiled_or_recipe: what ``torch.compile(model, backend="afbs")`` returned, or a module compiled in
-            place, after a first call; or a recipe.
+            place, or a model whose library calls us (``attn_implementation="afbs"``), after a first call; or a recipe.
 
     Raises:
         TypeError: the argument is neither.
@@ -134,6 +138,11 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
         recipe = compiled_or_recipe
         rows = [_row(index, site) for index, graph in enumerate(recipe.graphs) for site in graph.sites]
         return Explanation(tuple(rows), (_note(recipe), *_kernel_notes(rows)))
+    served = served_model(compiled_or_recipe)
+    if served is not None:
+        rows = [_row(0, site) for site in served.rows]
+        noted = () if served.recipe is None else (_note(served.recipe),)
+        return Explanation(tuple(rows), (*noted, *_kernel_notes(rows)) if rows else (NO_LONG_CALL,))
     graphs = _compiled_graphs(compiled_or_recipe)
     rows = [_row(index, _served(site, graph)) for index, graph in enumerate(graphs) for site in graph.rows]
     notes = dict.fromkeys(_note(graph.recipe) for graph in graphs if graph.recipe is not None)
@@ -152,7 +161,8 @@ def _compiled_graphs(compiled: Any) -> Sequence[registry.CompiledGraph]:
         original = compiled  # module.compile() works in place
     if original is None:
         raise TypeError(
-            f"compiled_or_recipe: got {type(compiled).__name__}; accepted: a Recipe or what torch.compile returned"
+            f"compiled_or_recipe: got {type(compiled).__name__}; accepted: a Recipe, what torch.compile returned, or a "
+            'model with attn_implementation="afbs"'
         )
     owner = registry.owner_of(original)
     tensors = [*owner.parameters(), *owner.buffers()] if isinstance(owner, torch.nn.Module) else []

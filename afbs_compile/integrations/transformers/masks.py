@@ -58,6 +58,20 @@ class Seen:
             return None
         return mask_of(text), keys, valid
 
+    @property
+    def shape(self) -> torch.Size:
+        """``[B, 1, q_len, k_len]``."""
+        return torch.Size([self._arguments["batch_size"], 1, self._arguments["q_length"], self._arguments["kv_length"]])
+
+    @property
+    def ndim(self) -> int:
+        """4."""
+        return 4
+
+    def contiguous(self) -> Seen:
+        """The mask itself: generation asks every mask for this."""
+        return self
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """A function of PyTorch gets the dense mask."""
@@ -84,6 +98,8 @@ def _as_dense(value: Any) -> Any:
 
 def mask_interface(**arguments: Any) -> Seen | Tensor | None:
     """transformers' mask interface: a :class:`Seen` for long calls, for short ones what SDPA gets."""
+    if isinstance(made := arguments.get("attention_mask"), Seen):  # generate asks before the model does
+        return made
     short = arguments["q_length"] < FEWEST_ROWS
     if short or torch.compiler.is_compiling() or not isinstance(arguments["q_length"], int):
         return masking_utils.sdpa_mask(**arguments)

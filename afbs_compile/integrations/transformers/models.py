@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from afbs_compile.errors import AfbsError, AfbsWarning
-from afbs_compile.integrations.served import ServedModel
+from afbs_compile.integrations.served import ServedModel, is_served, serve, served_model
 from afbs_compile.options import Options
 
 CONFIG_ATTRIBUTE = "afbs"
@@ -27,7 +27,6 @@ class Place(NamedTuple):
 
 
 _places: weakref.WeakKeyDictionary[nn.Module, Place] = weakref.WeakKeyDictionary()
-_served: weakref.WeakKeyDictionary[nn.Module, ServedModel | None] = weakref.WeakKeyDictionary()
 
 
 def served_by(module: nn.Module) -> tuple[ServedModel, str] | None:
@@ -41,13 +40,13 @@ def served_by(module: nn.Module) -> tuple[ServedModel, str] | None:
         for name, part in model.named_modules():
             _places[part] = Place(weakref.ref(model), name)
         place = _places[module]
-    if model not in _served:
-        _served[model] = _by_config(model)
-    served = _served[model]
+    if not is_served(model):
+        _serve_by_config(model)
+    served = served_model(model)
     return None if served is None else (served, place.name)
 
 
-def serve(model: PreTrainedModel, options: Mapping[str, Any]) -> ServedModel:
+def serve_with(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
     """Serve a model's calls with these options from now on.
 
     Raises:
@@ -66,23 +65,17 @@ def serve(model: PreTrainedModel, options: Mapping[str, Any]) -> ServedModel:
             yield from alive.named_parameters()
             yield from alive.named_buffers()
 
-    _served[model] = served = ServedModel(tensors, names, Options.parse(options))
-    return served
+    serve(model, ServedModel(tensors, names, Options.parse(options)))
 
 
-def served_model(model: nn.Module) -> ServedModel | None:
-    """What serves a model, if anything does yet."""
-    return _served.get(model)
-
-
-def _by_config(model: PreTrainedModel) -> ServedModel | None:
-    """By what its config says; options that are wrong leave it dense, with a sentence."""
+def _serve_by_config(model: PreTrainedModel) -> None:
+    """As its config says; options that are wrong leave it dense, with a sentence."""
     options = getattr(model.config, CONFIG_ATTRIBUTE, None) or {}
     try:
-        return serve(model, options)
+        serve_with(model, options)
     except AfbsError as error:
         warnings.warn(f"attention stays dense: {error}", AfbsWarning, stacklevel=2)
-        return None
+        serve(model, None)
 
 
 def _model_of(module: nn.Module) -> PreTrainedModel | None:
