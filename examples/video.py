@@ -192,7 +192,7 @@ def seconds(model: nn.Module, latents: Tensor, runs: int, steps: int) -> list[fl
     return spent
 
 
-def main(frames: int = 8, size: int = 96, steps: int = 8, runs: int = 3, out: str = "video.png") -> dict[str, float]:
+def main(frames: int = 8, size: int = 96, steps: int = 6, runs: int = 3, out: str = "video.png") -> dict[str, float]:
     """Denoise one video densely and another sparsely to calibrate, then compare on a third; returns the figures."""
     model = VideoDenoiser().eval()
     clean = scene(frames, size, 100)
@@ -228,7 +228,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=8, help="of the video")
     parser.add_argument("--size", type=int, default=96, help="side of the latents, a multiple of 32")
-    parser.add_argument("--steps", type=int, default=8, help="denoising steps")
+    parser.add_argument("--steps", type=int, default=6, help="denoising steps")
     parser.add_argument("--out", default="video.png", help="file of the pictures")
     arguments = parser.parse_args()
     main(arguments.frames, arguments.size, arguments.steps, out=arguments.out)

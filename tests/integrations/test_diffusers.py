@@ -18,6 +18,7 @@ from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
+import afbs_compile
 import afbs_compile.integrations.diffusers as afbs
 from afbs_compile.errors import AfbsError, OptionError, RecipeError
 from afbs_compile.integrations.diffusers.dispatcher import active_backend, attention_dispatch
@@ -53,8 +54,10 @@ def keep_all(monkeypatch: pytest.MonkeyPatch) -> dict[str, Operands]:
 
 
 def rows(model: Any) -> dict[str, SiteRecipe]:
+    """Of what explain knows."""
     served = afbs.served(model)
     assert served is not None
+    assert [row.site for row in afbs_compile.explain(model).rows] == [row.name for row in served.rows]
     return {row.name: row for row in served.rows}
 
 

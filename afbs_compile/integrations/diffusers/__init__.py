@@ -98,8 +98,8 @@ def _denoisers(model: nn.Module | DiffusionPipeline) -> list[Any]:
         return [model]
     if not isinstance(model, DiffusionPipeline):
         raise OptionError(f"model: got a {type(model).__name__}; accepted: a model or a pipeline of diffusers")
-    components: dict[str, Any] = model.components  # type: ignore[attr-defined]
-    parts = [part for part in components.values() if isinstance(part, ModelMixin)]
+    pipeline: Any = model
+    parts = [part for part in pipeline.components.values() if isinstance(part, ModelMixin)]
     return [
         part
         for part in parts

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from afbs_compile.integrations.served import ServedModel
+from afbs_compile.integrations.served import ServedModel, serve
 from afbs_compile.options import Options
 
 CHECKED_STEPS = frozenset((2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233))
@@ -70,7 +70,9 @@ class Denoiser:
                 yield from model.named_parameters()
                 yield from model.named_buffers()
 
-        return ServedModel(tensors, names, self.settings)
+        served = ServedModel(tensors, names, self.settings)
+        serve(held(), served)  # so that explain knows it
+        return served
 
 
 class Place(NamedTuple):
@@ -121,7 +123,8 @@ def learn(model: nn.Module, options: Mapping[str, Any]) -> Denoiser:
 
 def forget(model: nn.Module) -> None:
     """Serve it no longer."""
-    _denoisers.pop(model, None)
+    if _denoisers.pop(model, None) is not None:
+        serve(model, None)
     for module in model.modules():
         _places.pop(module, None)
 
