@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -81,8 +82,14 @@ def test_with_every_block_kept_a_model_says_what_it_said(name: str, keep_all: di
         assert {call for call in FAMILIES[name].calls if "transformer_blocks" in call} <= padded
 
 
+QUICK = ("wan", "sd3")
+"""Of these ways to the attention of a model there is one each: through the dispatcher, and past it."""
+
+
 @pytest.mark.usefixtures("sparse_is_faster")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_a_calibrated_model_is_sparse_and_says_nearly_what_it_said(name: str) -> None:
     model, inputs = sharpened(tiny(name)), FAMILIES[name].inputs(0)
     unseen = FAMILIES[name].inputs(1)
@@ -358,20 +365,19 @@ def test_thresholds_that_fail_at_a_later_step_are_raised() -> None:
     served = afbs.served(model)
     assert served is not None
     assert served.recipe is not None
-    first = {row.name: row for row in served.rows}
-    assert {row.outcome for row in first.values()} == {"sparse"}
-    noise = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(3))
-    noisy = {**inputs, "hidden_states": noise}  # nothing is near what is alike
-    for _ in CHECKED_STEPS & {2, 3}:
-        output(model, noisy)
+    for site in served._sites.values():  # as if the first step had let through far more than others can bear
+        site.row = dataclasses.replace(site.row, call=site.row.calibrated.with_tau(torch.tensor([0.3, KEEP_ALL])))
+        site.calls.clear()
+    output(model, inputs)
+    assert 2 in CHECKED_STEPS
     raised = {row.name: row for row in served.rows}
-    for name, row in raised.items():
-        assert all(new >= old for new, old in zip(row.calibrated.tau, first[name].calibrated.tau, strict=True))
-        assert row.calibrated.tau != first[name].calibrated.tau
-        assert row.error <= 0.055 * 1.01  # of what is left sparse, on the noise
+    for row in raised.values():
+        assert row.outcome == "sparse"
+        assert 0.3 < row.calibrated.tau[0] < row.calibrated.tau[1] == KEEP_ALL
+        assert row.heads[0].error <= 0.055
     assert {row.name: row.call for row in served.recipe.sites} == {name: row.call for name, row in raised.items()}
     again = afbs.use(copy.deepcopy(model), min_length=512)
-    output(again, noisy)
+    output(again, inputs)
     assert {name: row.call for name, row in rows(again).items()} == {name: row.call for name, row in raised.items()}
 
 
