@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,12 @@ def main() -> None:
     parser.add_argument("--name", default="diffusion_steps_cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"settings": settings(arguments), "noise": video.shares(arguments.steps), "models": {}}
+    result: dict[str, Any] = {
+        "diffusers": version("diffusers"),
+        "settings": settings(arguments),
+        "noise": video.shares(arguments.steps),
+        "models": {},
+    }
     for name, steps_of in (("example", example_steps), ("wan", wan_steps)):
         steps = steps_of(arguments.frames, arguments.size, arguments.steps)
         last = len(steps) - 1
