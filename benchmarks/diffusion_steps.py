@@ -168,11 +168,6 @@ def main() -> None:
         "noise": video.shares(arguments.steps),
         "models": {},
     }
-        "diffusers": version("diffusers"),
-        "settings": settings(arguments),
-        "noise": video.shares(arguments.steps),
-        "models": {},
-    }
     for name, steps_of in (("example", example_steps), ("wan", wan_steps)):
         steps = steps_of(arguments.frames, arguments.size, arguments.steps)
         last = len(steps) - 1
