@@ -37,7 +37,7 @@ from PIL import Image
 PATCH, TILE, HEAD_DIM = 4, 8, 64
 START = 0.6  # share of noise that the first step sees
 BLUR = 5  # pixels over which patches are smoothed before they are compared
-TOLERANCE = 0.12  # a head is an average of many patches, and each step lets go of what the one before got wrong
+TOLERANCE = 0.08  # a head is an average of many patches, and a later step mends what an earlier one got wrong
 
 
 class AlikeProcessor:
