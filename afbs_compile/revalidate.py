@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from afbs_compile.errors import AfbsWarning
@@ -15,8 +16,11 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.plan import Plan
 from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.tuner.inputs import SiteInputs
 from afbs_compile.tuner.measure import Meter, attend_sparsely
-from afbs_compile.tuner.space import all_dense
+from afbs_compile.tuner.space import all_dense, dense_heads
+from afbs_compile.tuner.speed import SiteSpeed, Stopwatch
+from afbs_compile.tuner.validate import validate
 
 SLACK = 1.5
 """Times the tolerance that a head's error may be: inputs of another kind move errors too, and are no other model."""
@@ -86,6 +90,57 @@ def checked(row: SiteRecipe, call: SparseCall, operands: Sequence[Operands], tol
     if kept.is_dense:
         row = replace(row, outcome="dense", reason=NOT_HELD)
     return Checked(row, kept, sum(h and s for h, s in zip(holds, sparse, strict=True)), sum(sparse))
+
+
+def raised(
+    row: SiteRecipe, call: SparseCall, operands: Sequence[Operands], tolerance: float, stopwatch: Stopwatch
+) -> Checked:
+    """Measure a call's heads and raise the thresholds of those that exceed the tolerance, until they hold here too.
+
+    A threshold is never lowered: more is kept than where it was found, and what held there holds still. Heads that no
+    threshold helps are DENSE, and so are all where the call is no longer faster.
+
+    Args:
+        row: as recorded; call: its constants at the length of the operands.
+        tolerance: relative L1 on every input; stopwatch: what timing earlier calls has shown.
+    """
+    error = Meter(operands)(call).error.amax(0)
+    sparse = ~dense_heads(call)
+    failing = sparse & ~(error <= tolerance)
+    if not failing.any():
+        return Checked(row, call, int(sparse.sum()), int(sparse.sum()))
+    found = validate(SiteInputs(operands), call.where(failing.tolist(), all_dense(call)), tolerance)
+    recorded = row.calibrated
+    tau = torch.where(failing, found.tau.maximum(torch.tensor(recorded.tau)), torch.tensor(recorded.tau))
+    new = recorded.with_tau(tau)
+    new = new.where([not dense for dense in new.dense_heads], all_dense(new))
+    measured = Meter(operands)(new)
+    heads = tuple(
+        head
+        if not fails
+        else replace(head, outcome="dense", sparsity=0.0, error=0.0)
+        if dense
+        else replace(head, sparsity=round(s, 6), error=round(e, 6), validation_errors=(round(e, 6),))
+        for head, fails, dense, s, e in zip(
+            row.heads,
+            failing.tolist(),
+            new.dense_heads,
+            measured.sparsity.tolist(),
+            measured.error.amax(0).tolist(),
+            strict=True,
+        )
+    )
+    reason = NOT_HELD
+    if not new.is_dense:
+        speed = SiteSpeed.measure(operands[0], new, float(measured.sparsity.mean()), stopwatch)
+        reason = f"not faster after checks: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense"
+        new = replace(new, min_length=speed.min_length or 0)
+        row = replace(row, sparse_ms=speed.sparse_ms, dense_ms=speed.dense_ms)
+        if speed.min_length is not None:
+            row = replace(row, heads=heads, call=new)
+            return Checked(row, new, int((sparse & ~failing).sum()), int(sparse.sum()))
+    row = replace(row, heads=heads, call=new, outcome="dense", reason=reason)
+    return Checked(row, new, int((sparse & ~failing).sum()), int(sparse.sum()))
 
 
 def told(name: str, differences: Sequence[str], done: Sequence[Checked]) -> None:

@@ -32,7 +32,7 @@ from afbs_compile.match import check_device, renamed_as, weight_differences
 from afbs_compile.options import Options
 from afbs_compile.plan import NOT_CALIBRATED, Sizes, applied
 from afbs_compile.recipe import GraphRecipe, Recipe, SampleRecord, SiteRecipe
-from afbs_compile.revalidate import checked
+from afbs_compile.revalidate import checked, raised
 from afbs_compile.sketch import likeness, sketched, version_of
 from afbs_compile.tuner.graph import recipe_of, site_recipe
 from afbs_compile.tuner.promise import promise
@@ -47,10 +47,15 @@ LENGTHS = 64
 
 @dataclass
 class _Site:
-    """One call: what is recorded of it, and its constants by length, ``None`` where it stays dense."""
+    """One call: what is recorded of it, and its constants by length, ``None`` where it stays dense.
+
+    ``unchecked``: it is measured when it comes next; ``of_these_weights``: only its inputs have changed since it was
+    calibrated, so that what does not hold is raised.
+    """
 
     row: SiteRecipe
     unchecked: bool = False
+    of_these_weights: bool = False
     calls: OrderedDict[tuple[int, int], SparseCall | None] = field(default_factory=OrderedDict)
 
 
@@ -121,6 +126,12 @@ class ServedModel:
     def refuse(self, name: str, reason: str) -> None:
         """Remember why a call stays dense that the interface did not hand over."""
         self._refused[name] = reason
+
+    def check_again(self) -> None:
+        """Have thresholds raised, where they do not hold on the inputs that reach a call next: inputs have changed."""
+        for site in self._sites.values():
+            site.of_these_weights = site.of_these_weights or not site.unchecked
+            site.unchecked = True
 
     @property
     def rows(self) -> tuple[SiteRecipe, ...]:
@@ -236,9 +247,26 @@ class ServedModel:
             site.unchecked = True
             return
         tolerance = None if self.recipe is None else self.recipe.tolerance
-        found = checked(site.row, call, [operands], tolerance)
+        if site.of_these_weights and tolerance is not None:
+            found = raised(site.row, call, [operands], tolerance, self._stopwatch)
+        else:
+            found = checked(site.row, call, [operands], tolerance)
         site.row = found.row
+        if site.of_these_weights:
+            self._write_down(site.row)
         _log.info("checked %s: %d of %d sparse heads hold", site.row.name, found.held, found.heads)
+
+    def _write_down(self, row: SiteRecipe) -> None:
+        """Leave to the next process what a check raised, if the recipe was made here, for these weights."""
+        if self.recipe is None or self.settings.recipe is not None:
+            return
+        (graph,) = self.recipe.graphs
+        if graph.weights != self._digest():
+            return
+        sites = tuple(row if each.name == row.name else each for each in graph.sites)
+        self.recipe = replace(self.recipe, graphs=(replace(graph, sites=sites),))
+        if self._path is not None:
+            write_cached(self._path, self.recipe)
 
     def _notice_other_weights(self) -> None:
         """After a write into the weights every call is checked again, if values really changed."""
@@ -256,7 +284,7 @@ class ServedModel:
             stacklevel=2,
         )
         for site in self._sites.values():
-            site.unchecked = True
+            site.unchecked, site.of_these_weights = True, False
 
     def _version(self) -> int:
         return sum(map(version_of, self._weights))

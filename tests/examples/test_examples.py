@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def examples_on_the_path(monkeypatch, fresh_dynamo):
     monkeypatch.syspath_prepend(EXAMPLES)
     yield
-    for name in ("vision", "own_model", "offline", "inspect_graph", "windows"):
+    for name in ("vision", "video", "own_model", "offline", "inspect_graph", "windows"):
         sys.modules.pop(name, None)
 
 
@@ -39,6 +39,18 @@ def test_vision_computes_the_same_in_both_orders_of_tokens():
     vision = importlib.import_module("vision")
     picture = vision.noisy(vision.scene(64, 3), 3)
     torch.testing.assert_close(vision.NonLocalMeans(True)(picture), vision.NonLocalMeans(False)(picture))
+
+
+@pytest.mark.slow
+def test_video_is_denoised_sparsely(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    monkeypatch.setattr(tuner_site.SiteSpeed, "measure", staticmethod(always_faster))
+    picture = tmp_path / "video.png"
+    figures = importlib.import_module("video").main(frames=4, size=64, steps=4, runs=1, out=str(picture))
+    assert figures["sparse dB"] > figures["noisy dB"] + 6
+    assert 0 < figures["error"] < 0.2
+    assert picture.stat().st_size > 10_000
+    assert "blocks.1" in capsys.readouterr().out
 
 
 @pytest.mark.slow
