@@ -17,7 +17,7 @@ RECIPE_VARIABLE = "AFBS_VLLM_RECIPE"
 
 
 def register() -> None:
-    """Make the backend known to vLLM: what its entry point ``vllm.general_plugins`` calls; a second time is harmless."""
+    """Make the backend known to vLLM, which calls this by its entry point; a second time is harmless."""
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

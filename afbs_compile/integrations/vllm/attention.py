@@ -98,7 +98,7 @@ class SplitImpl:
                 if out is None:
                     break  # the layer is dense, or this request: vLLM takes what is left
                 output[request.first_row : request.first_row + request.rows] = out[0].transpose(0, 1)
-                done.add(request.index)
+                done.add(request.place)
         STATS.sparse += len(done)
         STATS.dense += len(split.long) - len(done)
         return done
@@ -121,7 +121,7 @@ class SplitImpl:
         impl: Any = self
         rows = slice(request.first_row, request.first_row + request.rows)
         window: int | None = layer.sliding_window
-        table = split.common.block_table_tensor[request.index]
+        table = split.common.block_table_tensor[request.place]
         keys, values = pages.gathered(table, request.keys - request.rows, k[rows], v[rows], window)
         mask = mask_of("causal_end" if window is None else f"window({window})")
         queries = q[rows].transpose(0, 1)[None]

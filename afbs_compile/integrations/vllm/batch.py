@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,10 +21,10 @@ class Request(NamedTuple):
     """One long request of a step.
 
     Attributes:
-        index: in the batch; first_row: its first row of the queries; rows: new tokens; keys: all of its tokens.
+        place: in the batch; first_row: its first row of the queries; rows: new tokens; keys: all of its tokens.
     """
 
-    index: int
+    place: int
     first_row: int
     rows: int
     keys: int
@@ -77,7 +78,7 @@ class Split:
 def reduced(common: Any, taken: Collection[int]) -> tuple[Any, Tensor] | None:
     """vLLM's metadata of the requests that are not in ``taken``, and their rows; ``None`` where none is left."""
     starts = common.query_start_loc_cpu.tolist()
-    lengths = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    lengths = [after - before for before, after in itertools.pairwise(starts)]
     kept = [index for index in range(common.num_reqs) if index not in taken and lengths[index] > 0]
     if not kept:
         return None

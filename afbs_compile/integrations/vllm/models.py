@@ -44,6 +44,11 @@ class Calls:
         """Rows times keys of the smallest request that any layer computes sparsely; ``None`` where none does."""
         return min((call.min_length**2 for _, call in self._sparse.values()), default=None)
 
+    @property
+    def count(self) -> int:
+        """Layers that compute any request sparsely."""
+        return len(self._sparse)
+
     def takes(self, layer: str, rows: int, keys: int) -> bool:
         """Whether a layer may compute a request sparsely."""
         found = self._sparse.get(layer)
@@ -95,8 +100,8 @@ def calls_of(layers: Mapping[str, Any], names: list[str], rank: int) -> Calls | 
         try:
             mine = set(map(id, root.modules()))
             inside = {name: layer for name, layer in layers.items() if id(layer) in mine}
-            _known[root] = _calls(root, inside, Recipe.load(path), rank)
-            _say(f"long prefills are sparse as recipe {path} says, {len(_known[root]._sparse)} of {len(inside)} layers.")
+            _known[root] = calls = _calls(root, inside, Recipe.load(path), rank)
+            _say(f"long prefills are sparse as recipe {path} says, in {calls.count} of {len(inside)} layers.")
         except RecipeError as error:
             _known[root] = None
             _say(f"attention stays dense: {error}")
