@@ -25,6 +25,7 @@ from afbs_compile.integrations.vllm.cpu import Builder
 from afbs_compile.integrations.vllm.stats import STATS
 from tests.integrations.vllm_engine import KEEP_ALL, MODEL, engine, greedy, recipe_for
 
+ROOT = Path(__file__).parents[2]
 LENGTHS = [40, 60, 130, 200, 256, 300, 400, 450, 511, 512, 513, 600, 640, 700, 800, 900, 1025, 1100, 1300, 1500]
 
 
@@ -136,14 +137,16 @@ class TestOneEngine:
 
 
 def test_preemption(saved: Path, prompts, native, batches) -> None:
-    several = prompts[15:19]
+    two = prompts[17:19]  # 20 pages, and with what they make 24: one has to go, and come again
     stats.reset()
-    with engine(saved, num_gpu_blocks_override=36, max_num_seqs=4) as llm:
-        found = greedy(llm, several, tokens=140)
+    with engine(saved, num_gpu_blocks_override=22, max_model_len=2048) as llm:
+        found = greedy(llm, two, tokens=300)
         metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     assert metrics["vllm:num_preemptions"] > 0
-    assert [tokens[:16] for tokens in found] == native[15:19]
-    assert STATS.sparse > 8 * sum(-(-len(ids) // 512) for ids in several)  # some of it twice
+    assert [tokens[:16] for tokens in found] == native[17:19]
+    chunks = [rows for batch in batches for rows, _ in batch if rows > 1]
+    assert sum(chunks) > sum(map(len, two))  # some of it twice
+    assert STATS.sparse == 8 * sum(rows >= 128 for rows in chunks)
 
 
 def test_a_dense_recipe_changes_nothing(prompts, native, tmp_path: Path) -> None:
@@ -204,6 +207,79 @@ def test_a_sliding_window(tmp_path: Path) -> None:
     assert 0 < STATS.gathered_bytes <= 2 * 4 * (200 + 128) * 2 * 2 * 32 * 4
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each of two ranks is bound to a core")
+def test_ranks_have_their_own_heads(prompts, native, tmp_path: Path) -> None:
+    recipe_for(MODEL, KEEP_ALL, 0.6, 0.3, 0.1).save(tmp_path / "recipe.json")
+    asked = prompts[15:20]
+    with engine(tmp_path / "recipe.json") as llm:
+        expected = greedy(llm, asked)
+    assert expected != native[15:20]  # so much is left out that it shows
+    script = (
+        "from tests.integrations.vllm_engine import *\n"
+        "import sys, json\n"
+        "if __name__ == '__main__':\n"
+        "    with engine(Path(sys.argv[1]), tensor_parallel_size=2) as llm:\n"
+        "        print(json.dumps(greedy(llm, json.loads(sys.argv[2]))), flush=True)\n"
+    )
+    (tmp_path / "two_ranks.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path / "recipe.json"), str(asked)]
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | more)
+    assert str(expected) in run.stdout.splitlines()
+
+
+def test_the_backend_for_cuda_splits_a_batch(saved: Path, monkeypatch) -> None:
+    """On this CPU, with FlashAttention's kernel stood in for: what it is handed, and what becomes of the long ones."""
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends import flash_attn
+
+    from afbs_compile.integrations.vllm import cuda
+
+    rows, keys = [1, 512, 60, 300], [300, 1300, 200, 300]
+    starts, lengths = torch.tensor([0, *rows]).cumsum(0).int(), torch.tensor(keys).int()
+    table = torch.randperm(4 * 11, generator=torch.Generator().manual_seed(0)).view(4, 11).int()
+    cache, (q, k, v) = torch.full((44, 4, 128, 128), torch.nan), torch.randn(3, 873, 4, 64)
+    whole = [torch.randn(2, count, 4, 64) for count in keys]
+    for number, held in enumerate(whole):
+        held[:, keys[number] - rows[number] :] = torch.stack((k, v))[:, starts[number] : starts[number + 1]]
+        for place in range(keys[number]):
+            cache[table[number, place // 128], :, place % 128] = torch.cat((held[0, place], held[1, place]), -1)
+    handed: list[list[int]] = []
+
+    def kernel(**given: Any) -> None:
+        handed.append(given["seqused_k"].tolist())
+        for number, count in enumerate(handed[-1]):
+            first, last = given["cu_seqlens_q"][number : number + 2].tolist()
+            pages = given["block_table"][number].long()
+            held = [given[name][pages].flatten(0, 1)[:count].transpose(0, 1) for name in "kv"]
+            seen = torch.ones(last - first, count, dtype=torch.bool).tril(count - (last - first))
+            asked = given["q"][first:last].transpose(0, 1)
+            result = torch.nn.functional.scaled_dot_product_attention(asked, *held, attn_mask=seen)
+            given["out"][first:last] = result.transpose(0, 1)
+
+    monkeypatch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", kernel)
+    with engine(saved) as llm:
+        config = llm.llm_engine.vllm_config
+        layer = config.compilation_config.static_forward_context["model.layers.3.self_attn.attn"]
+        with set_current_vllm_config(config):
+            spec = layer.get_kv_cache_spec(config)
+            builder = cuda.Builder(spec, [layer.layer_name], config, torch.device("cpu"))
+            impl = cuda.Impl(4, 64, 64**-0.5, 4, None, None, "auto")
+        impl.vllm_flash_attn_version = 3
+        step = CommonAttentionMetadata(
+            starts, starts, lengths, 4, 873, 512, 1300, table, torch.arange(873), seq_lens_cpu_upper_bound=lengths
+        )
+        split, alone = torch.zeros(2, 873, 4, 64)
+        stats.reset()
+        impl.forward(layer, q, k, v, cache, builder.build(0, step), split)
+        assert (STATS.sparse, STATS.rest) == (2, 1)
+        flash_attn.FlashAttentionImpl.forward(impl, layer, q, k, v, cache, builder.build(0, step), alone)
+        assert not impl.forward(layer, q, k, v, cache, None, torch.ones(873, 4, 64)).any()  # vLLM's profiling run
+    assert handed == [[300, 200], keys]
+    torch.testing.assert_close(split, alone, atol=1e-5, rtol=1e-4)
+
+
 def test_an_engine_killed_in_the_middle_loses_nothing(saved: Path, prompts, native, tmp_path: Path) -> None:
     before = saved.read_bytes()
     script = (
@@ -217,6 +293,7 @@ def test_an_engine_killed_in_the_middle_loses_nothing(saved: Path, prompts, nati
     cache = tmp_path / "cache"
     command = [sys.executable, "-c", script, str(saved), str(prompts[18:20])]
     surroundings = {**os.environ, "AFBS_CACHE_DIR": str(cache)}
+    surroundings["PYTHONPATH"] = str(ROOT)
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=surroundings)
     assert run.stdout is not None
     next(line for line in run.stdout if line.startswith("began"))

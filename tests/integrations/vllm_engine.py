@@ -18,8 +18,8 @@ from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SampleRecord, S
 from afbs_compile.sketch import sketched
 from afbs_compile.tuner.graph import recipe_of
 
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, where it can be watched
 os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where it can be watched
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -32,14 +32,15 @@ KEEP_ALL = 0.9999999
 """Below what makes a head DENSE, so that the sparse kernels compute it, and above what any block falls short of."""
 
 
-def recipe_for(folder: Path, tau: float, *, heads: int = 0, min_length: int = 256, device: str = "cpu") -> Recipe:
-    """A recipe of a saved model with one tau for all heads; ``heads`` of them, if not as many as it has."""
+def recipe_for(folder: Path, *taus: float, heads: int = 0, min_length: int = 256, device: str = "cpu") -> Recipe:
+    """A recipe of a saved model: heads of these taus in turn, ``heads`` of them, if not as many as it has."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = model.config
     heads = heads or config.num_attention_heads
-    call = SparseCall.uniform(heads, tau, policy="cumulant", min_length=min_length, kept=Kept(64, 64))
+    call = SparseCall.uniform(heads, 1.0, policy="cumulant", min_length=min_length, kept=Kept(64, 64))
+    call = call.with_tau(torch.tensor(taus, dtype=torch.float64).repeat(heads)[:heads])
     measured = (HeadRecipe("sparse", 0.5, 0.01, (0.01,)),) * heads
     sites = tuple(
         SiteRecipe(

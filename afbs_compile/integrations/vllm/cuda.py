@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -25,6 +26,20 @@ class Builder(SplitBuilder, FlashAttentionMetadataBuilder):
 
 class Impl(SplitImpl, FlashAttentionImpl):
     """Attention on CUDA."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        config = get_current_vllm_config_or_none()
+        self._longest = 0 if config is None else config.model_config.max_model_len
+
+    def forward(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, *out: Any
+    ) -> Tensor:
+        """See vLLM's ``AttentionImpl``."""
+        if attn_metadata is None:
+            # vLLM measures here what a step needs; it must see what one long request is gathered into.
+            key.new_empty(2, self._longest, *key.shape[1:])
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *out)
 
     def pages(self, layer: Any, kv_cache: Tensor) -> Pages | None:
         """The layer's cache, ``[pages, H_kv, tokens, 2 D]``, of which each token has its key before its value."""

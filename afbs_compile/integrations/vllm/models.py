@@ -22,6 +22,7 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.match import renamed_as
 from afbs_compile.options import Options
 from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.sketch import likeness, sketched
 
 
 class Calls:
@@ -83,6 +84,7 @@ class Calls:
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Calls | None] = weakref.WeakKeyDictionary()
+"""By attention layer: vLLM hides its model from the garbage collector once it has started."""
 
 
 def calls_of(layers: Mapping[str, Any], names: list[str], rank: int) -> Calls | None:
@@ -91,21 +93,24 @@ def calls_of(layers: Mapping[str, Any], names: list[str], rank: int) -> Calls | 
     A recipe that is damaged, or of another model or device, leaves all of them dense, with a sentence.
 
     Args:
-        layers: every attention layer of this process by name; names: of those that are asked for.
+        layers: of this process, by name, those whose attention may be sparse; names: of those that are asked for.
         rank: of this process among those that share the heads.
     """
-    root = _root_of(layers[names[0]])
-    if root not in _known:
-        path = os.environ.get(RECIPE_VARIABLE, "")
+    first = next((layers[name] for name in names if name in layers), None)
+    if first is None:
+        return None
+    if first not in _known:
+        path, root = os.environ.get(RECIPE_VARIABLE, ""), _root_of(first)
+        mine = set(map(id, root.modules()))
+        inside = {name: layer for name, layer in layers.items() if id(layer) in mine}
+        calls = None
         try:
-            mine = set(map(id, root.modules()))
-            inside = {name: layer for name, layer in layers.items() if id(layer) in mine}
-            _known[root] = calls = _calls(root, inside, Recipe.load(path), rank)
+            calls = _calls(root, inside, Recipe.load(path), rank)
             _say(f"long prefills are sparse as recipe {path} says, in {calls.count} of {len(inside)} layers.")
-        except RecipeError as error:
-            _known[root] = None
+        except AfbsError as error:
             _say(f"attention stays dense: {error}")
-    return _known[root]
+        _known.update((layer, calls) for layer in inside.values())
+    return _known[first]
 
 
 def _calls(root: nn.Module, layers: Mapping[str, Any], recipe: Recipe, rank: int) -> Calls:
@@ -122,6 +127,9 @@ def _calls(root: nn.Module, layers: Mapping[str, Any], recipe: Recipe, rank: int
         every = [] if alive is None else [*alive.named_parameters(), *alive.named_buffers()]
         return [(name, tensor) for name, tensor in every if tuple(tensor.shape) in shapes]
 
+    matrices = [(name, tensor) for name, tensor in tensors() if tensor.dim() > 1]
+    if likeness(sketched(matrices), sketches).foreign:  # the scales of norms are alike in many models
+        raise RecipeError("the recipe belongs to another model: other weights.")
     if not tensors():
         raise RecipeError("the recipe cannot be compared with this model: no weight has the shape of one of its own.")
     graph = replace(recipe.graphs[0], sites=tuple(sites.values()), tensors=sketches)
