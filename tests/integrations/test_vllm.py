@@ -294,7 +294,7 @@ def test_the_backend_for_cuda_splits_a_batch(saved: Path, monkeypatch) -> None:
         )
         split, alone = torch.zeros(2, 873, 4, 64)
         stats.reset()
-        impl.forward(layer, q, k, v, cache, builder.build(0, step), split)
+        impl.forward(layer, q, k, v, cache, builder.build(0, step), output=split)
         assert (STATS.sparse, STATS.rest) == (2, 1)
         flash_attn.FlashAttentionImpl.forward(impl, layer, q, k, v, cache, builder.build(0, step), alone)
         assert not impl.forward(layer, q, k, v, cache, None, torch.ones(873, 4, 64)).any()  # vLLM's profiling run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,9 +190,23 @@ def test_an_engine_that_refuses_leaves_the_layer_dense(monkeypatch: pytest.Monke
     said: list[str] = []
     monkeypatch.setattr("afbs_compile.integrations.vllm.models._say", said.append)
     calls = Calls(Refuses(), {"a": site(4, 2)})  # type: ignore[arg-type]
-    assert calls.attend("a", None) is None  # type: ignore[arg-type]
+    assert calls.attend("a", lambda: None) is None  # type: ignore[arg-type]
     assert not calls.takes("a", 4096, 4096)
     assert said == ["there stays dense: head_dim is 7"]
+
+
+def test_where_nothing_compiles_all_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    said: list[str] = []
+    monkeypatch.setattr("afbs_compile.integrations.vllm.models.run", fails)
+    monkeypatch.setattr("afbs_compile.integrations.vllm.models._say", said.append)
+    calls = Calls(None, {"a": site(4, 2), "b": site(4, 2)})  # type: ignore[arg-type]
+    impl = SimpleNamespace(num_heads=4, num_kv_heads=2, head_size=64, scale=0.125)
+    calls.warm({"a": SimpleNamespace(impl=impl)}, torch.float32, torch.device("cpu"))
+    assert (calls.count, calls.least_work) == (0, None)
+    assert said == ["attention stays dense: no C++ compiler"]
 
 
 def test_the_package_does_not_import_vllm() -> None:

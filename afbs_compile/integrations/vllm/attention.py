@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -94,7 +95,8 @@ class SplitImpl:
         done = set()
         if pages is not None:
             for request in mine:
-                out = split.calls.attend(layer.layer_name, self._operands(split, request, layer, q, k, v, pages))
+                operands = functools.partial(self._operands, split, request, layer, q, k, v, pages)
+                out = split.calls.attend(layer.layer_name, operands)
                 if out is None:
                     break  # the layer is dense, or this request: vLLM takes what is left
                 output[request.first_row : request.first_row + request.rows] = out[0].transpose(0, 1)

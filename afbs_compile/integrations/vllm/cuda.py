@@ -33,13 +33,24 @@ class Impl(SplitImpl, FlashAttentionImpl):
         self._longest = 0 if config is None else config.model_config.max_model_len
 
     def forward(
-        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, *out: Any
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """See vLLM's ``AttentionImpl``."""
         if attn_metadata is None:
             # vLLM measures here what a step needs; it must see what one long request is gathered into.
             key.new_empty(2, self._longest, *key.shape[1:])
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *out)
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        )
 
     def pages(self, layer: Any, kv_cache: Tensor) -> Pages | None:
         """The layer's cache, ``[pages, H_kv, tokens, 2 D]``, of which each token has its key before its value."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,9 @@ from afbs_compile.match import renamed_as
 from afbs_compile.options import Options
 from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.sketch import likeness, sketched
+
+FAILURES = (AfbsError, ValueError, RuntimeError, OSError)
+"""An engine's refusal, no memory, no compiler: the model is served all the same."""
 
 
 class Calls:
@@ -55,17 +58,17 @@ class Calls:
         found = self._sparse.get(layer)
         return found is not None and not found[1].dense_at(rows, keys)
 
-    def attend(self, layer: str, operands: Operands) -> Tensor | None:
+    def attend(self, layer: str, operands: Callable[[], Operands]) -> Tensor | None:
         """The result of a call that :meth:`takes` says yes to, ``[1, H, rows, D]``; ``None``: it is for vLLM after all.
 
         A call whose thresholds do not hold on this form of the model, or that no engine takes, is dense from then on.
         """
         name, _ = self._sparse[layer]
         try:
-            out = self._served.attend(name, operands)
-        except (AfbsError, ValueError, RuntimeError) as error:  # out of memory among them
+            out = self._served.attend(name, operands())
+        except FAILURES as error:
             del self._sparse[layer]
-            _say(f"{name} stays dense: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            _say(f"{name} stays dense: {_first_line(error)}")
             return None
         if out is None and any(row.name == name and row.outcome != "sparse" for row in self._served.rows):
             del self._sparse[layer]
@@ -74,13 +77,17 @@ class Calls:
 
     @torch.inference_mode()
     def warm(self, layers: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-        """Compile what the first long request would wait for."""
-        for name in self._sparse:
-            impl = layers[name].impl
-            q, kv = (torch.zeros(1, n, 256, impl.head_size, dtype=dtype, device=device) for n in _heads(impl)[:2])
-            operands = Operands(q, kv, kv, mask_of("causal_end"), impl.scale)
-            run(operands, self._sparse[name][1].rounded())
+        """Compile what the first long request would wait for; where nothing compiles, all stays dense."""
+        if not self._sparse:
             return
+        name, (_, call) = next(iter(self._sparse.items()))
+        impl = layers[name].impl
+        q, kv = (torch.zeros(1, n, 256, impl.head_size, dtype=dtype, device=device) for n in _heads(impl)[:2])
+        try:
+            run(Operands(q, kv, kv, mask_of("causal_end"), impl.scale), call.rounded())
+        except FAILURES as error:
+            self._sparse.clear()
+            _say(f"attention stays dense: {_first_line(error)}")
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Calls | None] = weakref.WeakKeyDictionary()
@@ -176,6 +183,10 @@ def _root_of(layer: nn.Module) -> nn.Module:
     while id(layer) in above:
         layer = above[id(layer)]
     return layer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _say(sentence: str) -> None:
