@@ -4,8 +4,9 @@
     python benchmarks/vllm_cpu.py --recipe model.recipe.json
 
 The two engines are two processes that live side by side and take turns, prompt by prompt; each prompt is computed from
-nothing; so are three windows for the perplexity and ten prompts with a pass key, all of that length. The text is the second half of Python's help topics: calibrate on the first. Both seconds on the clock and
-seconds of the processor are kept, because other work on the machine moves the former alone.
+nothing. So are three windows for the perplexity, and ten prompts with a pass key, all of that length. The text is the
+second half of Python's help topics: calibrate on the first. Both seconds on the clock and seconds of the processor are
+kept, because other work on the machine moves the former alone.
 """
 
 from __future__ import annotations
