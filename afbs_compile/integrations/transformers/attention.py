@@ -123,12 +123,12 @@ def _operands(
 def _is_causal(module: nn.Module, mask: Seen | Tensor | None, given: dict[str, Any]) -> bool:
     """Whether a call that gets no mask is causal: eager attention does nothing that its mask does not say.
 
-    A model that decides by whether there is a mask has seen ours, which SDPA may do without.
+    A model that decides by whether there is a mask has seen ours, which SDPA may do without, and says no.
     """
     if not supports_sdpa(getattr(module, "config", None)):
         return False
     own: bool = getattr(module, "is_causal", True)
-    return own if isinstance(mask, Seen) else given.get("is_causal", own)
+    return own or bool(given.get("is_causal")) if isinstance(mask, Seen) else given.get("is_causal", own)
 
 
 def _dense(
