@@ -39,7 +39,7 @@ class Option:
         rules: what must hold, in the order in which they are asked; the first looks at the value alone.
         calibrates: whether it is an option of calibration; runs: of what runs. An option of calibration alone is not
             accepted beside a recipe, and recipes of another value of it are not reused.
-        flag: on the command line.
+        flag: on the command line, where calibration is asked for by name; empty for none.
         text: reads the value from the command line; ``None`` where the command reads it itself. written: how it is
             written there, where that is not plain.
         recorded: whether a recipe says what was given.
@@ -229,8 +229,8 @@ _DECLARED = (
         "call stays dense.",
         (one_of(("calibrate", "dense")),),
         calibrates=False,
-        runs=True,
-        flag="--first-call",
+        runs=False,
+        flag="",
     ),
     Option(
         "dump",

@@ -131,7 +131,7 @@ def test_every_option_of_calibration_alone_is_part_of_the_cache_key():
 def test_the_version_is_part_of_the_cache_key(monkeypatch):
     now = cache_path(conditions())
     assert cache_path(conditions()) == now
-    monkeypatch.setattr(backend, "__version__", "0.3.0")
+    monkeypatch.setattr("afbs_compile.conditions.__version__", "0.3.0")
     assert cache_path(conditions()) != now
 
 
