@@ -111,6 +111,19 @@ class ServedModel:
         self._path: Path | None = None
         self.recipe = self._found_recipe()
 
+    def leaves(self, name: str, q_len: int, k_len: int) -> bool:
+        """Whether it is known already that a call stays dense, so that nobody needs to put its operands together.
+
+        Args:
+            name: of the module that makes it; q_len, k_len: of the call.
+        """
+        if q_len * k_len < self.settings.min_length**2:
+            return True
+        if name == self._first:
+            self._notice_other_weights()
+        site = self._sites.get(name)
+        return site is not None and not site.unchecked and site.calls.get((q_len, k_len), ...) is None
+
     def attend(self, name: str, operands: Operands) -> Tensor | None:
         """The result of a call, ``[B, H, q_len, D_v]``; ``None`` where it is to be computed densely.
 

@@ -51,7 +51,7 @@ def attention(
     given = {name: value for name, value in given.items() if value is not None}
     if _is_candidate(query, dropout) and not (given.get("cache") is not None or given.get("output_attentions")):
         served = served_by(module)
-        if served is not None and query.shape[2] * key.shape[2] >= served[0].settings.min_length ** 2:
+        if served is not None and not served[0].leaves(served[1], query.shape[2], key.shape[2]):
             operands = _operands(module, query, key, value, attention_mask, given)
             out = _sparse(*served, operands)
             if out is not None:

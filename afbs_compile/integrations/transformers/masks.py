@@ -18,6 +18,9 @@ from afbs_compile.passes.rules import FEWEST_ROWS
 
 MaskFunction = Callable[..., Any]
 
+Form = tuple[Mask, int, Tensor | None]
+"""A formula, how many of the keys it is over, and which of them are valid, ``None`` for all."""
+
 
 OF_SHAPE = frozenset(
     {
@@ -40,6 +43,7 @@ class Seen(Tensor):
     _make: Callable[..., Tensor | None]
     _built: bool
     _made: Tensor | None
+    _forms: dict[tuple[int, int, bool], Form | None]
 
     @staticmethod
     def __new__(cls, arguments: dict[str, Any], make: Callable[..., Tensor | None]) -> Seen:
@@ -48,6 +52,7 @@ class Seen(Tensor):
         dtype = torch.bool if make is masking_utils.sdpa_mask else arguments.get("dtype", torch.float32)
         seen = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=arguments.get("device", "cpu"))
         seen._arguments, seen._make, seen._built, seen._made = arguments, make, False, None
+        seen._forms = {}
         return seen
 
     def __init__(self, *_: Any) -> None: ...
@@ -60,7 +65,7 @@ class Seen(Tensor):
             self._made, self._built = self._make(**self._arguments), True
         return self._made
 
-    def form(self, q_len: int, k_len: int, *, causal: bool) -> tuple[Mask, int, Tensor | None] | None:
+    def form(self, q_len: int, k_len: int, *, causal: bool) -> Form | None:
         """The mask by formula: the formula, how many of the keys it is over, and which of them are valid.
 
         ``None`` where there is no such form, or the keys are not those that the mask was asked for.
@@ -68,6 +73,12 @@ class Seen(Tensor):
         Args:
             q_len, k_len: of the call; causal: whether the module that calls counts as causal without a mask.
         """
+        asked = q_len, k_len, causal
+        if asked not in self._forms:  # all layers share it: padding is looked at once, which waits for the device
+            self._forms[asked] = self._form(q_len, k_len, causal)
+        return self._forms[asked]
+
+    def _form(self, q_len: int, k_len: int, causal: bool) -> Form | None:
         if (q_len, k_len) != (self._arguments["q_length"], self._arguments["kv_length"]):
             return None
         start, keys_start = int(self._arguments.get("q_offset", 0)), int(self._arguments.get("kv_offset", 0))
