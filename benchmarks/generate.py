@@ -4,8 +4,9 @@
     python benchmarks/generate.py --model M --text books.txt --device cuda --dtype bfloat16 --lengths 16384 32768
 
 SDPA stands twice: as transformers calls it, and without a mask and with is_causal, which is the fastest that it can
-be called ("plain"). The ways take turns; a line says the median and the range. With thresholds that leave every head
-dense the tokens must be those of "sdpa". The recipe is calibrated on other windows of the text than the prompts.
+be called ("plain"). With --compiled the prefill is compiled as well, dense by inductor and sparse by the backend;
+decode steps are not, in any way. The ways take turns; a line says the median and the range. With thresholds that leave
+every head dense the tokens must be those of "sdpa". The recipe is calibrated on other windows than the prompts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import afbs_compile
 import afbs_compile.integrations.transformers as afbs
 from afbs_compile import Recipe
+from afbs_compile.generation import take_part_in_generation
 from afbs_compile.integrations.served import served_model
 
 WAYS = ("plain", "sdpa", "afbs")
@@ -45,9 +47,17 @@ class Clock(BaseStreamer):
         """Nothing is left to do."""
 
 
+def inductor(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Any:
+    """The backend of the compiled dense way: ``generate`` compiles with it what it does with ours."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs)
+
+
 def generated(model: Any, way: str, ids: torch.Tensor, new: int) -> tuple[float, float, list[int]]:
     """Seconds to the first token, median seconds of a further one, and the tokens."""
-    model.set_attn_implementation(way)
+    attention = {"plain, compiled": "plain", "afbs, compiled": "sdpa"}.get(way, way)
+    getattr(model, "_orig_mod", model).set_attn_implementation(attention)
     clock, began = Clock(), time.perf_counter()
     with torch.no_grad():
         out = model.generate(
@@ -79,7 +89,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def at_length(model: Any, windows: list[torch.Tensor], new: int, rounds: int) -> dict[str, Any]:
+def at_length(model: Any, windows: list[torch.Tensor], new: int, rounds: int, compiled: bool) -> dict[str, Any]:
     """What a length gives: a recipe, then the ways in turns."""
     *samples, prompt = windows
     model.set_attn_implementation("sdpa")
@@ -89,27 +99,38 @@ def at_length(model: Any, windows: list[torch.Tensor], new: int, rounds: int) ->
     afbs.use(model, recipe=dense(recipe))
     same = generated(model, "afbs", prompt, new)[2] == generated(model, "sdpa", prompt, new)[2]
     afbs.use(model, recipe=recipe)
-    for way in WAYS:
-        generated(model, way, prompt, 4)
-    times: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    models = dict.fromkeys(WAYS, model)
+    if compiled:
+        torch._dynamo.reset()
+        models["plain, compiled"] = torch.compile(model, backend=inductor, dynamic=False)
+        models["afbs, compiled"] = torch.compile(model, backend="afbs", options={"recipe": recipe}, dynamic=False)
+    for way, each in models.items():
+        generated(each, way, prompt, 4)
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in models}
     tokens = {}
     for _ in range(rounds):
-        for way in WAYS:
-            first, step, tokens[way] = generated(model, way, prompt, new)
+        for way, each in models.items():
+            first, step, tokens[way] = generated(each, way, prompt, new)
             times[way].append((first, step))
     rows = served_model(model).rows
     result: dict[str, Any] = {
         "calibration s": seconds,
         "calls sparse": f"{sum(row.outcome == 'sparse' for row in rows)} of {len(rows)}",
         "sparsity": recipe.sparsity,
+        "all calls alone, ms": {
+            "dense": sum(r.dense_ms or 0 for r in rows),
+            "sparse": sum(r.sparse_ms or 0 for r in rows),
+        },
         "tokens of a dense recipe are those of sdpa": same,
         "tokens as sdpa before the first other": _common(tokens["afbs"], tokens["sdpa"]),
     }
-    for way in WAYS:
+    for way in models:
         result[way] = {"first s": spread([f for f, _ in times[way]]), "step s": spread([s for _, s in times[way]])}
     for name in ("first s", "step s"):
-        mine = result["afbs"][name]["median"]
-        result[f"x {name}"] = {way: result[way][name]["median"] / mine for way in ("plain", "sdpa")}
+        for mine, others in (("afbs", WAYS[:2]), ("afbs, compiled", (*WAYS[:2], "plain, compiled"))):
+            if mine in models:
+                median = result[mine][name]["median"]
+                result[f"x {name} of {mine}"] = {way: result[way][name]["median"] / median for way in others}
     return result
 
 
@@ -125,6 +146,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens")
     parser.add_argument("--samples", type=int, default=2, help="windows to calibrate on")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="compile the prefill, too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--name", default="generate_7m_cpu")
@@ -133,12 +155,13 @@ def main() -> None:
     AttentionInterface.register("plain", sdpa_attention_forward)
     AttentionMaskInterface.register("plain", lambda **_: None)
     afbs.register()
+    take_part_in_generation(inductor)
     model, tokenizer = load(arguments.model, arguments.device, getattr(torch, arguments.dtype))
     results = {}
     for length in arguments.lengths:
         count = arguments.samples + 1
         windows = text_windows(tokenizer, arguments.text, length, count, arguments.device)
-        results[str(length)] = found = at_length(model, windows, arguments.new, arguments.rounds)
+        results[str(length)] = found = at_length(model, windows, arguments.new, arguments.rounds, arguments.compiled)
         print(length, found)
         save(arguments.name, arguments.out, {"settings": settings(arguments), "lengths": results})
 
