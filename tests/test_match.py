@@ -187,6 +187,17 @@ class TestSketches:
         after = sketched([("a", weight)])
         assert after[0].digest != before[0].digest
 
+    def test_tensors_made_of_others_are_read_by_their_parts(self):
+        from torch.testing._internal.two_tensor import TwoTensor
+
+        parts = torch.randn(6, 8), torch.randn(6, 8)
+        (one,) = sketched([("x", TwoTensor(*parts))])
+        (same,) = sketched([("x", TwoTensor(*(part.clone() for part in parts)))])
+        (other,) = sketched([("x", TwoTensor(parts[0], parts[1] + 1))])
+        assert one.digest == same.digest != other.digest
+        assert one.values == (None,) * 8, "it has no form that says what it stands for"
+        assert likeness([other], [one]).unread == 1
+
     @pytest.mark.parametrize("tensor", [torch.tensor(3.0), torch.zeros(0), torch.randn(5).to(torch.float8_e4m3fn)])
     def test_tensors_of_every_kind(self, tensor):
         (sketch,) = sketched([("x", tensor)])
