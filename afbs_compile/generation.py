@@ -71,7 +71,9 @@ def _compiled_forward(wrapper: Any) -> Iterator[None]:
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs) if _is_decode(args, kwargs) else compiled(module, *args, **kwargs)
+        if _is_decode(args, kwargs):
+            return plain(*args, **kwargs)
+        return compiled(module, *args, **_without_needless_mask(kwargs))
 
     module.forward = forward
     try:
@@ -83,6 +85,15 @@ def _compiled_forward(wrapper: Any) -> Iterator[None]:
 def _function_of(module: nn.Module) -> Callable[..., Any]:
     """The class's ``forward``: a bound one would keep the module alive."""
     return type(module).forward
+
+
+def _without_needless_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without a mask of ones, which generation gives where nobody does: compiled code cannot look at it,
+    and would make a mask of every row and key of it.
+    """
+    mask = kwargs.get("attention_mask")
+    needless = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask != 0).all())
+    return {**kwargs, "attention_mask": None} if needless else kwargs
 
 
 def _is_decode(args: Any, kwargs: dict[str, Any]) -> bool:
