@@ -10,7 +10,7 @@ import logging
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,29 @@ _by_model: weakref.WeakKeyDictionary[Any, ServedModel | None] = weakref.WeakKeyD
 def serve(model: Any, served: ServedModel | None) -> None:
     """Have a model served from now on, or left dense."""
     _by_model[model] = served
+
+
+def serve_with(model: nn.Module, settings: Options) -> ServedModel:
+    """Have a model served from now on, by the names of its modules; it may be let go of all the same.
+
+    Raises:
+        RecipeError: as :class:`ServedModel`.
+    """
+    held = weakref.ref(model)
+
+    def names() -> Iterator[str]:
+        alive = held()
+        yield from () if alive is None else (name for name, _ in alive.named_modules())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        alive = held()
+        if alive is not None:
+            yield from alive.named_parameters()
+            yield from alive.named_buffers()
+
+    served = ServedModel(tensors, names, settings)
+    serve(model, served)
+    return served
 
 
 def is_served(model: Any) -> bool:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
+from torch import nn
 
-from afbs_compile.integrations.served import ServedModel, serve
+from afbs_compile.integrations.served import ServedModel, serve, serve_with
 from afbs_compile.options import Options
 
 CHECKED_STEPS = frozenset((2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233))
@@ -58,21 +58,9 @@ class Denoiser:
             served.check_again()
 
     def _serve(self) -> ServedModel:
-        held = self._model
-
-        def names() -> Iterator[str]:
-            model = held()
-            yield from () if model is None else (name for name, _ in model.named_modules())
-
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            model = held()
-            if model is not None:
-                yield from model.named_parameters()
-                yield from model.named_buffers()
-
-        served = ServedModel(tensors, names, self.settings)
-        serve(held(), served)  # so that explain knows it
-        return served
+        model = self._model()
+        assert model is not None  # it is being called
+        return serve_with(model, self.settings)
 
 
 class Place(NamedTuple):

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from afbs_compile.integrations.transformers.attention import attention
 from afbs_compile.integrations.transformers.masks import mask_interface
-from afbs_compile.integrations.transformers.models import serve_with
+from afbs_compile.integrations.transformers.models import serve_as_asked
 
 NAME = "afbs"
 
@@ -45,7 +45,7 @@ def use(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         RecipeError: the recipe is damaged or belongs to another model.
     """
     register()
-    serve_with(model, options)
+    serve_as_asked(model, options)
     model.set_attn_implementation(NAME)
     return model
 

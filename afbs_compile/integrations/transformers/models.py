@@ -8,11 +8,11 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from afbs_compile.errors import AfbsError, AfbsWarning
-from afbs_compile.integrations.served import ServedModel, is_served, serve, served_model
+from afbs_compile.integrations.served import ServedModel, is_served, serve, serve_with, served_model
 from afbs_compile.options import Options
 
 CONFIG_ATTRIBUTE = "afbs"
@@ -48,33 +48,21 @@ def served_by(module: nn.Module) -> tuple[ServedModel, str] | None:
     return None if served is None else (served, place.name)
 
 
-def serve_with(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
+def serve_as_asked(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
     """Serve a model's calls with these options from now on.
 
     Raises:
         OptionError: an option is unknown or out of range.
         RecipeError: the recipe is damaged or belongs to another model.
     """
-    held = weakref.ref(model)
-
-    def names() -> Iterator[str]:
-        alive = held()
-        yield from () if alive is None else (name for name, _ in alive.named_modules())
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        alive = held()
-        if alive is not None:
-            yield from alive.named_parameters()
-            yield from alive.named_buffers()
-
-    serve(model, ServedModel(tensors, names, Options.parse(options)))
+    serve_with(model, Options.parse(options))
 
 
 def _serve_by_config(model: PreTrainedModel) -> None:
     """As its config says; options that are wrong leave it dense, with a sentence."""
     options = getattr(model.config, CONFIG_ATTRIBUTE, None) or {}
     try:
-        serve_with(model, options)
+        serve_as_asked(model, options)
     except AfbsError as error:
         warnings.warn(f"attention stays dense: {error}", AfbsWarning, stacklevel=2)
         serve(model, None)
