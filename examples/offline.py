@@ -3,8 +3,8 @@
     python examples/offline.py
 
 The first half is what a team runs once and puts into version control: a JSON recipe. The second half is a fresh
-process, as in production: it loads model and recipe, compiles, and answers. It also shows that a recipe is refused by a
-model with other weights. Takes a few minutes on two CPU cores.
+process, as in production: it loads model and recipe, compiles, and answers. It also shows that a recipe is checked
+where the weights have changed a little, and refused where they are others. Takes a few minutes on two CPU cores.
 
 The same from a shell:
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from windows import SHIPPED_MODEL, help_topics, windows
 
 import afbs_compile
-from afbs_compile.errors import RecipeError
+from afbs_compile.errors import AfbsWarning, RecipeError
 
 
 def calibrate(model: str | Path, path: Path, length: int, min_length: int) -> None:
@@ -52,7 +53,15 @@ def deploy(model: str | Path, path: Path, length: int, min_length: int) -> None:
     print(f"deployed: compiled and answered {tokenizer.decode(token)!r} in {time.perf_counter() - began:.0f} s")
     print(f"deployed: dense answers         {tokenizer.decode(language_model(prompt).logits[0, -1].argmax())!r}")
 
-    language_model.get_input_embeddings().weight[0, 0] += 1  # as after fine-tuning
+    language_model.get_input_embeddings().weight[0] *= 1.01  # as after a little more training
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", AfbsWarning)
+        torch.compile(language_model, backend="afbs", options=options)(prompt)
+    print("deployed: trained further:", *(w.message for w in said if issubclass(w.category, AfbsWarning)))
+
+    for parameter in language_model.parameters():
+        parameter.normal_(std=0.02)
     torch._dynamo.reset()
     try:
         torch.compile(language_model, backend="afbs", options=options)(prompt)

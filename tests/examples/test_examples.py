@@ -66,7 +66,9 @@ def test_own_model(llama, tmp_path, capsys):  # noqa: F811
 @pytest.mark.slow
 def test_offline_calibrates_here_and_answers_elsewhere(llama, capsys):  # noqa: F811
     printed = importlib.import_module("offline").main(llama, LENGTH, min_length=128)
-    assert printed.count("deployed: ") == 3
+    assert printed.count("deployed: ") == 4
+    assert "deployed: trained further: recipe " in printed
+    assert "was made for a model that differs: its weights" in printed
     assert "other weights: recipe " in printed
     assert "belongs to another model: same architecture, other weights" in printed
     assert "offline: calibrated in" in capsys.readouterr().out
