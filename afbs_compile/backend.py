@@ -28,6 +28,7 @@ from afbs_compile.recipe import Recipe
 from afbs_compile.report import registry
 from afbs_compile.revalidate import revalidated
 from afbs_compile.samples import bind, forget_samples, materialised, tensors_of
+from afbs_compile.sketch import all_read
 from afbs_compile.tuner.graph import Source, calibrate_graph
 from afbs_compile.watch import Watched, copied
 
@@ -89,7 +90,7 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
         return _as_named(found, example_inputs, settings)
     samples = None if settings.samples is None else materialised(settings.samples)
     path = cache_path(_conditions(found, example_inputs, settings, samples))
-    cached = read_cached(path)
+    cached = read_cached(path) if all_read(found.sketches) else None
     if cached is not None:
         try:
             plan = Plan.of(found, cached, settings.outside)
@@ -104,7 +105,8 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
     if samples is not None:
         source, runs = "samples", bind(found.gm, example_inputs, samples)
     recipe = calibrate_graph([(found, runs)], settings.tuning, source)
-    write_cached(path, recipe)
+    if all_read(found.sketches):
+        write_cached(path, recipe)
     return recipe, Plan.of(found, recipe, settings.outside)
 
 

@@ -85,6 +85,11 @@ def sketched(tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorSketch, ...]:
     return tuple(_sketch(name, tensor) for name, tensor in tensors)
 
 
+def all_read(sketches: Iterable[TensorSketch]) -> bool:
+    """Whether every tensor was at hand: of weights that are elsewhere nothing tells one model from another."""
+    return all(sketch.digest for sketch in sketches)
+
+
 def version_of(tensor: Tensor) -> int:
     """A number that grows when the tensor is written into; -1 where PyTorch does not count."""
     return -1 if tensor.is_inference() else tensor._version

@@ -33,7 +33,7 @@ from afbs_compile.options import Options
 from afbs_compile.plan import NOT_CALIBRATED, Sizes, applied
 from afbs_compile.recipe import GraphRecipe, Recipe, SampleRecord, SiteRecipe
 from afbs_compile.revalidate import checked, raised
-from afbs_compile.sketch import likeness, sketched, version_of
+from afbs_compile.sketch import all_read, likeness, sketched, version_of
 from afbs_compile.tuner.graph import recipe_of, site_recipe
 from afbs_compile.tuner.promise import promise
 from afbs_compile.tuner.site import tune_site
@@ -186,6 +186,8 @@ class ServedModel:
             except RecipeError as error:
                 raise RecipeError(f"{name} {error}") from None
             return recipe
+        if not all_read(self._sketches):  # offloaded: the cache could not tell whose recipe it has
+            return None
         self._path = cache_path(conditions(self._device, self.settings, weights=self._digest(), graph="served"))
         cached = read_cached(self._path)
         if cached is not None:

@@ -10,7 +10,7 @@ from torch import fx
 UNNAMED = "attention"
 """Name of a call that no submodule makes."""
 
-WRAPPERS = frozenset({"_modules", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+WRAPPERS = frozenset({"__dict__", "_modules", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """Attributes that wrap a module without being part of its path."""
 
 # One step of a path: ['key'], ["key"], [0] or name.

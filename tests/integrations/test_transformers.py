@@ -360,6 +360,16 @@ class TestRecipes:
             model(ids(length=64))
 
 
+def test_weights_that_are_elsewhere_share_no_cache(tmp_path):
+    from afbs_compile.options import Options
+
+    def made(tensor: torch.Tensor) -> ServedModel:
+        return ServedModel(lambda: [("weight", tensor)], lambda: ["layer"], Options.parse())
+
+    assert made(torch.empty(3, 4, device="meta"))._path is None
+    assert made(torch.randn(3, 4))._path is not None
+
+
 class TestWhatStaysDense:
     def test_training_and_gradients(self, every_block):
         model, own = llama(), llama()

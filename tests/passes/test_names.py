@@ -15,6 +15,7 @@ from afbs_compile.passes.names import clean_path
         ('L["fn"].layers[12]', "layers.12"),
         ("G['model'].encoder.layer.3.attention.self", "encoder.layer.3.attention.self"),
         ("L['self'].block._checkpoint_wrapped_module.attn", "block.attn"),
+        ("L['self'].__dict__['base_model'].__dict__['model'].model.layers[0]", "base_model.model.model.layers.0"),
         ("L['self']", ""),
         ("model.layers.0.self_attn", "model.layers.0.self_attn"),
         ("", ""),
