@@ -23,7 +23,7 @@ from afbs_compile.options import Options
 from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.lower import lower
 from afbs_compile.passes.rewrite import dump, rewrite
-from afbs_compile.plan import Plan
+from afbs_compile.plan import NO_RECIPE, Plan
 from afbs_compile.recipe import Recipe
 from afbs_compile.report import registry
 from afbs_compile.revalidate import revalidated
@@ -70,7 +70,7 @@ def afbs(
     compiled = lower(gm, example_inputs, mode=mode)
     if recipe is None or not plan.calls:
         return compiled
-    return Watched(compiled, original, example_inputs, found, recipe, plan, settings.min_length, settings.outside)
+    return Watched(compiled, original, example_inputs, found, recipe, plan, settings)
 
 
 def _reset() -> None:
@@ -99,7 +99,7 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
         except RecipeError as error:
             warnings.warn(f"{path}: {error} Calibrating again.", AfbsWarning, stacklevel=2)
     if settings.first_call == "dense":
-        return None, Plan.dense(found, "not calibrated: there is no recipe, and first_call is 'dense'")
+        return None, Plan.dense(found, NO_RECIPE)
     source: Source = "first call"
     runs: list[list[Any]] = [list(example_inputs)]
     if samples is not None:

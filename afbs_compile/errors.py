@@ -23,3 +23,8 @@ class ExportError(AfbsError, RuntimeError):
 
 class AfbsWarning(UserWarning):
     """Something stayed dense, or was not done, that the user may have expected."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in one line; its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

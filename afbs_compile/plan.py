@@ -23,6 +23,7 @@ from afbs_compile.reasons import EXPECTED, NONE_FOUND, grouped
 from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.tuner.lengths import Outside, extrapolated_tau
 
+NO_RECIPE = "not calibrated: there is no recipe, and first_call is 'dense'"
 NOT_CALIBRATED = "not calibrated: it was refused when the recipe was made"
 
 

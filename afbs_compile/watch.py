@@ -17,6 +17,7 @@ from torch import fx
 from afbs_compile.errors import AfbsWarning, RecipeError
 from afbs_compile.fingerprint import placeholders
 from afbs_compile.found import FoundGraph
+from afbs_compile.options import Options
 from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.plan import Plan
@@ -24,7 +25,6 @@ from afbs_compile.recipe import Recipe
 from afbs_compile.report import registry
 from afbs_compile.revalidate import revalidated
 from afbs_compile.sketch import version_of
-from afbs_compile.tuner.lengths import Outside
 
 UNTIL = "it runs operator by operator until torch._dynamo.reset()"
 
@@ -41,7 +41,7 @@ class Watched:
         compiled: what runs; original: the graph as Dynamo captured it.
         example_inputs: of the compilation.
         found, recipe, plan: what was made of the graph.
-        min_length, outside: the options that a plan depends on.
+        settings: options, of which a plan depends on ``min_length`` and ``outside``.
     """
 
     def __init__(
@@ -52,11 +52,10 @@ class Watched:
         found: FoundGraph,
         recipe: Recipe,
         plan: Plan,
-        min_length: int,
-        outside: Outside,
+        settings: Options,
     ) -> None:
         self._run, self._original, self._recipe = compiled, original, recipe
-        self._options = min_length, outside
+        self._settings = settings
         self._id = registry.compile_id()
         self._weights = found.weights
         self._calls = {site.name: call for site, call in plan.calls.items()}
@@ -77,13 +76,12 @@ class Watched:
 
     def _look(self, inputs: Sequence[Any]) -> None:
         """Check the thresholds on the inputs at hand, if any value changed."""
-        min_length, outside = self._options
-        found = FoundGraph.of(copied(self._original), inputs, min_length)
+        found = FoundGraph.of(copied(self._original), inputs, self._settings.min_length)
         if found.weights == self._weights:
             return
         self._weights = found.weights
         try:
-            plan = Plan.of(found, self._recipe, outside)
+            plan = Plan.of(found, self._recipe, self._settings.outside)
         except RecipeError as error:
             self._run, plan = self._original, Plan.dense(found, f"the weights changed: the recipe {error}")
             warnings.warn(

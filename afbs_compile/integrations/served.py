@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from afbs_compile.cache import cache_path, read_cached, write_cached
 from afbs_compile.conditions import conditions
-from afbs_compile.errors import AfbsWarning, RecipeError
+from afbs_compile.errors import AfbsWarning, RecipeError, first_line
 from afbs_compile.fingerprint import digest_of
 from afbs_compile.kernels.attend import machine
 from afbs_compile.kernels.attend.engines import family_on
@@ -30,7 +30,7 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.sight import without_idle_parts
 from afbs_compile.match import check_device, renamed_as, weight_differences
 from afbs_compile.options import Options
-from afbs_compile.plan import NOT_CALIBRATED, Sizes, applied
+from afbs_compile.plan import NO_RECIPE, NOT_CALIBRATED, Sizes, applied
 from afbs_compile.recipe import GraphRecipe, Recipe, SampleRecord, SiteRecipe
 from afbs_compile.revalidate import checked, raised
 from afbs_compile.sketch import all_read, likeness, sketched, version_of
@@ -129,7 +129,7 @@ class ServedModel:
         self._versions = self._version()
         self._sketches = sketched(held)
         self._recorded: dict[str, SiteRecipe] = {}
-        self._unchecked: set[str] = set()
+        self._other_weights = False  # than those of what is recorded
         self._device = held[0][1].device if held else torch.device("cpu")
         self._path: Path | None = None
         self.recipe = self._found_recipe()
@@ -205,7 +205,7 @@ class ServedModel:
         if not self._recorded:
             raise RecipeError("belongs to another model: none of its attention calls is named like a module here.")
         if not same:
-            self._unchecked = set(self._recorded)
+            self._other_weights = True
             warnings.warn(
                 f"{name} was made for a model that differs: {'; '.join(weight_differences(alike))}. "
                 "Each call is checked on the first inputs that reach it.",
@@ -237,11 +237,11 @@ class ServedModel:
     def _decided(self, name: str, operands: Operands) -> _Site:
         recorded = self._recorded.get(name)
         if recorded is not None:
-            return _Site(replace(recorded, name=name), unchecked=name in self._unchecked)
+            return _Site(replace(recorded, name=name), unchecked=self._other_weights)
         if self.settings.recipe is not None:
             return _Site(SiteRecipe(name, "refused", NOT_CALIBRATED))
         if self.settings.first_call == "dense":
-            return _Site(SiteRecipe(name, "refused", "not calibrated: first_call is 'dense' and there is no recipe"))
+            return _Site(SiteRecipe(name, "refused", NO_RECIPE))
         if self.settings.budget is not None:
             reason = "not calibrated: a budget on the output needs afbs_compile.calibrate(model, samples)"
             return _Site(SiteRecipe(name, "refused", reason))
@@ -254,8 +254,7 @@ class ServedModel:
         try:
             result = tune_site([operands], self.settings.tuning, stopwatch=self._stopwatch)
         except (RuntimeError, ValueError) as error:  # out of memory, an engine's refusal: the model runs all the same
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            return SiteRecipe(name, "refused", f"calibration failed: {first_line}")
+            return SiteRecipe(name, "refused", f"calibration failed: {first_line(error)}")
         row = site_recipe(name, operands, result)
         self._recorded[name] = row
         _log.info("calibrated %s: %s, sparsity %.3f", name, row.outcome, row.sparsity)
@@ -276,7 +275,6 @@ class ServedModel:
     def _check(self, site: _Site, operands: Operands) -> None:
         """Look whether the thresholds of another form of the model hold in this one."""
         site.unchecked = False
-        self._unchecked.discard(site.row.name)
         site.calls.clear()
         if site.row.outcome != "sparse":
             return
@@ -321,6 +319,7 @@ class ServedModel:
             AfbsWarning,
             stacklevel=2,
         )
+        self._other_weights = True
         for site in self._sites.values():
             site.unchecked, site.of_these_weights = True, False
 

@@ -17,6 +17,7 @@ from torch._C import _functorch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from afbs_compile.errors import first_line
 from afbs_compile.passes.effects import Writes, function_name, is_trusted, storage_of, unwrapped, value_of
 from afbs_compile.passes.sizes import fixed
 
@@ -85,7 +86,7 @@ def run(program: tuple[fx.Node, ...], result: fx.Node) -> Any:
             except NotConstantError:
                 raise
             except Exception as error:  # whatever a captured function may raise: the call then stays as it is
-                raise NotConstantError(f"'{node.name}' could not be evaluated ({_first_line(error)})") from error
+                raise NotConstantError(f"'{node.name}' could not be evaluated ({first_line(error)})") from error
             for used in node.all_input_nodes:
                 if last_use[used] is node and used is not result:
                     values.pop(used, None)
@@ -172,10 +173,6 @@ def _check_memory(node: fx.Node) -> None:
         count = _pinned(value.untyped_storage().nbytes())
         if count > LARGEST_TENSOR:
             raise NotConstantError(f"'{node.name}' takes {count / 2**30:.1f} GiB to evaluate")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afbs_compile.errors import AfbsError, RecipeError
+from afbs_compile.errors import AfbsError, RecipeError, first_line
 from afbs_compile.integrations.served import ServedModel
 from afbs_compile.integrations.vllm import RECIPE_VARIABLE
 from afbs_compile.kernels.attend.run import run
@@ -68,7 +68,7 @@ class Calls:
             out = self._served.attend(name, operands())
         except FAILURES as error:
             del self._sparse[layer]
-            _say(f"{name} stays dense: {_first_line(error)}")
+            _say(f"{name} stays dense: {first_line(error)}")
             return None
         if out is None and any(row.name == name and row.outcome != "sparse" for row in self._served.rows):
             del self._sparse[layer]
@@ -87,7 +87,7 @@ class Calls:
             run(Operands(q, kv, kv, mask_of("causal_end"), impl.scale), call.rounded())
         except FAILURES as error:
             self._sparse.clear()
-            _say(f"attention stays dense: {_first_line(error)}")
+            _say(f"attention stays dense: {first_line(error)}")
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Calls | None] = weakref.WeakKeyDictionary()
@@ -183,10 +183,6 @@ def _root_of(layer: nn.Module) -> nn.Module:
     while id(layer) in above:
         layer = above[id(layer)]
     return layer
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _say(sentence: str) -> None:
