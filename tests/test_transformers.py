@@ -92,6 +92,18 @@ def test_a_pipeline_with_a_compiled_model_is_compiled(llama, monkeypatch):
     assert {row.outcome for row in afbs_compile.explain(compiled).rows} == {"sparse"}
 
 
+def test_a_mask_that_hides_something_is_kept():
+    from afbs_compile.generation import _without_needless_mask
+
+    ones, padded = torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
+    padded[1, 0] = 0
+    assert _without_needless_mask({"attention_mask": ones, "use_cache": True}) == {
+        "attention_mask": None, "use_cache": True,
+    }  # fmt: skip
+    for kept in ({"attention_mask": padded}, {"attention_mask": ones[:, None, None]}, {"attention_mask": None}, {}):
+        assert _without_needless_mask(kept) is kept
+
+
 def fake_kernels_distribution(folder: Path) -> Path:
     """A package and a distribution named ``kernels``, as Hugging Face's is."""
     (folder / "kernels").mkdir(parents=True)

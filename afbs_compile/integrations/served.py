@@ -142,7 +142,7 @@ class ServedModel:
         """
         if q_len * k_len < self.settings.min_length**2:
             return True
-        if name == self._first:
+        if self._first in (None, name):
             self._notice_other_weights()
         site = self._sites.get(name)
         return site is not None and not site.unchecked and site.calls.get((q_len, k_len), ...) is None
@@ -153,7 +153,7 @@ class ServedModel:
         Args:
             name: of the module that makes it; operands: of the call, without gradients.
         """
-        if name == self._first:
+        if self._first in (None, name):
             self._notice_other_weights()
         self._first = self._first or name
         call = self._call(name, operands)

@@ -21,6 +21,7 @@ from afbs_compile.integrations.served import ServedModel, served_model
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
+from afbs_compile.revalidate import checked
 from tests.toy import without_a_clock
 
 transformers = pytest.importorskip("transformers")
@@ -250,6 +251,19 @@ def sharp(seed: int = 0) -> Any:
     return model
 
 
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls whose thresholds were checked."""
+    done: list[str] = []
+
+    def counted(row: Any, *arguments: Any) -> Any:
+        done.append(row.name)
+        return checked(row, *arguments)
+
+    monkeypatch.setattr("afbs_compile.integrations.served.checked", counted)
+    return done
+
+
 class TestRecipes:
     @torch.no_grad()
     def test_the_first_long_call_calibrates_and_says_so(self, caplog):
@@ -317,13 +331,14 @@ class TestRecipes:
         assert {row.outcome for row in served_model(loaded).rows} == {"sparse"}
 
     @torch.no_grad()
-    def test_another_form_of_the_model_is_checked_call_by_call(self):
+    def test_another_form_of_the_model_is_checked_call_by_call(self, checks):
         recipe = afbs_compile.calibrate(sharp(), [{"input_ids": ids(length=512)}], **ASKED)
         model = sharp().bfloat16()
         with pytest.warns(AfbsWarning, match="its weights were float32, here bfloat16"):
             afbs.use(model, recipe=recipe, min_length=128)
         model(ids(length=512))
         assert {row.outcome for row in served_model(model).rows} == {"sparse"}
+        assert len(checks) == 2
 
     @torch.no_grad()
     def test_weights_that_change_are_noticed_once(self):
@@ -345,6 +360,15 @@ class TestRecipes:
         with warnings.catch_warnings():
             warnings.simplefilter("error", AfbsWarning)
             model(ids(length=512))
+
+    @torch.no_grad()
+    def test_weights_that_change_before_the_first_call_are_noticed_too(self, checks):
+        recipe = afbs_compile.calibrate(sharp(), [{"input_ids": ids(length=512)}], **ASKED)
+        model = afbs.use(sharp(), recipe=recipe, min_length=128)
+        model.model.layers[1].self_attn.o_proj.weight.mul_(1.001)
+        with pytest.warns(AfbsWarning, match="the weights changed"):
+            model(ids(length=512))
+        assert len(checks) == 2
 
     @torch.no_grad()
     def test_what_is_wrong_is_said(self, tmp_path):
