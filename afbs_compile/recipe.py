@@ -193,15 +193,18 @@ class BudgetRecord:
 
     Attributes:
         quantity: ``"kl"``: mean KL(dense || sparse) of the next-token distributions, in nats; ``"perplexity"``: its
-            relative rise.
+            relative rise; ``"output"``: relative L1 error of the output.
         limit: largest accepted value.
-        measured: cost on the samples that the thresholds were chosen on; chosen_on: how many these are.
+        measured: cost on the samples that the threshold was chosen on; chosen_on: how many these are.
         checked: cost on samples that were not used to choose, ``None`` where there were none; checked_on: how many.
-        steps_back: times that the check failed and the thresholds were chosen more carefully.
+        steps_back: times that the check failed and the threshold was made more careful.
         forward_passes: of the model on one sample, all that it took.
+        checked_upper: upper end of the 95 % confidence interval of ``checked``, ``None`` where there is none.
+        unit: what is counted, ``"samples"`` or, where one sample chose and checked, ``"windows"`` of its tokens.
+        threshold: strength that a block must exceed, in every head; 0 in recipes with thresholds of their own.
     """
 
-    quantity: Literal["kl", "perplexity"]
+    quantity: Literal["kl", "perplexity", "output"]
     limit: float
     measured: float
     chosen_on: int
@@ -209,6 +212,19 @@ class BudgetRecord:
     checked_on: int
     steps_back: int
     forward_passes: int
+    checked_upper: float | None = None
+    unit: Literal["samples", "windows"] = "samples"
+    threshold: float = 0.0
+
+    def amount(self, value: float, most: str = "") -> str:
+        """A value of the quantity in words, e.g. ``"perplexity at most +1 %"``."""
+        words = {"kl": "KL {}{:.3g} nats", "perplexity": "perplexity {}{:+.3g} %", "output": "error {}{:.3g}"}
+        return words[self.quantity].format(most, value * 100 if self.quantity == "perplexity" else value)
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the upper end of what was checked is inside the limit."""
+        return self.checked_upper is not None and self.checked_upper <= self.limit
 
 
 @dataclass(frozen=True)
@@ -277,9 +293,7 @@ class Recipe:
     def goal(self) -> str:
         """What the thresholds had to hold, in words."""
         if self.budget is not None:
-            what = {"kl": "KL at most {:g} nats", "perplexity": "perplexity at most {:+.3g} %"}[self.budget.quantity]
-            unit = 100 if self.budget.quantity == "perplexity" else 1
-            return f"budget on the output: {what.format(self.budget.limit * unit)}"
+            return f"budget on the output: {self.budget.amount(self.budget.limit, 'at most ')}"
         return f"tolerance {self.tolerance:g} on every head"
 
     @property

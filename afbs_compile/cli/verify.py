@@ -187,14 +187,18 @@ def _kept(errors: Sequence[HeadErrors] | None, recipe: Recipe | None, share: flo
 def _inside(budget: BudgetRecord, against_dense: Sequence[Closeness]) -> Check:
     """Whether the output stays inside the recipe's budget on this data."""
     figures = _figures(against_dense)
-    if budget.quantity == "kl":
-        cost, shown = figures["kl"], "KL {:.3g} nats, at most {:.3g} accepted"
+    if budget.quantity == "output":
+        cost = figures["relative_error_mean"]
+    elif budget.quantity == "kl":
+        cost = figures["kl"]
     else:
         ours, theirs = figures["perplexity"], figures["perplexity_compared_with"]
-        cost, shown = None if ours is None else ours / theirs - 1, "perplexity {:+.2%}, at most {:+.2%} accepted"
+        cost = None if ours is None else ours / theirs - 1
     if cost is None:
         return Check("promise", None, "not checked: the output on this data says nothing about next tokens")
-    return Check("promise", cost <= budget.limit, shown.format(cost, budget.limit))
+    return Check(
+        "promise", cost <= budget.limit, f"{budget.amount(cost)}, {budget.amount(budget.limit, 'at most ')} accepted"
+    )
 
 
 def _promised(recipe: Recipe) -> float:

@@ -271,10 +271,14 @@ def _note(recipe: Recipe) -> str:
 
 def _spent(budget: BudgetRecord) -> str:
     """How much of the budget is used, and whether samples that had no say confirm it."""
-    measured = f"{budget.measured:.3g} used on the {budget.chosen_on} samples that chose"
+    measured = f"{budget.amount(budget.measured)} on the {budget.chosen_on} {budget.unit} that chose"
     if budget.checked is None:
         return f"{measured}, not checked on others"
-    return f"{measured}, {budget.checked:.3g} on {budget.checked_on} others: further inputs may cost more"
+    checked = f"{measured}, {budget.amount(budget.checked)} on {budget.checked_on} others"
+    if budget.checked_upper is None:
+        return f"{checked}: further inputs may cost more"
+    upper = f"{budget.amount(budget.checked_upper, 'at most ')} with 95 % confidence"
+    return f"{checked}, {upper}" + ("" if budget.is_confirmed else ": too few samples to confirm the budget")
 
 
 def _validated(recipe: Recipe) -> str:

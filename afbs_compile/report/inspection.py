@@ -60,7 +60,10 @@ def promise(recipe: Recipe) -> list[str]:
     shortest, longest = _lengths(recipe)
     tokens = f"{longest:,} tokens" if shortest == longest else f"{shortest:,} to {longest:,} tokens"
     if recipe.budget is not None:
-        return [*_budget(recipe.budget, tokens), "Other inputs may cost more, and no length but these was measured."]
+        return [
+            *_budget(recipe.budget, tokens),
+            "Inputs of another kind may cost more, and no other length was measured.",
+        ]
     return [
         f"Every sparse head stayed within a relative L1 error of {recipe.tolerance:g} on each of {inputs} validation "
         f"{'input' if inputs == 1 else 'inputs'} of {tokens}.",
@@ -71,15 +74,19 @@ def promise(recipe: Recipe) -> list[str]:
 
 def _budget(budget: BudgetRecord, tokens: str) -> Iterator[str]:
     """How the budget on the output was spent, and whether other samples confirmed it."""
-    what, unit = ("KL(dense || sparse)", "{:.3g} nats") if budget.quantity == "kl" else ("perplexity", "{:+.2%}")
+    of_tokens = f"of {tokens}" if budget.unit == "samples" else f"of one sample of {tokens}"
     yield (
-        f"The thresholds of all heads were chosen together: {what} {unit.format(budget.measured)} of at most "
-        f"{unit.format(budget.limit)} on the {budget.chosen_on} samples of {tokens} that chose them."
+        f"One threshold for all heads: {budget.amount(budget.measured)}, {budget.amount(budget.limit, 'at most ')}, on "
+        f"the {budget.chosen_on} {budget.unit} {of_tokens} that chose it."
     )
     if budget.checked is None:
-        yield "No other sample checked them."
-    else:
-        yield f"On {budget.checked_on} samples that had no say it was {unit.format(budget.checked)}."
+        yield "No other sample checked it."
+        return
+    yield f"On {budget.checked_on} {budget.unit} that had no say: {budget.amount(budget.checked)}."
+    if budget.checked_upper is not None:
+        upper = budget.amount(budget.checked_upper, "at most ")
+        rest = "" if budget.is_confirmed else ", which is more than the budget: more samples would tell"
+        yield f"On such inputs it is {upper} on average (confidence 95 %){rest}."
 
 
 def error_limit(recipe: Recipe) -> tuple[float, str]:

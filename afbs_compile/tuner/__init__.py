@@ -2,6 +2,6 @@
 
 ``inputs`` the inputs of a site and passes over them · ``curves`` what a pass measures · ``explore``, ``validate`` the
 stages of ``method="afbs"`` on curves · ``lengths``, ``promise`` what they say about other inputs · ``end_to_end``,
-``allocate``, ``budget``, ``budgeted`` a budget on the output for all heads · ``space``, ``measure``, ``gp``, ``paper``
+``budget``, ``family``, ``threshold``, ``budgeted`` a budget on the output, spent by one threshold for all heads · ``space``, ``measure``, ``gp``, ``paper``
 Algorithm 1 as printed, by evaluations · ``speed`` whether it pays · ``site`` one site · ``graph`` all sites of a graph.
 """

@@ -96,6 +96,13 @@ def explore(
     return found
 
 
+def measured_at_crossing(inputs: SiteInputs, call: SparseCall, tolerance: float) -> Crossing:
+    """Where the heads of one call cross an error on some rows of the input, ``[H]`` each."""
+    errors, sparsities = _measured([_pass(inputs, call)])
+    points = crossing(_taus(inputs.heads).expand_as(errors), errors, sparsities, tolerance)
+    return Crossing(points.tau[0], points.sparsity[0])
+
+
 def _predictor_costs(
     element: Operands, choices: Sequence[SparseCall], points: Crossing, stopwatch: Stopwatch
 ) -> list[float]:

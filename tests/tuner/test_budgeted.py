@@ -8,6 +8,7 @@ from torch import nn
 
 from afbs_compile import Recipe, calibrate, explain
 from afbs_compile.errors import OptionError
+from afbs_compile.kernels.policies.registry import POLICIES
 from afbs_compile.tuner.end_to_end import output_change
 from afbs_compile.tuner.measure import LOCAL_KEPT
 from tests.toy import Attention, LanguageToy, Toy, drifting, token_ids, without_a_clock
@@ -72,10 +73,46 @@ def test_perplexity_is_measured_on_the_samples_tokens():
     assert "perplexity at most +0.1 %" in str(explain(recipe))
 
 
-def test_one_sample_is_not_checked():
-    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(1), tolerance={"kl": LIMIT}, min_length=1)
+def test_windows_of_one_sample_choose_and_check():
+    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(1), tolerance={"kl": 10 * LIMIT}, min_length=1)
+    budget = recipe.budget
+    assert budget is not None
+    assert (budget.unit, budget.chosen_on, budget.checked_on) == ("windows", 5, 5)
+    assert budget.checked is not None
+    assert budget.checked_upper is not None
+    assert budget.checked <= 10 * LIMIT
+    assert budget.checked < budget.checked_upper
+    assert "on the 5 windows that chose" in " ".join(str(explain(recipe)).split())
+
+
+def test_any_model_takes_the_same_few_passes(inside_the_limit):
+    assert inside_the_limit.budget is not None
+    assert inside_the_limit.budget.forward_passes <= 12
+
+
+def test_every_head_has_one_threshold(inside_the_limit):
+    (tau,) = {tau for site in inside_the_limit.sites for tau in site.calibrated.tau}
+    (policy,) = {name for site in inside_the_limit.sites for name in site.calibrated.policy}
+    assert inside_the_limit.budget is not None
+    assert (1 - tau) / tau == pytest.approx(inside_the_limit.budget.threshold, rel=0.01)
+    assert POLICIES[policy].rule == "share"
+
+
+def test_the_output_s_own_error():
+    """A model that returns no logits: relative L1 of what it returns."""
+    recipe = calibrate(
+        Toy().eval(), [drifting(LENGTH, seed=s) for s in range(2)], tolerance={"output": 0.002}, min_length=1
+    )
     assert recipe.budget is not None
-    assert (recipe.budget.checked, recipe.budget.checked_on) == (None, 0)
+    assert 0 < recipe.budget.measured <= 0.002
+    torch._dynamo.reset()
+    model, x = Toy().eval(), drifting(LENGTH, seed=0)
+    sparse = torch.compile(model, backend="afbs", options={"recipe": recipe, "min_length": 1})
+    with torch.no_grad():
+        dense = model(x)
+        error = float((sparse(x) - dense).abs().sum() / dense.abs().sum())
+    assert error == pytest.approx(recipe.budget.measured, rel=0.05)
+    assert "error at most 0.002" in str(explain(recipe))
 
 
 @torch.no_grad()
@@ -86,12 +123,6 @@ def test_in_the_backend():
     ids = token_ids(LENGTH, 5)
     change = output_change(model(ids), compiled(ids), ids[:, 1:])
     assert LIMIT / 3 < change.kl <= 1.5 * LIMIT
-
-
-def test_the_search_is_recorded(inside_the_limit):
-    paths = inside_the_limit.sites[0].heads[0].search
-    assert {"explore", "refine"} <= {path.stage for path in paths}
-    assert max(len(path.tau) for path in paths) >= 16
 
 
 class TwoOutputs(nn.Module):
@@ -123,6 +154,7 @@ class Broken(nn.Module):
     [
         (TwoOutputs, {"kl": 0.01}, "a budget on the output needs logits"),
         (Toy, {"perplexity": 0.01}, "a budget on perplexity needs the tokens"),
+        (TwoOutputs, {"output": 0.01}, "a budget on the output needs one"),
         (Broken, {"kl": 0.01}, "needs the model in one graph"),
     ],
 )
