@@ -9,6 +9,7 @@ import platform
 import pydoc_data.topics
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,6 +29,9 @@ from afbs_compile.passes.record import record_graphs  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+STDLIB_FILES = 60
+"""Of Python's own modules, in alphabetical order: enough for eight windows of 16K tokens."""
+
 SHIPPED_MODEL = ROOT / "examples" / "model-7m"
 
 
@@ -38,8 +42,20 @@ def load(folder: str | Path, device: str, dtype: torch.dtype) -> tuple[Any, Any]
 
 
 def text_windows(tokenizer: Any, source: str, length: int, count: int, device: str) -> list[Tensor]:
-    """``count`` disjoint windows ``[1, length]`` spread over a text file, or over Python's help topics (``topics``)."""
-    text = "\n\n".join(pydoc_data.topics.topics.values()) if source == "topics" else Path(source).read_text("utf-8")
+    """``count`` disjoint windows ``[1, length]`` spread over a text.
+
+    Args:
+        tokenizer: of the model; source: a text file, ``"topics"`` for Python's help topics, or ``"stdlib"`` for the
+            code of its standard library.
+        length: tokens of a window; count: windows; device: for them.
+    """
+    if source == "topics":
+        text = "\n\n".join(pydoc_data.topics.topics.values())
+    elif source == "stdlib":
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:STDLIB_FILES]
+        text = "\n\n".join(file.read_text("utf-8", errors="replace") for file in files)
+    else:
+        text = Path(source).read_text("utf-8")
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     if len(tokens) < length * count:
         raise SystemExit(f"{source} has {len(tokens)} tokens, fewer than {count} windows of {length}")

@@ -15,7 +15,6 @@ import torch
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
-from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import POLICIES
 from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.tuner.explore import measured_at_crossing

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes.capture import SampleRun
@@ -63,7 +64,7 @@ class Judge:
         half = (len(runs) + 1) // 2
         self._choosing = EndToEnd(runs[:half], budget.quantity)
         self._checking = EndToEnd(runs[half:], budget.quantity) if runs[half:] else None
-        self.unit = "windows" if self._checking is None else "samples"
+        self.unit: Literal["samples", "windows"] = "windows" if self._checking is None else "samples"
         self._seen: tuple[Mapping[str, SparseCall], list[OutputChange]] | None = None
         pieces = self._choosing.pieces_of(2 * PIECES)
         several = len(runs)
@@ -92,10 +93,8 @@ class Judge:
 
     def checking(self, calls: Mapping[str, SparseCall]) -> tuple[float, float | None] | None:
         """Cost and its upper end on what had no say; ``None`` where nothing had none."""
-        if self._checking is not None:
-            changes = self._checking(calls, pieces=PIECES)
-        else:
-            changes = self._windows(calls)[1::2]
+        checking = self._checking
+        changes = self._windows(calls)[1::2] if checking is None else checking(calls, pieces=PIECES)
         return (self.budget.cost(changes), self.budget.upper(changes)) if changes else None
 
     def _windows(self, calls: Mapping[str, SparseCall]) -> list[OutputChange]:
