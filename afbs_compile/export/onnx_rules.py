@@ -157,12 +157,13 @@ StrongEnough (strength, tau) => (keep)
 SELECT_BY_SHARE = """
 SelectByShare (scores, candidates, tau) => (keep)
 {
-    # strength = p * sqrt(n), n the blocks that take part
+    # strength = p * n ** (1/4), n the blocks that take part
     key_axis = Constant <value = int64[1] {-1}> ()
     probability = afbs.BlockProbability (scores, candidates)
     candidates_float = Cast <to = 1> (candidates)
     count = ReduceSum <keepdims = 1> (candidates_float, key_axis)
-    root = Sqrt (count)
+    square_root = Sqrt (count)
+    root = Sqrt (square_root)
     strength = Mul (probability, root)
     keep = afbs.StrongEnough (strength, tau)
 }

@@ -136,7 +136,7 @@ def test_blocks_that_are_equally_probable_stay_or_go_together():
 
 @EACH_MASK
 def test_heads_that_select_by_share(mask):
-    """Keep block j when p_j * sqrt(n) > (1 - tau) / tau, n the visible blocks; diagonal ones always."""
+    """Keep block j when p_j * n ** (1/4) > (1 - tau) / tau, n the visible blocks; diagonal ones always."""
     tau, share, mass = (0.3, 0.5, 0.6, 1.0), "meanshare", "meansim"
     call = call_of(tau, (-1.0,) * 4, (share, share, mass, share))
     q, k, v = operands(777)
@@ -147,7 +147,7 @@ def test_heads_that_select_by_share(mask):
     scores = block_means(q, 64) @ block_means(k, 64).repeat_interleave(2, 1).transpose(-1, -2) * SCALE
     p = rules.softmax(scores, visible)
     taus = torch.tensor(tau)[:, None, None]
-    by_share = p * visible.sum(-1, keepdim=True).sqrt() > (1 - taus) / taus
+    by_share = p * visible.sum(-1, keepdim=True) ** 0.25 > (1 - taus) / taus
     expected = (by_share | diagonal | (taus >= 1)) & visible
     expected[:, 2] = expected_mask(q, k, call_of((tau[2],) * 4, (-1.0,) * 4), mask)[:, 2]
     assert torch.equal(found, expected)

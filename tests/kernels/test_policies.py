@@ -112,6 +112,15 @@ def formula(name: str, operands: Operands, shape: Shape) -> Tensor:
         )
         logits = scale * mean_q @ mean_k.mT + scale**2 / 2 * mean_q.square() @ var_k.mT
         return from_groups(logits, seen, per_q, per_k)
+    if name == "sampled":
+        token = torch.arange(shape.length, device=q.device)
+        keys_seen = (
+            (token <= token[::GROUP, None])
+            if causal
+            else torch.ones(len(group), shape.length, dtype=torch.bool, device=q.device)
+        )
+        exact_mass = from_groups(q.double()[:, :, ::GROUP] @ keys.mT * scale, keys_seen, per_q, block_k)
+        return (exact_mass + formula("cumulant", operands, shape)) / 2
     assert name == "vertical_slash"
     token = torch.arange(shape.length, device=q.device)
     seen = (
@@ -138,7 +147,7 @@ def live_at(name: str, probability: Tensor, tau: float, shape: Shape) -> Tensor:
         before = torch.where(probability[..., None, :] > probability[..., None], probability[..., None, :], 0.0).sum(-1)
         chosen = before < tau
     else:
-        strength = probability * visible.sum(-1, keepdim=True).sqrt() if rule == "share" else probability
+        strength = probability * visible.sum(-1, keepdim=True) ** 0.25 if rule == "share" else probability
         chosen = strength > odds_of(tau)
     return visible & (chosen | diagonal | torch.full_like(chosen, tau >= 1))
 

@@ -9,12 +9,13 @@ from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.cumulant import Cumulant
 from afbs_compile.kernels.policies.meanshare import MeanShare
 from afbs_compile.kernels.policies.meansim import MeanSim
+from afbs_compile.kernels.policies.sampled import Sampled
 from afbs_compile.kernels.policies.sink_window import SinkWindow
 from afbs_compile.kernels.policies.vertical_slash import VerticalSlash
 
 POLICIES: dict[str, Policy] = {
     policy.name: policy
-    for policy in (MeanSim(), MeanShare(), Cumulant(), Antidiagonal(), VerticalSlash(), SinkWindow())
+    for policy in (MeanSim(), MeanShare(), Cumulant(), Sampled(), Antidiagonal(), VerticalSlash(), SinkWindow())
 }
 """To add one, write it in a file of its own and name it here; code outside the package adds an entry."""
 

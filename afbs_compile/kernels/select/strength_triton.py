@@ -33,12 +33,12 @@ def _select_kernel(
     scores = tl.load(row + cols, mask=visible, other=0).to(tl.float32, bitcast=True)
     scores = tl.where(visible, scores, float("-inf"))
     if SHARE:
-        # strength_j = p_j * sqrt(n), p the softmax over the n visible blocks
+        # strength_j = p_j * n ** (1/4), p the softmax over the n visible blocks
         peak = tl.max(scores, 0)
         weights = tl.exp(scores - peak)
         total = tl.sum(weights, 0)
         count = tl.sum(visible.to(tl.int32), 0).to(tl.float32)
-        strength = weights * (tl.sqrt(count) / total)
+        strength = weights * (tl.sqrt(tl.sqrt(count)) / total)
     else:
         strength = tl.exp(scores)
     # Any NaN among the strengths reaches their sum. Infinite ones are no NaN.

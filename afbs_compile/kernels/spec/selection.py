@@ -20,7 +20,7 @@ from afbs_compile.kernels.policies.rules import ALWAYS, Rule, levels
 from afbs_compile.kernels.policies.statistics import self_similarity
 from afbs_compile.kernels.sight import Sight, resolved, sight_of
 
-PREDICTOR_VERSION = 1
+PREDICTOR_VERSION = 2
 """Raised whenever the same thresholds would select other blocks; a recipe of another version is refused."""
 
 
