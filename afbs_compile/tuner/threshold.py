@@ -23,20 +23,23 @@ START = 0.02
 SLOPE = 1.5
 """``log cost`` over ``log threshold`` where only one point is known; measured: 1.2 to 2."""
 
+FLATTEST = 0.5
+"""The least slope that two points on one side of the limit are believed to have."""
+
 FARTHEST = 8.0
 """Factor between one try and the next, at most."""
 
 SPENT = 0.85
 """A cost in [SPENT, 1] x budget ends the search."""
 
-QUICK_TRIES, TRIES = 3, 3
+QUICK_TRIES, TRIES = 3, 4
 """Thresholds tried on one sample, then on all that choose."""
 
-MOST_STEPS_BACK = 2
+MOST_STEPS_BACK = 3
 """Times that a threshold which failed the check is made more careful, before all heads stay dense."""
 
-CAREFUL = 0.9
-"""A step back aims at this share of the budget, where it was exceeded in the check."""
+CAREFUL, LEAST_STEP = 0.9, 0.7
+"""A step back aims at this share of the budget, as if the cost grew with the threshold itself; it is this at most."""
 
 PIECES = 5
 """Windows of tokens that the output of each sample is compared in; twice as many where there is one sample."""
@@ -45,8 +48,8 @@ PIECES = 5
 class Judge:
     """What thresholds cost, on the samples that choose and on those that had no say.
 
-    The first half of the samples chooses. Of a single sample every other window of tokens does, and a forward pass
-    serves the choice and the check.
+    Every other sample chooses: neighbours are often of one kind. Of a single sample every other window of tokens does,
+    and a forward pass serves the choice and the check.
 
     Args:
         runs: samples.
@@ -61,15 +64,12 @@ class Judge:
 
     def __init__(self, runs: Sequence[SampleRun], budget: Budget) -> None:
         self.budget = budget
-        half = (len(runs) + 1) // 2
-        self._choosing = EndToEnd(runs[:half], budget.quantity)
-        self._checking = EndToEnd(runs[half:], budget.quantity) if runs[half:] else None
+        self._choosing = EndToEnd(runs[::2], budget.quantity)
+        self._checking = EndToEnd(runs[1::2], budget.quantity) if runs[1:] else None
         self.unit: Literal["samples", "windows"] = "windows" if self._checking is None else "samples"
         self._seen: tuple[Mapping[str, SparseCall], list[OutputChange]] | None = None
-        pieces = self._choosing.pieces_of(2 * PIECES)
-        several = len(runs)
-        self.chosen_on = half if self._checking else (pieces + 1) // 2
-        self.checked_on = several - half if self._checking else pieces // 2
+        compared = len(runs) if self._checking else self._choosing.pieces_of(2 * PIECES)
+        self.chosen_on, self.checked_on = (compared + 1) // 2, compared // 2
 
     @property
     def evaluations(self) -> int:
@@ -152,7 +152,7 @@ def spend(judge: Judge, chosen: Callable[[float], Mapping[str, SparseCall]], pro
         if check[0] <= limit:
             return Spending(threshold, measured, *check, steps_back)
         if steps_back < MOST_STEPS_BACK:
-            threshold *= (CAREFUL * limit / check[0]) ** (1 / SLOPE)
+            threshold *= min(CAREFUL * limit / check[0], LEAST_STEP)
             measured = by(judge.choosing)(threshold) if judge.unit == "windows" else measured
     return Spending(0.0, 0.0, None, None, MOST_STEPS_BACK + 1)
 
@@ -202,6 +202,9 @@ def _further(points: Mapping[float, float], limit: float) -> float:
         (x0, y0), (x1, y1) = logs[outside - 1], logs[outside]
         share = min(max((aim - y0) / (y1 - y0), 0.1), 0.9) if y1 > y0 else 0.5
         return math.exp(x0 + share * (x1 - x0))
-    x, y = logs[0] if outside == 0 else logs[-1]
-    step = min(max((aim - y) / SLOPE, -math.log(FARTHEST)), math.log(FARTHEST))
-    return math.exp(x + step)
+    nearest, next_one = (logs[0], logs[1:2]) if outside == 0 else (logs[-1], logs[-2:-1])
+    slope = SLOPE
+    if next_one:
+        slope = min(max((next_one[0][1] - nearest[1]) / (next_one[0][0] - nearest[0]), FLATTEST), SLOPE)
+    step = min(max((aim - nearest[1]) / slope, -math.log(FARTHEST)), math.log(FARTHEST))
+    return math.exp(nearest[0] + step)

@@ -3,11 +3,11 @@
 For a query block that sees ``n`` key blocks with probabilities ``p``:
 
 - ``"mass"``: keep the smallest set of blocks that holds ``tau`` of the probability (SpargeAttn, XAttention).
-- ``"share"``: keep block j when ``p_j * n ** (1/4) > (1 - tau) / tau``. A row whose mass is spread over many blocks then
-  drops more of it, a row that concentrates it drops less, which is what keeps the sum of the errors of all rows small
-  for the blocks that are computed. The fourth root of n keeps thresholds usable at other lengths: at +1 % of perplexity
-  on documentation a 40M Llama's threshold is 0.023, 0.018 and 0.022 at 4K, 16K and 32K tokens; without the root it
-  halves (0.0097, 0.0053, 0.0051), with the square root it grows (0.058, 0.060, 0.083) and one point fewer is skipped.
+- ``"share"``: keep block j when ``p_j * n ** (1/4) > (1 - tau) / tau``. A row whose mass is spread over many blocks
+  then drops more of it, a row that concentrates it drops less, which keeps the sum of the errors of all rows small for
+  the blocks that are computed. The fourth root of n keeps thresholds usable at other lengths: at +1 % of perplexity on
+  documentation a 40M Llama's is 0.023, 0.018 and 0.022 at 4K, 16K and 32K tokens. Without a root it halves (0.0097,
+  0.0053, 0.0051); with the square root it grows (0.058, 0.060, 0.083), and one point fewer is skipped.
 - ``"strength"``: keep block j when its strength exceeds ``(1 - tau) / tau``; nothing is normalised.
 
 In all of them a larger tau keeps more, tau = 0 keeps only what is always kept and tau >= 1 keeps everything.

@@ -32,8 +32,8 @@ ScoreBySamples <scale, softcap, dense, added, block_q, block_k> (q, k, formula, 
     q_len = Squeeze (q_len1)
     q_groups, unused = afbs.InBlocks (q, group)
     samples = Gather <axis = 3> (q_groups, first)
-    exact = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added, block_q: int = @block_q,
-        block_k: int = @block_k, span = 1, last = 0>
+    exact = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added,
+        block_q: int = @block_q, block_k: int = @block_k, span = 1, last = 0>
         (samples, k, scaling, q_len, formula, valid, mask, blurred)
     rows_valid = afbs.AllRows (q)
     mean_q, unused_too = afbs.GroupMoments (q, rows_valid)
