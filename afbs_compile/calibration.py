@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from afbs_compile.errors import CalibrationError, OptionError
 from afbs_compile.found import FoundGraph
 from afbs_compile.options import Options, accepts_options, of_calibration
 from afbs_compile.passes.record import record_graphs
+from afbs_compile.peers import Peers
 from afbs_compile.reasons import NONE_FOUND, grouped
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner.graph import calibrate_graph
@@ -25,6 +28,9 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
             (a tokenizer's output, say). Lengths may differ. A single sample of batch 1 has its queries split into
             five disjoint windows that are validated each.
         options: those of :data:`afbs_compile.options.OPTIONS` that belong to calibration.
+
+    A model in shards is calibrated by all its processes at once, each of which calls this; all get the same recipe, of
+    all heads. Where each has whole calls (FSDP), it is that of the first one's samples.
 
     Returns:
         The recipe: for ``torch.compile(model, backend="afbs", options={"recipe": recipe})``, or ``recipe.save(path)``.
@@ -57,7 +63,10 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
         same = [(found, inputs) for found, inputs in graphs if (found.graph, found.source) == key]
         recipes.append(calibrate_graph(same if same[0][0].sites else same[:1], settings.tuning, "samples"))
     by_weight = sorted(recipes, key=lambda recipe: not recipe.graphs[0].weights)  # one with sites leads
-    return replace(by_weight[0], graphs=tuple(recipe.graphs[0] for recipe in recipes))
+    recipe = replace(by_weight[0], graphs=tuple(recipe.graphs[0] for recipe in recipes))
+    # Processes that have the same heads may have had other samples: the first one's recipe is everybody's.
+    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    return Peers.of(weights).first(lambda: recipe)
 
 
 def _nothing(refusals: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from afbs_compile.kernels.attend.engines import family_on
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
+from afbs_compile.shards import Heads, fits, of_part
 from afbs_compile.sketch import ROUNDING, Likeness, likeness
 
 Sites = Mapping[str, SiteRecipe]
@@ -53,7 +54,7 @@ def match(found: FoundGraph, recipe: Recipe) -> Match:
         number = _by_source(found, recipe, exact)
         sites = _sites(recipe, number, {site.name: site.name for site in found.sites})
         if all(site.dtype == _dtype(here) for here in found.sites if (site := sites.get(here.name)) and site.heads):
-            return Match(sites, recipe.graphs[number], number, ())
+            return Match(_of_process(found, sites), recipe.graphs[number], number, ())
     return _akin(found, recipe)
 
 
@@ -115,12 +116,27 @@ def _akin(found: FoundGraph, recipe: Recipe) -> Match:
     chosen = _by_source(found, recipe, numbers) if len(candidates) > 1 and not found.tensors else numbers[0]
     renamed = dict(candidates)[chosen]
     sites = _sites(recipe, chosen, renamed)
-    return Match(sites, recipe.graphs[chosen], chosen, _differences(found, renamed, sites, alike))
+    mine = _of_process(found, sites)
+    return Match(mine, recipe.graphs[chosen], chosen, _differences(found, renamed, sites, alike))
 
 
 def _sites(recipe: Recipe, number: int, renamed: Mapping[str, str]) -> Sites:
     everywhere = {site.name: site for site in (*recipe.sites, *recipe.graphs[number].sites)}
     return {here: everywhere[there] for here, there in renamed.items() if there in everywhere}
+
+
+def _of_process(found: FoundGraph, sites: Sites) -> Sites:
+    """What was recorded of the heads that this process has, where it has a part of them."""
+    mine = dict(sites)
+    for site in found.sites:
+        recorded = sites.get(site.name)
+        if recorded is not None and recorded.heads and fits(recorded, here := _heads(site)):
+            mine[site.name] = of_part(site.name, recorded, here, found.part(site).number)
+    return mine
+
+
+def _heads(site: AttentionSite) -> Heads:
+    return Heads(site.heads, site.kv_heads, site.head_dim)
 
 
 def _candidates(sites: Sequence[AttentionSite], recipe: Recipe) -> list[tuple[int, dict[str, str]]]:
@@ -151,8 +167,7 @@ def _renamings(sites: Sequence[AttentionSite], recorded: Sequence[SiteRecipe]) -
 
     def alike(site: AttentionSite, name: str) -> bool:
         other = there.get(name)
-        shape = (site.heads, site.kv_heads, site.head_dim)
-        return other is not None and shape == (len(other.heads), other.kv_heads, other.head_dim)
+        return other is not None and fits(other, _heads(site))
 
     seen: set[tuple[str, str]] = set()
     whole = False
