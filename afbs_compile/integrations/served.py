@@ -22,13 +22,14 @@ from afbs_compile.cache import cache_path, read_cached, write_cached
 from afbs_compile.conditions import conditions
 from afbs_compile.errors import AfbsWarning, RecipeError, first_line
 from afbs_compile.fingerprint import digest_of
+from afbs_compile.integrations.offload import device_of, values_of
 from afbs_compile.kernels.attend import machine
 from afbs_compile.kernels.attend.engines import family_on
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.sight import without_idle_parts
-from afbs_compile.match import check_device, renamed_as, weight_differences
+from afbs_compile.match import check_device, placed, renamed_as, weight_differences
 from afbs_compile.options import Options
 from afbs_compile.peers import Part, Peers, part_of
 from afbs_compile.plan import NO_RECIPE, NOT_CALIBRATED, Sizes, applied
@@ -81,13 +82,12 @@ def serve_with(model: nn.Module, settings: Options) -> ServedModel:
         alive = alone()
         yield from () if alive is None else (name for name, _ in alive.named_modules())
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    def tensors(inside: str = "") -> Iterator[tuple[str, Tensor]]:
         alive = alone()
         if alive is not None:
-            yield from alive.named_parameters()
-            yield from alive.named_buffers()
+            yield from values_of(alive, inside)
 
-    served = ServedModel(tensors, names, settings)
+    served = ServedModel(tensors, names, settings, device_of(model))
     serve(model, served)
     return served
 
@@ -106,9 +106,11 @@ class ServedModel:
     """The calls of one model and its recipe.
 
     Args:
-        tensors: names and values of its parameters and buffers, now.
+        tensors: names and values of its parameters and buffers, now; of those alone whose names begin with its
+            argument, where it gets one.
         names: of every module that may make a call.
         settings: options; where a recipe is named nothing is calibrated.
+        device: where it computes, by default that of its first tensor.
 
     Raises:
         RecipeError: the recipe named was made for another model, device or predictor.
@@ -116,9 +118,10 @@ class ServedModel:
 
     def __init__(
         self,
-        tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+        tensors: Callable[..., Iterable[tuple[str, Tensor]]],
         names: Callable[[], Iterable[str]],
         settings: Options,
+        device: torch.device | None = None,
     ) -> None:
         self.settings = settings
         self._tensors, self._names = tensors, names
@@ -133,7 +136,7 @@ class ServedModel:
         self._sketches = sketched(now)
         self._recorded: dict[str, SiteRecipe] = {}
         self._other_weights = False  # than those of what is recorded
-        self._device = now[0][1].device if now else torch.device("cpu")
+        self._device = device or (now[0][1].device if now else torch.device("cpu"))
         self._path: Path | None = None
         self.recipe = self._found_recipe()
 
@@ -205,7 +208,12 @@ class ServedModel:
         same = alike.same or any(graph.weights == self._digest() for graph in recipe.graphs)
         if not same and (alike.foreign or not any(graph.tensors for graph in recipe.graphs)):
             raise RecipeError("belongs to another model: other weights.")
-        self._recorded = renamed_as(list(self._names()), recipe)
+        names = list(self._names())
+        self._recorded = renamed_as(names, recipe)
+        by_weights = placed(names, self._sketches, recipe)
+        if len(by_weights) >= len(self._recorded):
+            there = {site.name: site for site in recipe.sites}
+            self._recorded = {name: there[call] for name, call in by_weights.items()}
         if not self._recorded:
             raise RecipeError("belongs to another model: none of its attention calls is named like a module here.")
         if not same:
@@ -346,7 +354,7 @@ class ServedModel:
 
     def _tensors_of(self, name: str) -> list[Tensor]:
         """Weights of the module that makes a call, as they are while it does."""
-        return [tensor for path, tensor in self._tensors() if path.startswith(f"{name}.")]
+        return [tensor for _, tensor in self._tensors(f"{name}.")]
 
     def _version(self) -> int:
         return sum(map(version_of, self._weights))

@@ -195,6 +195,25 @@ def pipeline(said: dict[str, Any]) -> None:
         afbs_compile.gather(misnamed)
 
 
+def failing(said: dict[str, Any]) -> None:
+    """One rank cannot calibrate: neither may the other wait for it, nor calibrate alone."""
+    from afbs_compile.integrations import served
+
+    exact = sharp_llama()(ids()).logits
+    with own_cache():
+        model = tensor_parallel()
+        if dist.get_rank() == 1:
+
+            def no_memory(*_: Any, **__: Any) -> Any:
+                raise RuntimeError("no memory")
+
+            served.tune_site = no_memory
+        afbs.use(model, **ASKED)
+        out = model(ids()).logits
+    said["rows"], said["error"] = rows(model), float((out - exact).norm() / exact.norm())
+    said["reason"] = afbs_compile.explain(model).rows[0].reason
+
+
 def main(way: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -212,6 +231,7 @@ WAYS: dict[str, Callable[[dict[str, Any]], None]] = {
     "fsdp": lambda said: eager(fully_sharded, said),
     "compile": compiled,
     "pipeline": pipeline,
+    "failing": failing,
 }
 
 if __name__ == "__main__":

@@ -131,11 +131,11 @@ def _calls(root: nn.Module, layers: Mapping[str, Any], recipe: Recipe, rank: int
     shapes = {sketch.shape for sketch in sketches}
     held = weakref.ref(root)
 
-    def tensors() -> list[tuple[str, Tensor]]:
+    def tensors(inside: str = "") -> list[tuple[str, Tensor]]:
         """Those that vLLM keeps in the shape that they were saved in: not fused, packed or cut in parts."""
         alive = held()
         every = [] if alive is None else [*alive.named_parameters(), *alive.named_buffers()]
-        return [(name, tensor) for name, tensor in every if tuple(tensor.shape) in shapes]
+        return [(name, tensor) for name, tensor in every if name.startswith(inside) and tuple(tensor.shape) in shapes]
 
     matrices = [(name, tensor) for name, tensor in tensors() if tensor.dim() > 1]
     if likeness(sketched(matrices), sketches).foreign:  # the scales of norms are alike in many models
