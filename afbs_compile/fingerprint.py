@@ -41,7 +41,8 @@ def module_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[tu
 
 def plain_name(name: str) -> str:
     """Where a tensor stands, ``_model_layers_0_self_attn_q_proj_weight_``, by its name or the one Dynamo gives it."""
-    return "_" + re.sub(r"_(modules|parameters|buffers)(?=_)|\.", "_", name).replace("__", "_") + "_"
+    path = re.sub(r"_(modules|parameters|buffers)(?=_)|\.", "_", f"_{name}_")
+    return re.sub(r"_+", "_", path)
 
 
 def graph_digest(site_names: Iterable[str], tensors: Iterable[tuple[str, Tensor]]) -> str:

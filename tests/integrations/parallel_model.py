@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import afbs_compile
 import afbs_compile.integrations.transformers as afbs
 from afbs_compile import Recipe
-from afbs_compile.errors import AfbsWarning, RecipeError
+from afbs_compile.errors import AfbsWarning, CalibrationError, OptionError, RecipeError
 from tests.toy import without_a_clock
 
 ASKED: dict[str, Any] = {"min_length": 128, "tolerance": 0.5}
@@ -195,6 +195,35 @@ def pipeline(said: dict[str, Any]) -> None:
         afbs_compile.gather(misnamed)
 
 
+def layer_by_layer(said: dict[str, Any]) -> None:
+    """FSDP2's hooks break the graph at every layer: each finds its own calls of a recipe of the whole model."""
+    exact = sharp_llama()(ids()).logits
+    with own_cache():
+        whole = sharp_llama()
+        recipe = afbs_compile.calibrate(whole, [ids()], **ASKED)
+        torch._dynamo.reset()
+        options = {"recipe": recipe, "min_length": 128}
+        model = torch.compile(fully_sharded(), backend="afbs", options=options)
+        out, said["said"] = heard(lambda: model(ids()).logits)
+    said["error"] = float((out - exact).norm() / exact.norm())
+    said["sparsity"] = [row.sparsity for row in afbs_compile.explain(model).rows]
+    said["recorded"] = [site.sparsity for site in recipe.sites]
+
+
+def refused(said: dict[str, Any]) -> None:
+    """What calibrate() cannot do in several processes."""
+    with own_cache():
+        with pytest.raises(CalibrationError, match="FSDP2 frees the weights of each layer that has run"):
+            afbs_compile.calibrate(fully_sharded(), [ids()], **ASKED)
+        with pytest.raises(OptionError, match="a budget on the output needs all heads of a call in one process"):
+            afbs_compile.calibrate(tensor_parallel(), [ids()], min_length=128, tolerance={"perplexity": 0.01})
+        model = fully_sharded()
+        afbs.use(model, **ASKED)
+        model(ids(dist.get_rank()))
+    said["own"] = constants(afbs.recipe_of(model))
+    said["constants"] = constants(afbs_compile.gather(afbs.recipe_of(model)))
+
+
 def failing(said: dict[str, Any]) -> None:
     """One rank cannot calibrate: neither may the other wait for it, nor calibrate alone."""
     from afbs_compile.integrations import served
@@ -231,7 +260,9 @@ WAYS: dict[str, Callable[[dict[str, Any]], None]] = {
     "fsdp": lambda said: eager(fully_sharded, said),
     "compile": compiled,
     "pipeline": pipeline,
+    "layer by layer": layer_by_layer,
     "failing": failing,
+    "refused": refused,
 }
 
 if __name__ == "__main__":

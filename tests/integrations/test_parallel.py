@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ def on_two_ranks(*command: str, cwd: Path = ROOT) -> str:
 
 def said_by_ranks(way: str) -> list[dict[str, Any]]:
     out = on_two_ranks("-m", "tests.integrations.parallel_model", way)
-    results = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
+    starts = [found.start() for found in re.finditer(r'{"rank"', out)]  # both may write into one line
+    results = [json.JSONDecoder().raw_decode(out, start)[0] for start in starts]
     assert sorted(result["rank"] for result in results) == [0, 1]
     return sorted(results, key=lambda result: result["rank"])
 
@@ -90,6 +92,19 @@ def test_a_rank_that_fails_lets_the_others_fail() -> None:
         assert said["rows"] == [[site, "refused", 0] for site in SITES]
         assert 0 <= said["error"] < 1e-5
         assert "no memory" in said["reason"]
+
+
+def test_layers_that_are_graphs_of_their_own_find_their_calls() -> None:
+    for said in said_by_ranks("layer by layer"):
+        assert len(set(said["recorded"])) == 2
+        assert said["sparsity"] == said["recorded"]
+        assert 0.001 < said["error"] < 0.2
+
+
+def test_what_is_refused_and_what_each_finds_by_itself() -> None:
+    first, second = said_by_ranks("refused")
+    assert first["own"] != second["own"], "inputs of their own"
+    assert first["constants"] == second["constants"] == first["own"]
 
 
 def test_the_benchmark(tmp_path: Path) -> None:
