@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from afbs_compile.errors import CalibrationError, OptionError
 from afbs_compile.found import FoundGraph
 from afbs_compile.options import Options, accepts_options, of_calibration
