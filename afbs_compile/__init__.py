@@ -5,8 +5,9 @@ from compilation, and :func:`explain` tells what happened to every attention cal
 """
 
 from afbs_compile.calibration import calibrate
+from afbs_compile.gather import gather
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.explain import explain
 from afbs_compile.version import __version__
 
-__all__ = ["Recipe", "__version__", "calibrate", "explain"]
+__all__ = ["Recipe", "__version__", "calibrate", "explain", "gather"]

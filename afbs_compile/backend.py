@@ -90,7 +90,8 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
         return _as_named(found, example_inputs, settings)
     samples = None if settings.samples is None else materialised(settings.samples)
     path = cache_path(_conditions(found, example_inputs, settings, samples))
-    cached = read_cached(path) if all_read(found.sketches) else None
+    peers = found.peers
+    cached = peers.first(lambda: read_cached(path)) if all_read(found.sketches) else None
     if cached is not None:
         try:
             plan = Plan.of(found, cached, settings.outside)
@@ -105,7 +106,7 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
     if samples is not None:
         source, runs = "samples", bind(found.gm, example_inputs, samples)
     recipe = calibrate_graph([(found, runs)], settings.tuning, source)
-    if all_read(found.sketches):
+    if all_read(found.sketches) and peers.is_first:
         write_cached(path, recipe)
     return recipe, Plan.of(found, recipe, settings.outside)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from afbs_compile.errors import CalibrationError, OptionError
 from afbs_compile.found import FoundGraph
 from afbs_compile.options import Options, accepts_options, of_calibration
@@ -13,6 +15,9 @@ from afbs_compile.passes.record import record_graphs
 from afbs_compile.reasons import NONE_FOUND, grouped
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner.graph import calibrate_graph
+
+RESHARDS = "set_reshard_after_forward"
+"""What a module of FSDP2 has; to import the class takes a while."""
 
 
 @accepts_options
@@ -26,17 +31,27 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
             five disjoint windows that are validated each.
         options: those of :data:`afbs_compile.options.OPTIONS` that belong to calibration.
 
+    A model in shards is calibrated by all its processes at once, each of which calls this with the same samples; all
+    get the same recipe, of all heads.
+
     Returns:
         The recipe: for ``torch.compile(model, backend="afbs", options={"recipe": recipe})``, or ``recipe.save(path)``.
 
     Raises:
         OptionError: an argument is out of range, or there is no sample.
-        CalibrationError: no attention call ran on the samples, or each is refused.
+        CalibrationError: no attention call ran on the samples, or each is refused; or FSDP2 frees the weights of a
+            layer that has run.
     """
     settings = Options.parse({**options, "samples": samples}, of_calibration())
     inputs = list(samples)
     if not inputs:
         raise OptionError("samples: got none; accepted: an iterable of at least one model input")
+    if isinstance(model, torch.nn.Module) and any(hasattr(part, RESHARDS) for part in model.modules()):
+        raise CalibrationError(
+            "nothing was calibrated: FSDP2 frees the weights of each layer that has run, and calibrate() runs layers "
+            'again; take the recipe of a first call with attn_implementation="afbs", or of the model before '
+            "fully_shard."
+        )
     graphs = [
         (FoundGraph.of(graph.gm, graph.samples[0], settings.min_length), graph.samples)
         for graph in record_graphs(model, inputs)

@@ -39,6 +39,12 @@ def module_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[tu
     return [*lifted, *gm.named_parameters(), *gm.named_buffers()]
 
 
+def plain_name(name: str) -> str:
+    """Where a tensor stands, ``_model_layers_0_self_attn_q_proj_weight_``, by its name or the one Dynamo gives it."""
+    path = re.sub(r"_(modules|parameters|buffers)(?=_)|\.", "_", f"_{name}_")
+    return re.sub(r"_+", "_", path)
+
+
 def graph_digest(site_names: Iterable[str], tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Digest of which attention calls a graph has and of its tensors' names and shapes; lengths do not enter."""
     content = [list(site_names), [(name, list(tensor.shape)) for name, tensor in tensors]]

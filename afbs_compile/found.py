@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from afbs_compile.fingerprint import digest_of, graph_digest, module_tensors, source_digest
+from afbs_compile.fingerprint import digest_of, graph_digest, module_tensors, plain_name, source_digest
 from afbs_compile.passes.expand import expand
 from afbs_compile.passes.find import find
 from afbs_compile.passes.marking import mark_calls
 from afbs_compile.passes.site import AttentionSite, Refusal
+from afbs_compile.peers import Part, Peers, part_of
 from afbs_compile.sketch import TensorSketch, sketched
 
 
@@ -47,6 +48,17 @@ class FoundGraph:
         source = source_digest(site.node for site in sites)
         sketches = sketched(tensors) if sites else ()
         return cls(gm, sites, refusals, tensors, graph_digest(names, tensors), source, sketches)
+
+    @property
+    def peers(self) -> Peers:
+        """The processes that hold the tensors together."""
+        return Peers.of(tensor for _, tensor in self.tensors)
+
+    def part(self, site: AttentionSite) -> Part:
+        """The part of a call's heads that this process has."""
+        mine = f"_{site.name}_".replace(".", "_")
+        tensors = [tensor for name, tensor in self.tensors if mine in plain_name(name)]
+        return part_of(tensors, site.heads, site.head_dim)
 
     @property
     def weights(self) -> str:

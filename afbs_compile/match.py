@@ -8,17 +8,20 @@ neither makes another model of it. What differs is said, and thresholds are then
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from afbs_compile.errors import RecipeError
+from afbs_compile.fingerprint import plain_name
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.attend import machine
 from afbs_compile.kernels.attend.engines import family_on
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.passes.site import AttentionSite
 from afbs_compile.recipe import GraphRecipe, Recipe, SiteRecipe
-from afbs_compile.sketch import ROUNDING, Likeness, likeness
+from afbs_compile.shards import Heads, fits, of_part
+from afbs_compile.sketch import ROUNDING, Likeness, TensorSketch, likeness
 
 Sites = Mapping[str, SiteRecipe]
 
@@ -53,8 +56,36 @@ def match(found: FoundGraph, recipe: Recipe) -> Match:
         number = _by_source(found, recipe, exact)
         sites = _sites(recipe, number, {site.name: site.name for site in found.sites})
         if all(site.dtype == _dtype(here) for here in found.sites if (site := sites.get(here.name)) and site.heads):
-            return Match(sites, recipe.graphs[number], number, ())
+            return Match(_of_process(found, sites), recipe.graphs[number], number, ())
     return _akin(found, recipe)
+
+
+def placed(names: Iterable[str], here: Sequence[TensorSketch], recipe: Recipe) -> dict[str, str]:
+    """Names of recorded calls by those here of the modules that have the very same weights.
+
+    What a module is called may be the name of another one there: a stage of a pipeline may number its layers from 0.
+
+    Args:
+        names: of modules; here: tensors of the model that they are part of.
+    """
+    everywhere = [sketch for graph in recipe.graphs for sketch in graph.tensors if sketch.digest]
+    places: dict[str, set[str]] = {}
+    for sketch in everywhere:
+        places.setdefault(sketch.digest, set()).add(plain_name(sketch.name))
+    known = {digest: place for digest, (place, *more) in places.items() if not more}
+    mine = [(plain_name(sketch.name), known[sketch.digest]) for sketch in here if sketch.digest in known]
+    calls = Counter(site.name for site in recipe.sites if site.heads)
+    there = sorted((name for name, count in calls.items() if count == 1), key=len, reverse=True)
+    found: dict[str, str] = {}
+    for name in names:
+        mark = plain_name(name)
+        for place, other in mine:
+            _, inside, rest = place.partition(mark)
+            if inside and rest and other.endswith(rest):
+                module = other.removesuffix(rest)
+                found.update((name, call) for call in there[::-1] if module.endswith(plain_name(call)))
+                break
+    return found
 
 
 def renamed_as(names: Sequence[str], recipe: Recipe) -> dict[str, SiteRecipe]:
@@ -64,7 +95,7 @@ def renamed_as(names: Sequence[str], recipe: Recipe) -> dict[str, SiteRecipe]:
         names: of the modules here, of which most make no call.
     """
     there = {site.name: site for site in recipe.sites if site.heads}
-    best: dict[str, SiteRecipe] = {}
+    best = {name: there[name] for name in names if name in there}  # another change has to fit more of them
     seen: set[tuple[str, str]] = set()
     for recorded in there:
         for change in [change for name in names if (change := _change(name, recorded)) and change not in seen]:
@@ -109,18 +140,36 @@ def _akin(found: FoundGraph, recipe: Recipe) -> Match:
         )
     if alike.foreign or (found.sketches and not there):
         raise RecipeError("belongs to another model: same architecture, other weights.")
+    by_weights = placed(names, found.sketches, recipe)
+    if len(by_weights) == len(names):
+        candidates = [(_first_graph(recipe, by_weights), by_weights)]
     best = max(len(renamed) for _, renamed in candidates)
     candidates = [(number, renamed) for number, renamed in candidates if len(renamed) == best]
     numbers = [number for number, _ in candidates]
     chosen = _by_source(found, recipe, numbers) if len(candidates) > 1 and not found.tensors else numbers[0]
-    renamed = dict(candidates)[chosen]
+    renamed = dict(reversed(candidates))[chosen]
     sites = _sites(recipe, chosen, renamed)
-    return Match(sites, recipe.graphs[chosen], chosen, _differences(found, renamed, sites, alike))
+    mine = _of_process(found, sites)
+    return Match(mine, recipe.graphs[chosen], chosen, _differences(found, renamed, sites, alike))
 
 
 def _sites(recipe: Recipe, number: int, renamed: Mapping[str, str]) -> Sites:
     everywhere = {site.name: site for site in (*recipe.sites, *recipe.graphs[number].sites)}
     return {here: everywhere[there] for here, there in renamed.items() if there in everywhere}
+
+
+def _of_process(found: FoundGraph, sites: Sites) -> Sites:
+    """What was recorded of the heads that this process has, where it has a part of them."""
+    mine = dict(sites)
+    for site in found.sites:
+        recorded = sites.get(site.name)
+        if recorded is not None and recorded.heads and fits(recorded, here := _heads(site)):
+            mine[site.name] = of_part(site.name, recorded, here, found.part(site).number)
+    return mine
+
+
+def _heads(site: AttentionSite) -> Heads:
+    return Heads(site.heads, site.kv_heads, site.head_dim)
 
 
 def _candidates(sites: Sequence[AttentionSite], recipe: Recipe) -> list[tuple[int, dict[str, str]]]:
@@ -151,12 +200,11 @@ def _renamings(sites: Sequence[AttentionSite], recorded: Sequence[SiteRecipe]) -
 
     def alike(site: AttentionSite, name: str) -> bool:
         other = there.get(name)
-        shape = (site.heads, site.kv_heads, site.head_dim)
-        return other is not None and shape == (len(other.heads), other.kv_heads, other.head_dim)
+        return other is not None and fits(other, _heads(site))
 
     seen: set[tuple[str, str]] = set()
     whole = False
-    for name in there:
+    for name in sorted(there, key=lambda name: name != sites[0].name):  # the same name first
         change = _change(sites[0].name, name)
         if change is None or change in seen:
             continue

@@ -1,15 +1,15 @@
 """Sketches of tensors: whether weights are those that a recipe was made with, in whatever form they are loaded.
 
 A sketch holds a checksum of all bits and a few of the values. The checksum tells that nothing changed; the values
-survive what a checksum does not: another dtype, quantisation, shards of which a process holds one, a tensor that is
-somewhere else for now.
+survive what a checksum does not: another dtype, quantisation, a tensor that is somewhere else for now. Of a tensor in
+shards both are of the whole, so that one process and several know the same model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
 from afbs_compile.fingerprint import described
+from afbs_compile.peers import is_sharded
 
 PLACES = 8
 """Values of a tensor in its sketch."""
@@ -36,9 +37,9 @@ class TensorSketch:
 
     Attributes:
         name: path in the model, as far as it is known.
-        shape: of the whole tensor, whatever part of it this process holds; dtype: e.g. ``"bfloat16"``.
-        digest: :func:`afbs_compile.fingerprint.described`, of what this process holds; empty where it holds nothing.
-        values: at :data:`PLACES` places spread evenly, 6 digits; ``None`` at those that this process does not hold.
+        shape: of the whole tensor, as all that follows, whatever part this process holds; dtype: e.g. ``"bfloat16"``.
+        digest: :func:`afbs_compile.fingerprint.described`; empty where the values are elsewhere.
+        values: at :data:`PLACES` places spread evenly, 6 digits; ``None`` at those that cannot be read.
     """
 
     name: str
@@ -90,6 +91,11 @@ def all_read(sketches: Iterable[TensorSketch]) -> bool:
     return all(sketch.digest for sketch in sketches)
 
 
+def unread(sketch: TensorSketch) -> TensorSketch:
+    """What is left of a sketch once the values have changed."""
+    return replace(sketch, digest="", values=(None,) * len(sketch.values))
+
+
 def version_of(tensor: Tensor) -> int:
     """A number that grows when the tensor is written into; -1 where PyTorch does not count."""
     return -1 if tensor.is_inference() else tensor._version
@@ -99,9 +105,29 @@ def _sketch(name: str, tensor: Tensor) -> TensorSketch:
     version = version_of(tensor)
     known = _known.get(tensor)
     if known is None or known[0] != version or version < 0:
-        known = (version, "" if tensor.is_meta else described(tensor), _values(tensor))
+        whole = _whole(tensor)
+        known = (version, "" if whole.is_meta else described(whole), _values(whole))
         _known[tensor] = known
     return TensorSketch(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), known[1], known[2])
+
+
+@torch.no_grad()
+def _whole(tensor: Any) -> Tensor:
+    """The tensor; of a shard all of it, for as long as it is read. The processes that share it all come here."""
+    if not is_sharded(tensor) or tensor.to_local().is_meta:
+        return tensor  # type: ignore[no-any-return]
+    device = tensor.device_mesh.device_type  # shards may be kept on the host, whose group sends nothing
+    return tensor.to(device).full_tensor()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def held(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """What this process itself holds of each tensor, in few characters: the other ones are not asked."""
+    return [_held(tensor) for _, tensor in tensors]
+
+
+def _held(tensor: Any) -> str:
+    return described(tensor.to_local()) if is_sharded(tensor) else _sketch("", tensor).digest
 
 
 @torch.no_grad()
@@ -118,29 +144,11 @@ def _values(tensor: Tensor) -> tuple[float | None, ...]:
 
 
 def _values_of_subclass(tensor: Any, places: Sequence[int]) -> tuple[float | None, ...]:
-    """Of a shard the places that it holds; of a quantised tensor what it stands for."""
-    if hasattr(tensor, "placements"):
-        return _values_of_shard(tensor, places)
+    """Of a quantised tensor what it stands for."""
     try:
         return _rounded(_at(tensor.dequantize(), places))
     except (AttributeError, NotImplementedError, RuntimeError):  # it has no such form
         return (None,) * len(places)
-
-
-def _values_of_shard(tensor: Any, places: Sequence[int]) -> tuple[float | None, ...]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    local = tensor.to_local()
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    if tuple(shape) != tuple(local.shape) or any(placement.is_partial() for placement in tensor.placements):
-        return (None,) * len(places)
-    inside: dict[int, int] = {}
-    for index, place in enumerate(places):
-        at = [int(x) - start for x, start in zip(_unravelled(place, tensor.shape), offset, strict=True)]
-        if all(0 <= x < size for x, size in zip(at, shape, strict=True)):
-            inside[index] = sum(x * math.prod(shape[d + 1 :]) for d, x in enumerate(at))
-    found = dict(zip(inside, _rounded(_at(local, list(inside.values()))), strict=True)) if inside else {}
-    return tuple(found.get(index) for index in range(len(places)))
 
 
 def _unravelled(place: int, shape: Sequence[int]) -> list[int]:

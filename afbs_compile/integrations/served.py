@@ -22,18 +22,21 @@ from afbs_compile.cache import cache_path, read_cached, write_cached
 from afbs_compile.conditions import conditions
 from afbs_compile.errors import AfbsWarning, RecipeError, first_line
 from afbs_compile.fingerprint import digest_of
+from afbs_compile.integrations.offload import device_of, values_of
 from afbs_compile.kernels.attend import machine
 from afbs_compile.kernels.attend.engines import family_on
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.sight import without_idle_parts
-from afbs_compile.match import check_device, renamed_as, weight_differences
+from afbs_compile.match import check_device, placed, renamed_as, weight_differences
 from afbs_compile.options import Options
+from afbs_compile.peers import Part, Peers, part_of
 from afbs_compile.plan import NO_RECIPE, NOT_CALIBRATED, Sizes, applied
 from afbs_compile.recipe import GraphRecipe, Recipe, SampleRecord, SiteRecipe
 from afbs_compile.revalidate import checked, raised
-from afbs_compile.sketch import all_read, likeness, sketched, version_of
+from afbs_compile.shards import Heads, joined, of_part
+from afbs_compile.sketch import all_read, held, likeness, sketched, unread, version_of
 from afbs_compile.tuner.graph import recipe_of, site_recipe
 from afbs_compile.tuner.promise import promise
 from afbs_compile.tuner.site import tune_site
@@ -73,19 +76,18 @@ def serve_with(model: nn.Module, settings: Options) -> ServedModel:
     Raises:
         RecipeError: as :class:`ServedModel`.
     """
-    held = weakref.ref(model)
+    alone = weakref.ref(model)
 
     def names() -> Iterator[str]:
-        alive = held()
+        alive = alone()
         yield from () if alive is None else (name for name, _ in alive.named_modules())
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        alive = held()
+    def tensors(inside: str = "") -> Iterator[tuple[str, Tensor]]:
+        alive = alone()
         if alive is not None:
-            yield from alive.named_parameters()
-            yield from alive.named_buffers()
+            yield from values_of(alive, inside)
 
-    served = ServedModel(tensors, names, settings)
+    served = ServedModel(tensors, names, settings, device_of(model))
     serve(model, served)
     return served
 
@@ -104,9 +106,11 @@ class ServedModel:
     """The calls of one model and its recipe.
 
     Args:
-        tensors: names and values of its parameters and buffers, now.
+        tensors: names and values of its parameters and buffers, now; of those alone whose names begin with its
+            argument, where it gets one.
         names: of every module that may make a call.
         settings: options; where a recipe is named nothing is calibrated.
+        device: where it computes, by default that of its first tensor.
 
     Raises:
         RecipeError: the recipe named was made for another model, device or predictor.
@@ -114,23 +118,25 @@ class ServedModel:
 
     def __init__(
         self,
-        tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+        tensors: Callable[..., Iterable[tuple[str, Tensor]]],
         names: Callable[[], Iterable[str]],
         settings: Options,
+        device: torch.device | None = None,
     ) -> None:
         self.settings = settings
         self._tensors, self._names = tensors, names
         self._sites: dict[str, _Site] = {}
         self._refused: dict[str, str] = {}
         self._first: str | None = None
-        self._stopwatch = Stopwatch()
-        held = list(tensors())
-        self._weights = [tensor for _, tensor in held]
-        self._versions = self._version()
-        self._sketches = sketched(held)
+        now = list(tensors())
+        self._weights = [tensor for _, tensor in now]
+        self._peers = Peers.of(self._weights)
+        self._stopwatches: dict[Part, Stopwatch] = {}
+        self._versions, self._held = self._version(), held(now)
+        self._sketches = sketched(now)
         self._recorded: dict[str, SiteRecipe] = {}
         self._other_weights = False  # than those of what is recorded
-        self._device = held[0][1].device if held else torch.device("cpu")
+        self._device = device or (now[0][1].device if now else torch.device("cpu"))
         self._path: Path | None = None
         self.recipe = self._found_recipe()
 
@@ -189,7 +195,8 @@ class ServedModel:
         if not all_read(self._sketches):  # offloaded: the cache could not tell whose recipe it has
             return None
         self._path = cache_path(conditions(self._device, self.settings, weights=self._digest(), graph="served"))
-        cached = read_cached(self._path)
+        path = self._path
+        cached = self._peers.first(lambda: read_cached(path))
         if cached is not None:
             self._adopt(cached, f"the cached recipe {self._path}")
         return cached
@@ -201,7 +208,12 @@ class ServedModel:
         same = alike.same or any(graph.weights == self._digest() for graph in recipe.graphs)
         if not same and (alike.foreign or not any(graph.tensors for graph in recipe.graphs)):
             raise RecipeError("belongs to another model: other weights.")
-        self._recorded = renamed_as(list(self._names()), recipe)
+        names = list(self._names())
+        self._recorded = renamed_as(names, recipe)
+        by_weights = placed(names, self._sketches, recipe)
+        if len(by_weights) >= len(self._recorded):
+            there = {site.name: site for site in recipe.sites}
+            self._recorded = {name: there[call] for name, call in by_weights.items()}
         if not self._recorded:
             raise RecipeError("belongs to another model: none of its attention calls is named like a module here.")
         if not same:
@@ -228,7 +240,7 @@ class ServedModel:
         return site.calls[length]
 
     def _at_length(self, recorded: SiteRecipe, operands: Operands) -> SparseCall | None:
-        sizes = _sizes(recorded.name, operands)
+        sizes = Sizes(recorded.name, *_heads(operands), operands.q_len, operands.k_len)
         row = applied(sizes, recorded, self.settings.outside, None if self.recipe is None else self.recipe.tolerance)
         if row.outcome != "sparse" or row.calibrated.dense_at(operands.q_len, operands.k_len):
             return None
@@ -237,7 +249,11 @@ class ServedModel:
     def _decided(self, name: str, operands: Operands) -> _Site:
         recorded = self._recorded.get(name)
         if recorded is not None:
-            return _Site(replace(recorded, name=name), unchecked=self._other_weights)
+            try:
+                mine = of_part(name, recorded, _heads(operands), self._part(name, operands).number)
+            except RecipeError as error:
+                return _Site(SiteRecipe(name, "refused", first_line(error)))
+            return _Site(mine, unchecked=self._other_weights)
         if self.settings.recipe is not None:
             return _Site(SiteRecipe(name, "refused", NOT_CALIBRATED))
         if self.settings.first_call == "dense":
@@ -251,17 +267,22 @@ class ServedModel:
         """Calibrate a call on its first operands, and write down what came out."""
         if not self._recorded:
             _log.info("calibrating %s and the calls after it on their first inputs", name)
+        part = self._part(name, operands)
+        # Processes that have the same heads get inputs of their own, and may get none: only parts wait for each other.
+        peers = Peers.of(self._tensors_of(name)) if part.of > 1 else Peers()
+        stopwatch = self._stopwatches.setdefault(part, Stopwatch(peers))
         try:
-            result = tune_site([operands], self.settings.tuning, stopwatch=self._stopwatch)
+            with peers.together():
+                result = tune_site([operands], self.settings.tuning, stopwatch=stopwatch)
+                row = joined(peers.gathered((part, site_recipe(name, operands, result))))
         except (RuntimeError, ValueError) as error:  # out of memory, an engine's refusal: the model runs all the same
             return SiteRecipe(name, "refused", f"calibration failed: {first_line(error)}")
-        row = site_recipe(name, operands, result)
         self._recorded[name] = row
         _log.info("calibrated %s: %s, sparsity %.3f", name, row.outcome, row.sparsity)
         self.recipe = self._with(row, operands, int(result.measured.error.shape[0]))
-        if self._path is not None:
+        if self._path is not None and self._peers.is_first:
             write_cached(self._path, self.recipe)
-        return row
+        return of_part(name, row, _heads(operands), part.number)
 
     def _with(self, row: SiteRecipe, operands: Operands, inputs: int) -> Recipe:
         """The recipe with one more call; it is whole after each, so that a process may end at any time."""
@@ -284,7 +305,7 @@ class ServedModel:
             return
         tolerance = None if self.recipe is None else self.recipe.tolerance
         if site.of_these_weights and tolerance is not None:
-            found = raised(site.row, call, [operands], tolerance, self._stopwatch)
+            found = raised(site.row, call, [operands], tolerance, self._stopwatches.setdefault(Part(), Stopwatch()))
         else:
             found = checked(site.row, call, [operands], tolerance)
         site.row = found.row
@@ -294,10 +315,10 @@ class ServedModel:
 
     def _write_down(self, row: SiteRecipe) -> None:
         """Leave to the next process what a check raised, if the recipe was made here, for these weights."""
-        if self.recipe is None or self.settings.recipe is not None:
-            return
+        if self.recipe is None or self.settings.recipe is not None or not self._peers.are_alone:
+            return  # processes that share the model see their own heads, or their own inputs
         (graph,) = self.recipe.graphs
-        if graph.weights != self._digest():
+        if graph.weights != digest_of(self._held):
             return
         sites = tuple(row if each.name == row.name else each for each in graph.sites)
         self.recipe = replace(self.recipe, graphs=(replace(graph, sites=sites),))
@@ -310,9 +331,13 @@ class ServedModel:
         if versions == self._versions:
             return
         self._versions = versions
-        before, self._sketches = self._sketches, sketched(self._tensors())
-        if [sketch.digest for sketch in before] == [sketch.digest for sketch in self._sketches]:
+        before, self._held = self._held, held(self._tensors())
+        if before == self._held:
             return
+        if self._peers.are_alone:  # the others may not come here: of shards it is not known any more what they make
+            self._sketches = sketched(self._tensors())
+        else:
+            self._sketches = tuple(unread(sketch) for sketch in self._sketches)
         warnings.warn(
             "the weights changed since the attention calls were calibrated: each is checked on the inputs that reach "
             "it next.",
@@ -323,6 +348,14 @@ class ServedModel:
         for site in self._sites.values():
             site.unchecked, site.of_these_weights = True, False
 
+    def _part(self, name: str, operands: Operands) -> Part:
+        """The part of a call's heads that is computed here."""
+        return part_of(self._tensors_of(name), operands.heads, operands.q.shape[3])
+
+    def _tensors_of(self, name: str) -> list[Tensor]:
+        """Weights of the module that makes a call, as they are while it does."""
+        return [tensor for _, tensor in self._tensors(f"{name}.")]
+
     def _version(self) -> int:
         return sum(map(version_of, self._weights))
 
@@ -330,6 +363,5 @@ class ServedModel:
         return digest_of(sketch.digest for sketch in self._sketches)
 
 
-def _sizes(name: str, operands: Operands) -> Sizes:
-    heads, kv_heads, head_dim = operands.heads, operands.k.shape[1], operands.q.shape[3]
-    return Sizes(name, heads, kv_heads, head_dim, operands.q_len, operands.k_len)
+def _heads(operands: Operands) -> Heads:
+    return Heads(operands.heads, operands.k.shape[1], operands.q.shape[3])

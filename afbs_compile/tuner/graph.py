@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from afbs_compile.errors import OptionError
 from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.attend import machine
@@ -22,6 +23,7 @@ from afbs_compile.kernels.attend.engines import family_on, kernel_of
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.passes.capture import SampleRun, capture
+from afbs_compile.peers import Peers
 from afbs_compile.recipe import (
     BudgetRecord,
     GraphRecipe,
@@ -32,6 +34,7 @@ from afbs_compile.recipe import (
     SearchPath,
     SiteRecipe,
 )
+from afbs_compile.shards import joined
 from afbs_compile.tuner.budgeted import tune_with_budget
 from afbs_compile.tuner.measure import attend_sparsely
 from afbs_compile.tuner.progress import calibration_progress
@@ -61,13 +64,36 @@ def calibrate_graph(
     """
     began = time.monotonic()
     found = graphs[0][0]
+    peers = found.peers
+    if settings.budget is not None and any(found.part(site).of > 1 for site in found.sites):
+        raise OptionError(
+            "tolerance: a budget on the output needs all heads of a call in one process, and this model's are in "
+            "several; accepted: a number, or a recipe that was calibrated on one device"
+        )
+    with peers.together():
+        return _calibrated(graphs, settings, source, peers, began)
+
+
+def _calibrated(
+    graphs: Sequence[tuple[FoundGraph, Sequence[Sequence[Any]]]],
+    settings: TuneSettings,
+    source: Source,
+    peers: Peers,
+    began: float,
+) -> Recipe:
+    found = graphs[0][0]
     runs = [SampleRun(graph.gm, graph.sites, inputs) for graph, samples in graphs for inputs in samples]
-    results, lengths, budget = _tune(runs, settings) if found.sites else ({}, [0], None)
+    results, lengths, budget = _tune(runs, settings, peers) if found.sites else ({}, [0], None)
     batches = _batches(runs)
     validated = _validation_inputs(results, batches)
     promised = _promise(results, batches)
     record = SampleRecord(source, len(runs), validated, (min(lengths), max(lengths)), samples_digest(runs))
-    sites = [site_recipe(site.name, site.shapes().operands(), results[site.name]) for site in found.sites]
+    mine = [
+        (found.part(site), site_recipe(site.name, site.shapes().operands(), results[site.name])) for site in found.sites
+    ]
+    sites = [joined(rows) for rows in zip(*peers.gathered(mine), strict=True)]
+    promises = [each for each in peers.gathered(promised) if each is not None]
+    promised = max(promises, key=lambda each: each.model_bound, default=None)
     refused = [SiteRecipe(refusal.name, "refused", refusal.reason) for refusal in found.refusals]
     evaluations = sum(result.evaluations for result in results.values())
     device = found.sites[0].device if found.sites else torch.device("cpu")
@@ -116,18 +142,20 @@ def samples_digest(runs: Iterable[SampleRun]) -> str:
 
 
 def _tune(
-    runs: Sequence[SampleRun], settings: TuneSettings
+    runs: Sequence[SampleRun], settings: TuneSettings, peers: Peers
 ) -> tuple[dict[str, SiteResult], list[int], BudgetRecord | None]:
     """Results by site, lengths at the sites, and how the budget was spent where there is one."""
     if settings.budget is not None:
         return tune_with_budget(runs, settings, settings.budget)
-    return *_tune_sites(runs, settings), None
+    return *_tune_sites(runs, settings, peers), None
 
 
-def _tune_sites(runs: Sequence[SampleRun], settings: TuneSettings) -> tuple[dict[str, SiteResult], list[int]]:
+def _tune_sites(
+    runs: Sequence[SampleRun], settings: TuneSettings, peers: Peers
+) -> tuple[dict[str, SiteResult], list[int]]:
     results: dict[str, SiteResult] = {}
     lengths: set[int] = set()
-    earlier, stopwatch = None, Stopwatch()
+    earlier, stopwatch = None, Stopwatch(peers)
 
     # closing: the walk holds forked random state and autocast, which an error must not leave behind.
     def chosen(name: str, operands: Operands) -> Tensor | None:

@@ -90,16 +90,19 @@ def with_speed(
         nothing: the reason to give where every head is DENSE.
         dense_ms: milliseconds of the dense call, where they are known.
     """
-    if result.call.is_dense:
+    mine = None
+    if not result.call.is_dense:
+        mine = SiteSpeed.measure(
+            sample,
+            result.call,
+            float(result.measured.sparsity.mean()),
+            stopwatch,
+            dense_ms=dense_ms,
+            sparse_ms=result.confirmed_ms if result.precision_reasons is None else None,
+        )
+    speed = stopwatch.slowest_speed(mine)
+    if speed is None:
         return replace(result, dense_reason=nothing)
-    speed = SiteSpeed.measure(
-        sample,
-        result.call,
-        float(result.measured.sparsity.mean()),
-        stopwatch,
-        dense_ms=dense_ms,
-        sparse_ms=result.confirmed_ms if result.precision_reasons is None else None,
-    )
     not_faster = None
     if speed.min_length is None:
         not_faster = f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense"
@@ -175,6 +178,7 @@ def fastest_shape(inputs: SiteInputs, explored: dict[BlockShape, Explored], stop
             continue
         attention = float((1 - choice.sparsity).mean()) * stopwatch.attention_ms(element, choice.call)
         milliseconds[shape] = attention + stopwatch.predictor_ms(element, choice.call)
+    milliseconds = stopwatch.slowest_shapes(milliseconds)
     if len(milliseconds) > 1:
         stopwatch.learn_shapes(element, milliseconds)
     return min(milliseconds, key=milliseconds.__getitem__, default=next(iter(explored)))

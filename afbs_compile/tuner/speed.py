@@ -17,6 +17,7 @@ from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.operands import Operands
+from afbs_compile.peers import Peers
 from afbs_compile.tuner.measure import visible_count
 
 WORTHWHILE = 0.97
@@ -39,9 +40,14 @@ CLEAR = 0.5
 
 
 class Stopwatch:
-    """What timing one site says about later ones of its kind, so that each thing is timed once in a calibration."""
+    """What timing one site says about later ones of its kind, so that each thing is timed once in a calibration.
 
-    def __init__(self) -> None:
+    Args:
+        peers: processes that have other heads of the same sites: the slowest one decides for all.
+    """
+
+    def __init__(self, peers: Peers | None = None) -> None:
+        self.peers = peers or Peers()
         self._attention_ms: dict[Hashable, float] = {}
         self._predictor_ms: dict[Hashable, float] = {}
         self._dense_ms: dict[Hashable, float] = {}
@@ -95,6 +101,25 @@ class Stopwatch:
             return len(behind) >= FEWEST_SITES and all(behind)
 
         return [shape for shape in shapes if not lost(shape)]
+
+    def slowest_shapes(self, milliseconds: dict[BlockShape, float]) -> dict[BlockShape, float]:
+        """What a site takes with each of its block shapes in the process that takes longest."""
+        slowest: dict[BlockShape, float] = {}
+        for mine in self.peers.gathered(milliseconds):
+            slowest.update((shape, max(ms, slowest.get(shape, 0.0))) for shape, ms in mine.items())
+        return slowest
+
+    def slowest_speed(self, speed: SiteSpeed | None) -> SiteSpeed | None:
+        """A site's speed where all processes have timed their heads; ``None`` of those whose heads are all DENSE."""
+        timed = [mine for mine in self.peers.gathered(speed) if mine is not None]
+        if not timed:
+            return None
+        lengths = [mine.min_length for mine in timed if mine.min_length is not None]
+        return SiteSpeed(
+            max(mine.dense_ms for mine in timed),
+            max(mine.sparse_ms for mine in timed),
+            max(lengths) if len(lengths) == len(timed) else None,
+        )
 
     def learn_shapes(self, sample: Operands, milliseconds: dict[BlockShape, float]) -> None:
         """Remember what a site takes with each of its block shapes."""

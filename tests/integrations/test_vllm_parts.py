@@ -14,10 +14,11 @@ import torch
 from afbs_compile.errors import RecipeError
 from afbs_compile.integrations.vllm import stats
 from afbs_compile.integrations.vllm.batch import Request, Split, long_requests, reduced
-from afbs_compile.integrations.vllm.models import Calls, of_rank
+from afbs_compile.integrations.vllm.models import Calls
 from afbs_compile.integrations.vllm.paged import DIGIT, Order, Pages
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.recipe import HeadRecipe, SiteRecipe
+from afbs_compile.shards import Heads, of_part
 
 TOKENS, DIM, HEADS = 32, 16, 3
 
@@ -156,7 +157,7 @@ def site(heads: int, kv_heads: int, outcome: Any = "sparse", min_length: int = 5
     ("heads", "kv_heads", "rank", "first"), [(8, 4, 0, 0), (4, 2, 1, 4), (2, 1, 3, 6), (1, 1, 5, 5)]
 )
 def test_a_rank_has_its_own_heads(heads: int, kv_heads: int, rank: int, first: int) -> None:
-    mine = of_rank("here", site(8, 4), heads, kv_heads, 64, rank)
+    mine = of_part("here", site(8, 4), Heads(heads, kv_heads, 64), rank)
     assert mine.name == "here"
     assert mine.calibrated.tau == pytest.approx([(first + head) / 10 for head in range(heads)])
     assert [head.sparsity for head in mine.heads] == [(first + head) / 100 for head in range(heads)]
@@ -168,7 +169,7 @@ def test_a_rank_has_its_own_heads(heads: int, kv_heads: int, rank: int, first: i
 )
 def test_heads_that_are_no_part_of_the_call_are_refused(heads: int, kv_heads: int, dim: int, rank: int) -> None:
     with pytest.raises(RecipeError, match=r"belongs to another model: there has 8 heads of 64 over 4, here has"):
-        of_rank("here", site(8, 4), heads, kv_heads, dim, rank)
+        of_part("here", site(8, 4), Heads(heads, kv_heads, dim), rank)
 
 
 def test_which_requests_a_layer_takes() -> None:

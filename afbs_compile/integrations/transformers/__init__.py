@@ -16,9 +16,11 @@ from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from afbs_compile.integrations.served import served_model
 from afbs_compile.integrations.transformers.attention import attention
 from afbs_compile.integrations.transformers.masks import mask_interface
 from afbs_compile.integrations.transformers.models import serve_as_asked
+from afbs_compile.recipe import Recipe
 
 NAME = "afbs"
 
@@ -50,4 +52,13 @@ def use(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     return model
 
 
-__all__ = ["NAME", "register", "use"]
+def recipe_of(model: PreTrainedModel) -> Recipe | None:
+    """The recipe that a model of this implementation runs with: the one it was given, or what its calls have made.
+
+    ``None`` where nothing was calibrated yet. In tensor parallel it has all heads, in every process.
+    """
+    served = served_model(model)
+    return None if served is None else served.recipe
+
+
+__all__ = ["NAME", "recipe_of", "register", "use"]

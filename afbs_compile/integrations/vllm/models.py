@@ -16,12 +16,12 @@ from afbs_compile.errors import AfbsError, RecipeError, first_line
 from afbs_compile.integrations.served import ServedModel
 from afbs_compile.integrations.vllm import RECIPE_VARIABLE
 from afbs_compile.kernels.attend.run import run
-from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.match import renamed_as
 from afbs_compile.options import Options
 from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.shards import Heads, of_part
 from afbs_compile.sketch import likeness, sketched
 
 FAILURES = (AfbsError, ValueError, RuntimeError, OSError)
@@ -123,16 +123,19 @@ def calls_of(layers: Mapping[str, Any], names: list[str], rank: int) -> Calls | 
 def _calls(root: nn.Module, layers: Mapping[str, Any], recipe: Recipe, rank: int) -> Calls:
     here = {name.rpartition(".")[0]: name for name in layers}  # vLLM's own layer stands inside the model's
     recorded = renamed_as(list(here), recipe)
-    sites = {here[path]: of_rank(path, site, *_heads(layers[here[path]].impl), rank) for path, site in recorded.items()}
+    sites = {
+        here[path]: of_part(path, site, Heads(*_heads(layers[here[path]].impl)), rank)
+        for path, site in recorded.items()
+    }
     sketches = tuple(sketch for graph in recipe.graphs for sketch in graph.tensors)
     shapes = {sketch.shape for sketch in sketches}
     held = weakref.ref(root)
 
-    def tensors() -> list[tuple[str, Tensor]]:
+    def tensors(inside: str = "") -> list[tuple[str, Tensor]]:
         """Those that vLLM keeps in the shape that they were saved in: not fused, packed or cut in parts."""
         alive = held()
         every = [] if alive is None else [*alive.named_parameters(), *alive.named_buffers()]
-        return [(name, tensor) for name, tensor in every if tuple(tensor.shape) in shapes]
+        return [(name, tensor) for name, tensor in every if name.startswith(inside) and tuple(tensor.shape) in shapes]
 
     matrices = [(name, tensor) for name, tensor in tensors() if tensor.dim() > 1]
     if likeness(sketched(matrices), sketches).foreign:  # the scales of norms are alike in many models
@@ -143,31 +146,6 @@ def _calls(root: nn.Module, layers: Mapping[str, Any], recipe: Recipe, rank: int
     mine = replace(recipe, graphs=(graph,))
     served = ServedModel(tensors, lambda: here, Options.parse({"recipe": mine}))
     return Calls(served, sites)
-
-
-def of_rank(name: str, site: SiteRecipe, heads: int, kv_heads: int, head_dim: int, rank: int) -> SiteRecipe:
-    """What a recipe says of the heads that a rank has.
-
-    Args:
-        name: of the call here; site: with all heads; heads, kv_heads, head_dim: of the rank.
-        rank: its number; where there are more ranks than key heads, several have the same one.
-
-    Raises:
-        RecipeError: these are no part of the call's heads.
-    """
-    total, first = len(site.heads), rank * heads
-    ranks = max(1, total // heads)
-    first = 0 if ranks == 1 else first
-    there = (ranks * heads, max(1, (site.kv_heads or 0) // ranks), site.head_dim)
-    if there != (total, kv_heads, head_dim) or first + heads > total:
-        raise RecipeError(
-            f"the recipe belongs to another model: {site.name} has {total} heads of {site.head_dim} over "
-            f"{site.kv_heads}, {name} has {heads} of {head_dim} over {kv_heads} on each rank."
-        )
-    call: SparseCall = site.calibrated
-    if ranks > 1:
-        call = call.grouped(first, first + heads, site.kv_heads or 1)
-    return replace(site, name=name, heads=site.heads[first : first + heads], kv_heads=kv_heads, call=call)
 
 
 def _heads(impl: Any) -> tuple[int, int, int]:
