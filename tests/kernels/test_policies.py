@@ -110,7 +110,10 @@ def formula(name: str, operands: Operands, shape: Shape) -> Tensor:
             torch.stack([f(c) for c in groups_of(keys)], 2)
             for f in (lambda c: c.mean(2), lambda c: c.var(2, correction=0))
         )
-        logits = scale * mean_q @ mean_k.mT + scale**2 / 2 * mean_q.square() @ var_k.mT
+        # of half precision all features are rounded to bfloat16
+        feature = (lambda x: x) if q.dtype == torch.float32 else (lambda x: x.bfloat16().double())
+        logits = feature(scale * mean_q) @ feature(mean_k).mT
+        logits = logits + feature(scale**2 / 2 * mean_q.square()) @ feature(var_k).mT
         return from_groups(logits, seen, per_q, per_k)
     if name == "sampled":
         token = torch.arange(shape.length, device=q.device)

@@ -82,9 +82,11 @@ class Cumulant(GroupedPolicy):
         mean_k, variance_k = moments(operands.k, operands.valid)
         # logit_ab = <scale mean_q, mean_k> + <(scale mean_q)^2 / 2, var_k>
         scaled = mean_q * operands.scale
+        # Of half precision the products cost half as much, and round a logit by less than the second order leaves out.
+        dtype = torch.float32 if operands.q.dtype == torch.float32 else torch.bfloat16
         return _two_rows(
-            torch.stack([scaled, scaled.square() / 2], 3).flatten(2, 3),
-            torch.stack([mean_k, variance_k], 3).flatten(2, 3),
+            torch.stack([scaled, scaled.square() / 2], 3).flatten(2, 3).to(dtype),
+            torch.stack([mean_k, variance_k], 3).flatten(2, 3).to(dtype),
         )
 
     def features_on_gpu(self, operands: Operands) -> Features:

@@ -165,11 +165,12 @@ def moment_rows(x: Tensor, scale: float, *, of_queries: bool) -> Tensor:
         of_queries: whether the second row of a group is half the square of the first, else the variance.
 
     Returns:
-        fp32 ``[B, H, 2 * ceil(N / GROUP), D]``.
+        ``[B, H, 2 * ceil(N / GROUP), D]``: fp32, or bfloat16 where x is in half precision.
     """
     batch, heads, length, dim = x.shape
     groups = block_count(length, GROUP)
-    out = x.new_empty(batch, heads, 2 * groups, dim, dtype=torch.float32)
+    dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    out = x.new_empty(batch, heads, 2 * groups, dim, dtype=dtype)
     with torch.cuda.device_of(x):
         _moments(
             (layout(x), scale, of_queries),
