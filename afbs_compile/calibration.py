@@ -67,10 +67,11 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
             f"tolerance: a budget on the output needs the model in one graph, and Dynamo made {len(with_sites)} of it; "
             "accepted: a number, or a model without graph breaks"
         )
+    tuning = replace(settings.tuning, automatic=settings.tuning.automatic and len(with_sites) == 1)
     recipes = []
     for key in dict.fromkeys((found.graph, found.source) for found, _ in graphs):
         same = [(found, inputs) for found, inputs in graphs if (found.graph, found.source) == key]
-        recipes.append(calibrate_graph(same if same[0][0].sites else same[:1], settings.tuning, "samples"))
+        recipes.append(calibrate_graph(same if same[0][0].sites else same[:1], tuning, "samples"))
     by_weight = sorted(recipes, key=lambda recipe: not recipe.graphs[0].weights)  # one with sites leads
     return replace(by_weight[0], graphs=tuple(recipe.graphs[0] for recipe in recipes))
 

@@ -75,7 +75,7 @@ def one_of(values: Iterable[str]) -> Rule:
 
 
 def tolerance_of(text: str) -> float | dict[str, float]:
-    """``0.055``, ``kl=0.01`` or ``perplexity=0.01``.
+    """``0.055``, ``kl=0.01``, ``perplexity=0.01`` or ``output=0.01``.
 
     Raises:
         ValueError: it is no number.
@@ -100,7 +100,7 @@ def _is_share(value: object) -> bool:
 def _is_tolerance(value: object, _: Mapping[str, Any]) -> bool:
     if isinstance(value, Mapping):
         return len(value) == 1 and set(value) <= set(QUANTITIES) and all(map(_is_share, value.values()))
-    return _is_share(value)
+    return value is None or _is_share(value)
 
 
 def _is_whole(value: object, _: Mapping[str, Any]) -> bool:
@@ -121,15 +121,16 @@ _QUANTITIES = " or ".join(map(repr, QUANTITIES))
 _DECLARED = (
     Option(
         "tolerance",
-        0.055,
-        "Largest relative L1 error of a head's output, on every validation input; or a budget on the model's output "
-        "that all heads share, spent where it costs least: {'kl': nats} or {'perplexity': relative rise}.",
+        None,
+        "Largest relative L1 error of a head's output, on every validation input; or a budget on the model's output, "
+        "kept by one threshold for all heads: {'kl': nats}, {'perplexity': relative rise} or {'output': relative L1 "
+        "error}. Left out: {'kl': 0.01} for a graph that returns the logits of its tokens, else 0.055.",
         ((_is_tolerance, f"a number between 0 and 1, or one of {_QUANTITIES} mapped to one"),),
         calibrates=True,
         runs=False,
         flag="--tolerance",
         text=tolerance_of,
-        written="0.055, kl=0.01 or perplexity=0.01",
+        written="0.055, kl=0.01, perplexity=0.01 or output=0.01",
     ),
     Option(
         "method",
@@ -309,9 +310,10 @@ class Options:
     @property
     def tuning(self) -> TuneSettings:
         """The part that the tuner needs."""
-        tolerance: dict[str, Any] = {} if _has_budget(self._values) else {"tolerance": float(self.tolerance)}
+        is_number = self.tolerance is not None and not _has_budget(self._values)
         return TuneSettings(
-            **tolerance,
+            **({"tolerance": float(self.tolerance)} if is_number else {}),
+            automatic=self.tolerance is None and self.method == "afbs" and self.precision == "own",
             method=self.method,
             parameterization=self.parameterization,
             budget=self.budget,

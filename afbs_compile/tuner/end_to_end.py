@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from afbs_compile.errors import OptionError
 from afbs_compile.kernels.call import SparseCall
-from afbs_compile.passes.capture import SampleRun, run_with
+from afbs_compile.passes.capture import SampleRun, concrete, run_with
+from afbs_compile.passes.effects import value_of
 from afbs_compile.tuner.measure import attend_sparsely
 
 CHUNK_ELEMENTS = 2**25
@@ -154,6 +155,18 @@ def next_tokens(run: SampleRun, logits: Tensor) -> Tensor | None:
     if len(tokens) != 1 or tokens[0].shape[-1] < 2 or tokens[0].max() >= logits.shape[-1]:
         return None
     return tokens[0][..., 1:].long()
+
+
+def returns_logits(run: SampleRun) -> bool:
+    """Whether a graph is told to return the logits of its tokens, by the shapes that it was traced with."""
+    outputs = next(node for node in run.gm.graph.nodes if node.op == "output").args[0]
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    try:
+        traced = find_logits([value_of(leaf) for leaf in leaves if isinstance(leaf, fx.Node)])
+    except OptionError:
+        return False
+    sizes = [concrete(size) for size in traced.shape]  # of an unknown size the one at hand, without a guard on it
+    return next_tokens(run, torch.empty(sizes, device="meta")) is not None
 
 
 def _fits(value: Tensor, logits: Tensor, node: fx.Node) -> bool:

@@ -36,11 +36,12 @@ from afbs_compile.recipe import (
 )
 from afbs_compile.shards import joined
 from afbs_compile.tuner.budgeted import tune_with_budget
+from afbs_compile.tuner.end_to_end import returns_logits
 from afbs_compile.tuner.measure import attend_sparsely
 from afbs_compile.tuner.progress import calibration_progress
 from afbs_compile.tuner.promise import promise
 from afbs_compile.tuner.result import SiteResult
-from afbs_compile.tuner.settings import TuneSettings
+from afbs_compile.tuner.settings import AUTOMATIC, TuneSettings
 from afbs_compile.tuner.site import tune_site
 from afbs_compile.tuner.speed import Stopwatch
 from afbs_compile.version import __version__
@@ -65,11 +66,13 @@ def calibrate_graph(
     began = time.monotonic()
     found = graphs[0][0]
     peers = found.peers
-    if settings.budget is not None and any(found.part(site).of > 1 for site in found.sites):
-        raise OptionError(
-            "tolerance: a budget on the output needs all heads of a call in one process, and this model's are in "
-            "several; accepted: a number, or a recipe that was calibrated on one device"
-        )
+    if any(found.part(site).of > 1 for site in found.sites):
+        if settings.budget is not None:
+            raise OptionError(
+                "tolerance: a budget on the output needs all heads of a call in one process, and this model's are in "
+                "several; accepted: a number, or a recipe that was calibrated on one device"
+            )
+        settings = replace(settings, automatic=False)
     with peers.together():
         return _calibrated(graphs, settings, source, peers, began)
 
@@ -121,7 +124,10 @@ def recipe_of(
         budget: how a budget on the output was spent, where there is one.
     """
     return Recipe(
-        options=dict(settings.asked),
+        options={
+            **settings.asked,
+            "tolerance": settings.tolerance if budget is None else {budget.quantity: budget.limit},
+        },
         device=machine.kind(device),
         engine=family_on(device),
         predictor_version=PREDICTOR_VERSION,
@@ -147,6 +153,8 @@ def _tune(
     """Results by site, lengths at the sites, and how the budget was spent where there is one."""
     if settings.budget is not None:
         return tune_with_budget(runs, settings, settings.budget)
+    if settings.automatic and returns_logits(runs[0]):
+        return tune_with_budget(runs, settings, AUTOMATIC)
     return *_tune_sites(runs, settings, peers), None
 
 

@@ -14,6 +14,10 @@ from afbs_compile.recipe import Method
 from afbs_compile.tuner.budget import Budget
 from afbs_compile.tuner.space import Parameterization
 
+AUTOMATIC = Budget("kl", 0.01)
+"""What a language model may change by where the user says nothing. KL is known with less noise than perplexity: of a
+40M Llama at 8K tokens this is +0.2 to +0.45 % of it, on four kinds of text (``benchmarks/frontier.py``)."""
+
 
 @dataclass(frozen=True)
 class TuneSettings:
@@ -21,6 +25,7 @@ class TuneSettings:
 
     Attributes:
         budget: of the output, instead of the tolerance.
+        automatic: whether a graph that returns the logits of its tokens gets :data:`AUTOMATIC` instead.
         shapes: block shapes to compare, those of the device's engines by default; ``method="paper"`` takes the first.
         asked: what the recipe records of the user's options.
     """
@@ -29,6 +34,7 @@ class TuneSettings:
     method: Method = "afbs"
     parameterization: Parameterization = "corrected"
     budget: Budget | None = None
+    automatic: bool = False
     precision: str = "own"
     shapes: tuple[BlockShape, ...] | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)

@@ -64,7 +64,7 @@ def test_the_exit_codes():
         (["calibrate", "m", *SOME, "--precision", "int8"], "--precision: got 'int8'; accepted: 'own' or 'fp8'"),
         (["calibrate", "m", *SOME, "--parameterization", "own"], "got 'own'; accepted: 'corrected' or 'paper'"),
         (["calibrate", "m", *SOME, "--tolerance", "x"], "--tolerance: got 'x'; accepted: a number between 0 and 1"),
-        (["calibrate", "m", *SOME, "--tolerance", "x"], "written 0.055, kl=0.01 or perplexity=0.01"),
+        (["calibrate", "m", *SOME, "--tolerance", "x"], "written 0.055, kl=0.01, perplexity=0.01 or output=0.01"),
         (["calibrate", "m", *SOME, "--tolerance", "bits=0.1"], "--tolerance: got 'bits=0.1'; accepted: a number"),
         (["calibrate", "m", *SOME, "--tolerance", "kl=0"], "--tolerance: got 'kl=0'; accepted: a number"),
         (["calibrate", "m", *SOME, "--min-length", "0"], "--min-length: got '0'; accepted: a whole number of tokens"),

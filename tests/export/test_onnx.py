@@ -134,7 +134,7 @@ def test_a_policy_from_outside_brings_its_body(tmp_path, monkeypatch, grouped):
         assert relative_difference(out, grouped(x)) > 0.01, "nothing was skipped, so nothing was tested"
     (node,) = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.domain == "afbs"]
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    assert given["policy_code"] == [6, 1, 6, 1]
+    assert given["policy_code"] == [7, 1, 7, 1]
     assert given["ahead"] == (0 if grouped.causal else NO_BOUND)
 
 
@@ -218,7 +218,7 @@ class TestRefusals:
 
     def test_a_policy_without_a_form_stays_dense(self, causal_file, tmp_path, monkeypatch):
         having = list(POLICIES)
-        assert len(having) == 6
+        assert len(having) == 7
         monkeypatch.setitem(POLICIES, "of_tomorrow", ByFirst(None))
         model, x = causal_file[0], wandering(130)
         recipe = recipe_for(model, x, policy=["meansim", "of_tomorrow"] * 2)

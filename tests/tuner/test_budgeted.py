@@ -175,3 +175,36 @@ def test_wrong_budgets_are_refused(tolerance):
 def test_the_paper_has_no_budget():
     with pytest.raises(OptionError, match="method: got 'paper'"):
         calibrate(Toy(), [drifting(LENGTH)], tolerance={"kl": 0.1}, method="paper")
+
+
+def test_a_language_model_has_a_budget_where_nothing_is_said():
+    recipe = calibrate(LanguageToy(LENGTH).eval(), samples(1), min_length=1)
+    assert recipe.budget is not None
+    assert (recipe.budget.quantity, recipe.budget.limit) == ("kl", 0.01)
+    assert recipe.options["tolerance"] == {"kl": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "asked"),
+    [
+        (Toy, drifting, {}),
+        (Broken, drifting, {}),
+        (lambda: LanguageToy(LENGTH), token_ids, {"method": "paper"}),
+        (lambda: LanguageToy(LENGTH), token_ids, {"tolerance": 0.055}),
+    ],
+    ids=["no tokens", "several graphs", "paper", "a number"],
+)
+def test_others_have_a_tolerance_per_head(model, inputs, asked):
+    recipe = calibrate(model().eval(), [inputs(LENGTH)], min_length=1, **asked)
+    assert (recipe.budget, recipe.tolerance) == (None, 0.055)
+    assert "tolerance 0.055 on every head" in str(explain(recipe))
+
+
+@torch.no_grad()
+def test_the_shape_that_is_asked_about_gets_no_guard():
+    """Whether a graph returns logits is known without fixing a length that is dynamic."""
+    model = LanguageToy(LENGTH).eval()
+    compiled = torch.compile(model, backend="afbs", options={"min_length": 1}, dynamic=True)
+    compiled(token_ids(LENGTH, 0))
+    assert "budget on the output" in str(explain(compiled))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,4 +1,4 @@
-"""The policies by name, the cheapest predictor first: the order in which calibration explores them."""
+"""The policies by name; of those that calibration explores the cheapest predictor comes first."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from afbs_compile.kernels.policies.vertical_slash import VerticalSlash
 
 POLICIES: dict[str, Policy] = {
     policy.name: policy
-    for policy in (MeanSim(), MeanShare(), Cumulant(), Sampled(), Antidiagonal(), VerticalSlash(), SinkWindow())
+    for policy in (MeanSim(), MeanShare(), Cumulant(), Antidiagonal(), VerticalSlash(), SinkWindow(), Sampled())
 }
-"""To add one, write it in a file of its own and name it here; code outside the package adds an entry."""
+"""To add one, write it in a file of its own and name it last, for ONNX files know policies by their place; code outside
+the package adds an entry."""
 
 UNNAMED = MeanSim.name
 """The policy of an operator call that names none."""
