@@ -66,18 +66,15 @@ ValidSizes (valid, size) => (sizes)
 """
 
 CAPPED = """
-Capped <softcap> (scores) => (capped)
+Capped (scores, softcap, some) => (capped)
 {
-    # softcap * tanh(scores / softcap); the scores themselves where softcap is 0
-    none = Constant <value = float {0}> ()
-    cap = Constant <value_float: float = @softcap> ()
-    some = Greater (cap, none)
+    # softcap * tanh(scores / softcap); the scores themselves where there is none
     capped = If (some) <
         then_branch = by_tanh () => (float[?, ?, ?, ?] changed)
         {
-            relative = Div (scores, cap)
+            relative = Div (scores, softcap)
             bent = Tanh (relative)
-            changed = Mul (bent, cap)
+            changed = Mul (bent, softcap)
         },
         else_branch = as_it_is () => (float[?, ?, ?, ?] same) { same = Identity (scores) }
     >
