@@ -95,9 +95,7 @@ def _export(
         return to_onnx(source, recipe, example, target, dynamic=arguments.dynamic, **opset)
     if target.suffix.lower() == SUFFIXES["tensorrt"]:
         return to_tensorrt(source, recipe, example, target, dynamic=arguments.dynamic)
-    return to_tensorrt_rtx(
-        source, recipe, example, target, dynamic=arguments.dynamic, plugin=arguments.plugin
-    )
+    return to_tensorrt_rtx(source, recipe, example, target, dynamic=arguments.dynamic, plugin=arguments.plugin)
 
 
 def _record(written: Exported, counts: Counter[str]) -> dict[str, object]:

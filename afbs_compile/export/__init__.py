@@ -4,8 +4,8 @@ from afbs_compile.export.files import SUFFIXES, Exported
 from afbs_compile.export.load import load
 from afbs_compile.export.onnx import to_onnx
 from afbs_compile.export.pt2 import to_pt2
-from afbs_compile.export.runner import Runner
 from afbs_compile.export.rtx_plugin import register_plugins
+from afbs_compile.export.runner import Runner
 from afbs_compile.export.tensorrt import to_tensorrt
 from afbs_compile.export.tensorrt_rtx import to_tensorrt_rtx
 

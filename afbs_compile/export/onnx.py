@@ -111,8 +111,7 @@ def to_onnx(
         model, recipe, example, dynamic=dynamic, refuse=no_form, no_fp8="ONNX has no FP8 form of the call"
     )
     proto = _translated(program, opset)
-    names = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
-    proto.functions.extend(bodies(opset, [_selecting(call) for call in program.calls], names))
+    proto.functions.extend(bodies(opset, [node for node in proto.graph.node if node.domain == DOMAIN]))
     proto.metadata_props.add(key=NOTE, value=program.note.to_json())
     with whole_file(target) as temporary:
         try:
@@ -169,11 +168,6 @@ def _by_policy(call: SparseCall) -> tuple[list[int], list[int]]:
     for number in range(max(codes.values()) + 1):
         parts.append([head for head in heads if head not in parts[0] and codes[call.policy[head]] == number])
     return [head for part in parts for head in part], list(itertools.accumulate(map(len, parts)))
-
-
-def _selecting(call: SparseCall) -> frozenset[str]:
-    """The policies that select for some head."""
-    return frozenset(policy for policy, tau in zip(call.policy, call.tau, strict=True) if tau < KEEP_ALL)
 
 
 def masked_attributes(attn_mask: torch.dtype | None, softcap: float) -> dict[str, Any]:

@@ -9,17 +9,19 @@ given as a tensor that changes nothing. ``lam`` is carried for runtimes with a k
 the bodies skip no product with V, which is never less accurate. Strings cannot be compared before opset 19, so the
 bodies read ``order`` and ``ends`` and four numbers where a reader or another kernel reads ``policy`` and ``mask``.
 
-The bodies keep to what onnxruntime and TensorRT both take. TensorRT knows no size that depends on values: no ``NonZero``,
-no ``Slice`` up to a number that was computed from data. What depends on values is how often a loop runs.
+The bodies keep to what onnxruntime and TensorRT both take. TensorRT (for RTX, 1.7) knows no size that depends on
+values: no ``NonZero``, no ``Slice`` up to a number that was computed from data. What depends on values is how often a
+loop runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from string import Template
 from typing import TYPE_CHECKING
 
 from afbs_compile.export.onnx_branches import decide
-from afbs_compile.export.onnx_predict import prediction
+from afbs_compile.export.onnx_predict import policy_codes, prediction
 from afbs_compile.export.onnx_rules import RULES
 from afbs_compile.export.onnx_sight import SIGHT
 
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
 DOMAIN, NAME, MASKED_NAME = "afbs", "SparseAttention", "MaskedSparseAttention"
 
 VERSION = 4
-"""Of the domain and the nodes. Version 3 had ``policy_code`` in place of ``order`` and ``ends``; version 2 had the attributes ``upper`` and ``offset`` in place of ``ahead``, ``behind``,
-``chunk`` and ``at_end``, and no masked node; version 1 had ``is_causal`` in place of ``mask``, and other codes."""
+"""Of the domain and the nodes. Version 3 had ``policy_code`` in place of ``order`` and ``ends``; version 2 had the
+attributes ``upper`` and ``offset`` in place of ``ahead``, ``behind``, ``chunk`` and ``at_end``, and no masked node;
+version 1 had ``is_causal`` in place of ``mask``, and other codes."""
 
 FORMULA = """
 Formula (q, k, ahead, behind, chunk, at_end) => (formula)
@@ -363,54 +366,66 @@ MASKED_SPARSE_ATTENTION = f"""
     (q, k, v, valid, attn_mask, sinks) => (out)
 {{
     {READ}
-    none = Constant <value = float {{0}}> ()
+    # whether any call of the file has them
+    capped = Constant <value = bool {{$softcap}}> ()
+    by_mask = Constant <value = bool {{$dense}}> ()
+    with_bias = Constant <value = bool {{$added}}> ()
     cap = Constant <value_float: float = @softcap> ()
-    by_mask_int = Constant <value_int: int = @dense> ()
-    with_bias_int = Constant <value_int: int = @added> ()
     least = Constant <value_float: float = @lowest> ()
-    capped = Greater (cap, none)
-    by_mask = Cast <to = 9> (by_mask_int)
-    with_bias = Cast <to = 9> (with_bias_int)
     out = afbs.Attend (q, k, v, valid, attn_mask, sinks, {PASSED_ON}, cap, capped, by_mask, with_bias, least)
 }}
 """
 
 
-def all_functions(opset: int, calls: Sequence[Collection[str]] | None = None) -> list[onnx.FunctionProto]:
+FEATURES = ("softcap", "dense", "added")
+"""The attributes of masked nodes that are 0 where a call has no such thing."""
+
+
+def all_functions(
+    opset: int, calls: Sequence[Collection[str]] | None = None, features: Collection[str] = FEATURES
+) -> list[onnx.FunctionProto]:
     """The bodies of the nodes and the functions that they call, by the policies that are registered now.
 
     Args:
         opset: version of the standard operators that the model imports, 18 to 23.
         calls: of each call that has such a node the policies that select for some head of it; of all by default.
+        features: those of :data:`FEATURES` that some call has.
     """
     import onnx.parser
 
     header = f'<opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}], domain: "{DOMAIN}">'
+    masked = Template(MASKED_SPARSE_ATTENTION).substitute({name: int(name in features) for name in FEATURES})
     functions = []
     parts = (*RULES, *SIGHT, *prediction(calls), FORMULA, WHERE_VALID, LIVE_FIRST, ATTEND)
-    for body in (*parts, SPARSE_ATTENTION, MASKED_SPARSE_ATTENTION):
+    for body in (*parts, SPARSE_ATTENTION, masked):
         text = "\n".join(line for line in body.splitlines() if not line.strip().startswith("#"))
         functions.append(onnx.parser.parse_function(header + text))
     return functions
 
 
-def bodies(opset: int, calls: Sequence[Collection[str]], names: Collection[str]) -> list[onnx.FunctionProto]:
-    """The bodies that a file carries, in standard operators alone.
+def bodies(opset: int, nodes: Sequence[onnx.NodeProto]) -> list[onnx.FunctionProto]:
+    """The bodies that a file carries, in standard operators alone, without what none of its calls needs.
 
-    All other functions are inlined into them: TensorRT's parser takes an attribute that a function passes on for 0.
+    All other functions are inlined into them: TensorRT's parser takes an attribute that a function passes on for 0. And
+    no branch is left that a constant decides.
 
     Args:
-        opset, calls: as in :func:`all_functions`.
-        names: of the nodes that the file has.
+        opset: as in :func:`all_functions`.
+        nodes: those that the file has.
     """
     import onnx.inliner
 
+    given = [{attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute} for node in nodes]
+    calls = [
+        {name for name, code in policy_codes().items() if call["ends"][code] < call["ends"][code + 1]} for call in given
+    ]
+    features = {name for name in FEATURES if any(call.get(name) for call in given)}
     imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)]
     nothing = onnx.helper.make_graph([], "nothing", [], [])
-    functions = all_functions(opset, calls)
+    functions = all_functions(opset, calls, features)
     model = onnx.helper.make_model(nothing, opset_imports=imports, functions=functions)
     flat = onnx.inliner.inline_selected_functions(model, [(DOMAIN, name) for name in (NAME, MASKED_NAME)], exclude=True)
-    kept = [function for function in flat.functions if function.name in names]
+    kept = [function for function in flat.functions if function.name in {node.op_type for node in nodes}]
     for function in kept:
         decide(function.node)
     return kept

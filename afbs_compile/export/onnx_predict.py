@@ -183,7 +183,8 @@ IN_SOME_CALLS = f"""
 """
 
 PREDICT_MASK = """
-PredictMask (q, k, formula, valid, mask, tau, theta, order, ends, scaling, size_q, size_k, last, local, shortest, longest,
+PredictMask (q, k, formula, valid, mask, tau, theta, order, ends, scaling, size_q, size_k, last, local, shortest,
+    longest,
     softcap, capped, by_mask, with_bias) => (live)
 {
     # valid is resolved, and k is 0 where it is not

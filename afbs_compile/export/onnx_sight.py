@@ -3,8 +3,10 @@
 Everywhere ``formula`` is int64 ``[4]``: the position of row 0 among the keys; how many keys ahead of its position a row
 sees, and how many behind; the width of the chunks of keys of which it sees its own. ``valid`` is bool ``[B, k_len]``,
 ``mask`` is fp32 ``[B or 1, H or 1, q_len or 1, k_len]`` and added to the scores, -inf where a key is hidden.
-Whatever looks at a dense mask does so for one block of query rows at a time. Loops have a trip count, no condition, and a
-state: TensorRT warns of a loop with both of the former, and onnxruntime forgets the last of a node's inputs if it is empty.
+Whatever looks at a dense mask does so for one block of query rows at a time.
+
+Loops here and in the other bodies have a trip count, no condition, and a state: TensorRT warns of a loop with both of
+the former, and onnxruntime forgets the last of a node's inputs if it is empty.
 """
 
 from __future__ import annotations
@@ -111,8 +113,7 @@ KeyBlocks (x, size, fill) => (blocks)
     # [.., .., .., k_len] -> [.., .., .., n_k, size], the last block filled up
     zeros = Constant <value = int64[7] {0, 0, 0, 0, 0, 0, 0}> ()
     one1 = Constant <value = int64[1] {1}> ()
-    same = Constant <value = int64[3] {0, 0, 0}> ()
-    any1 = Constant <value = int64[1] {-1}> ()
+    same = Shape <start = 0, end = 3> (x)
     length1 = Shape <start = 3, end = 4> (x)
     size1 = Reshape (size, one1)
     # (-length) mod size, for Mod has the sign of its divisor
@@ -120,8 +121,11 @@ KeyBlocks (x, size, fill) => (blocks)
     missing = Mod (minus_length1, size1)
     pads = Concat <axis = 0> (zeros, missing)
     padded = Pad (x, pads, fill)
-    shape = Concat <axis = 0> (same, any1, size1)
-    blocks = Reshape (padded, shape)
+    # not -1, which says nothing where there are no heads
+    covered = Add (length1, missing)
+    count1 = Div (covered, size1)
+    shape = Concat <axis = 0> (same, count1, size1)
+    blocks = Reshape <allowzero = 1> (padded, shape)
 }
 """
 

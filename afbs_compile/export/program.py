@@ -46,7 +46,6 @@ class ExportProgram:
     Attributes:
         exported: with ``afbs::sparse_attention`` in place of the planned calls.
         rows: every attention call in graph order, with its outcome here.
-        calls: how the planned ones are sparse.
         note: goes into the file.
         inputs: shape of each tensor argument; a string is a free size.
         sizes: the program's symbols that have such a name.
@@ -55,7 +54,6 @@ class ExportProgram:
 
     exported: ExportedProgram
     rows: tuple[SiteRecipe, ...]
-    calls: tuple[SparseCall, ...]
     note: Note
     inputs: dict[str, tuple[int | str, ...]]
     sizes: dict[str, str]
@@ -117,7 +115,7 @@ def rewritten_program(
         if old != new:
             exported.graph_signature.replace_all_uses(old, new)
     note = Note(inputs.names, len(inputs.args), as_written(recipe, rows))
-    return ExportProgram(exported, rows, tuple(rewritten.values()), note, shapes, sizes, module)
+    return ExportProgram(exported, rows, note, shapes, sizes, module)
 
 
 def _captured(module: nn.Module, example: Example) -> list[Captured]:

@@ -1,8 +1,8 @@
-"""Builds one engine of TensorRT for RTX, in a process of its own: ``python -m afbs_compile.export.rtx_build REQUEST``.
+"""One engine of TensorRT for RTX, built in a process of its own: ``python -m afbs_compile.export.rtx_build REQUEST``.
 
-TensorRT ends the process that it cannot go on in. And its parser looks for ``libtensorrt_rtx.so`` where a network gets a
-plugin, a name that its wheels do not install (1.7): :func:`build` gives it a folder with that name, which a process must
-have been started with.
+TensorRT ends the process in which it cannot go on. And its parser looks for ``libtensorrt_rtx.so`` where a network gets
+a plugin, a name that its wheels do not install (1.7): :func:`build` gives it a folder with that name, which a process
+must have been started with.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The nodes of an ONNX file as plugins of TensorRT for RTX, which compute them by this package's operator.
 
 TensorRT's parser finds the creators by the names of the nodes and their domain, hands them the attributes, and writes
-into the engine what :meth:`get_fields_to_serialize` returns: the operator's arguments as one text. The process that runs
-the engine calls :func:`register_plugins` first; then TensorRT calls back into Python. TensorRT for RTX 1.7 takes plugins of
-``IPluginCreatorV3One`` alone: none whose kernels are compiled into the engine.
+into the engine what ``get_fields_to_serialize`` returns: the operator's arguments as one text. The process that runs
+the engine calls :func:`register_plugins` first; then TensorRT calls back into Python. TensorRT for RTX 1.7 takes
+plugins of ``IPluginCreatorV3One`` alone: none whose kernels are compiled into the engine.
 
 Tested without a GPU: all that a builder asks, and :func:`compute` on the CPU. Never run: ``enqueue``.
 """
@@ -187,9 +187,7 @@ def _plugin_class(trt: Any, node: str) -> Any:
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()
 
-        def enqueue(
-            self, inputs: Any, outputs: Any, pointers: Any, results: Any, workspace: int, stream: int
-        ) -> None:
+        def enqueue(self, inputs: Any, outputs: Any, pointers: Any, results: Any, workspace: int, stream: int) -> None:
             with torch.no_grad(), torch.cuda.stream(torch.cuda.ExternalStream(stream)):
                 tensors = [_at(trt, pointer, desc) for pointer, desc in zip(pointers, inputs, strict=True)]
                 compute(self.text, tensors, _at(trt, results[0], outputs[0]))

@@ -2,8 +2,8 @@
 
 An engine ``model.engine`` holds nothing but what TensorRT reads. What is known of it lies beside it, in
 ``model.engine.onnx``: the program that it was built from, which onnxruntime runs anywhere, with this package's note and
-the engine's SHA-256. Engines run on NVIDIA GPUs of compute capability 7.5, 8.x and 12.x; this project has none of them, and
-built but never ran one.
+the engine's SHA-256. Engines run on NVIDIA GPUs of compute capability 7.5, 8.x and 12.x; this project has none of them,
+and built but never ran one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from afbs_compile.files import whole_file
 from afbs_compile.recipe import Recipe
 
 EXTRA = "tensorrt-rtx"
-DIGEST, PLUGIN = "afbs_engine_sha256", "afbs_engine_plugin"
+DIGEST = "afbs_engine_sha256"
 """Metadata of the program beside an engine."""
 
 NOT_RUN = (
@@ -71,7 +71,6 @@ def to_tensorrt_rtx(
         build(program, engine, _ranges(model, example, written), plugin=plugin)
         proto = onnx.load(program)
         proto.metadata_props.add(key=DIGEST, value=_digest(engine))
-        proto.metadata_props.add(key=PLUGIN, value="1" if plugin else "")
         onnx.save_model(proto, program)
     return Exported(target, written.rows, written.inputs)
 
@@ -107,7 +106,7 @@ def _ranges(model: nn.Module | ExportedProgram, example: Example, written: Expor
     module = model.module() if isinstance(model, ExportedProgram) else model
     inputs = ExportInputs.of(module, example)
     shapes = dict(zip(inputs.names, (tuple(tensor.shape) for tensor in inputs.tensors), strict=True))
-    ranges = {}
+    ranges: dict[str, Range] = {}
     for name, sizes in written.inputs.items():
         if any(isinstance(size, str) for size in sizes):
             least = tuple(size if isinstance(size, int) else 1 for size in sizes)

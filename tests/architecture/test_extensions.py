@@ -54,8 +54,8 @@ class NearestFirst(Policy):
     onnx = OnnxBody(
         "NearestFirst",
         ("""
-NearestFirst (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k) =>
-    (scores)
+NearestFirst (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
     zero = Constant <value = int64 {0}> ()
     column = Constant <value = int64[1] {-1}> ()

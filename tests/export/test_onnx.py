@@ -103,8 +103,8 @@ class ByFirst(Policy):
 
 
 SCORE_BY_FIRST = """
-ScoreByFirst (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k) =>
-    (scores)
+ScoreByFirst (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
     first = Constant <value = int64 {0}> ()
     q_blocks, q_sizes = afbs.InBlocks (q, size_q)

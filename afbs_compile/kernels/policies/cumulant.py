@@ -43,8 +43,8 @@ GroupMoments (x, valid) => (mean, variance)
 """
 
 SCORE_BY_CUMULANT = """
-ScoreByCumulant (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k) =>
-    (scores)
+ScoreByCumulant (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q,
+    size_k) => (scores)
 {
     # logit_ab = <scale mean_q, mean_k> + <(scale mean_q)^2 / 2, var_k>
     one = Constant <value = float {1}> ()

@@ -26,8 +26,8 @@ BlockMeans (x, valid, size) => (means)
 """
 
 SCORE_BY_MEANS = """
-ScoreByMeans (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k) =>
-    (scores)
+ScoreByMeans (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
     rows_valid = afbs.AllRows (q)
     mean_q = afbs.BlockMeans (q, rows_valid, size_q)

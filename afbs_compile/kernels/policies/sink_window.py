@@ -19,8 +19,8 @@ WINDOW = 1024
 """Extent in tokens at tau = 0.5."""
 
 SCORE_BY_WINDOW = """
-ScoreByWindow (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k) =>
-    (scores)
+ScoreByWindow (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
     # scores = log(1024 / distance), infinite for the first block; distance: tokens between the blocks' nearest rows
     zero = Constant <value = int64 {0}> ()

@@ -48,8 +48,8 @@ WithPrevious (mass, step) => (total)
 """
 
 SCORE_BY_SLASH = """
-ScoreBySlash (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k) =>
-    (scores)
+ScoreBySlash (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
     # the first query of every group against every key that it sees
     start = Constant <value = int64[1] {0}> ()
