@@ -6,10 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM pins a torch of its own: it has an environment of its own.
 VLLM := .venv-vllm
+# TensorRT for RTX builds engines without a GPU; it has an environment of its own for its licence and its size.
+RTX := .venv-rtx
 
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-vllm matrix check docs clean
+.PHONY: demo test test-all test-vllm test-tensorrt matrix check docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -22,6 +24,9 @@ test-all: test
 
 test-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_parts.py
+
+test-tensorrt: $(RTX)/installed
+	$(RTX)/bin/python -m pytest tests/export/test_tensorrt_rtx.py
 
 matrix: $(VENV)/installed
 	$(BIN)/nox
@@ -36,7 +41,7 @@ docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VLLM)
+	rm -rf $(VENV) $(VLLM) $(RTX)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, set PYTHON=..."'
@@ -46,6 +51,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+$(RTX)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RTX)
+	$(RTX)/bin/python -m pip install --quiet -c constraints.txt -e '.[hf,tensorrt-rtx]' pytest pytest-xdist
 	touch $@
 
 # What comes along for pictures and sound is not used, and where it is built for CUDA nothing of transformers imports.

@@ -2,7 +2,7 @@
 
 FILE is a recipe or what afbs-compile export wrote. Exit code 1 if a check fails: an output that is not finite, a file
 that does not compute what PyTorch computes with its recipe, or too many heads that err more than the recipe's
-tolerance on this data.
+tolerance on this data. Of an engine the program that it was built from is run, by onnxruntime.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from afbs_compile.cli.recipes import SUFFIX, load_recipe, usual_length
 from afbs_compile.cli.sources import Reading, Sample, load_samples
 from afbs_compile.errors import OptionError
 from afbs_compile.export import SUFFIXES, load
+from afbs_compile.export.tensorrt_rtx import NOT_RUN, program_of
 from afbs_compile.recipe import BudgetRecord, Recipe
 from afbs_compile.report.applied import apply, rewritten
 from afbs_compile.report.fidelity import Closeness, HeadErrors, closeness, first_output, head_errors, run_dense
@@ -72,7 +73,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run, compare, print; 1 if a check fails."""
-    recipe, call = _file(arguments)
+    recipe, call, checks_of_file = _file(arguments)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     samples = _samples(arguments, model, recipe)
     name = f"recipe {arguments.file}" if call is None else f"the recipe of {arguments.file}"
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         against_dense, against_torch = _compare(model, samples, with_torch, None)
     else:
         against_dense, against_torch = _compare(model, samples, call, with_torch)
-    checks = [_finite(against_dense), *_same(against_torch, model, call)]
+    checks = [*checks_of_file, _finite(against_dense), *_same(against_torch, model, call)]
     budget = None if recipe is None else recipe.budget
     kept = _kept(errors, recipe, arguments.share) if budget is None else _inside(budget, against_dense)
     checks.append(kept)
@@ -102,22 +103,34 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(check.passed is False for check in checks) else 0
 
 
-def _file(arguments: argparse.Namespace) -> tuple[Recipe | None, Call | None]:
-    """The recipe, and the file ready to be called; a recipe alone is not called."""
+def _file(arguments: argparse.Namespace) -> tuple[Recipe | None, Call | None, list[Check]]:
+    """The recipe, the file ready to be called (a recipe alone is not), and what is known of it before it runs."""
     path = Path(arguments.file)
     if path.suffix.lower() == SUFFIX:
         if arguments.recipe is not None:
             raise OptionError("--recipe: not accepted with a FILE that is a recipe itself")
-        return load_recipe(arguments.file, "FILE"), None
+        return load_recipe(arguments.file, "FILE"), None, []
     if path.suffix.lower() not in SUFFIXES.values():
         accepted = ", ".join((SUFFIX, *SUFFIXES.values()))
         raise OptionError(f"FILE: got {path}; accepted: a name that ends in {accepted}")
     if not path.is_file():
         raise OptionError(f"FILE: there is no file {path}")
-    with step(f"loading {path}"):
-        runner = load(path)
+    program, checks = _program(path)
+    with step(f"loading {program}"):
+        runner = load(program)
     own = runner.recipe if arguments.recipe is None else load_recipe(arguments.recipe)
-    return own, runner
+    return own, runner, checks
+
+
+def _program(path: Path) -> tuple[Path, list[Check]]:
+    """The file that runs here: of an engine the ONNX program that it was built from."""
+    if path.suffix.lower() != SUFFIXES["tensorrt-rtx"]:
+        return path, []
+    program = program_of(path)
+    return program, [
+        Check("engine", True, f"built from {program}, which is what runs below, by onnxruntime"),
+        Check("engine runs", None, NOT_RUN),
+    ]
 
 
 def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe | None) -> list[Sample]:

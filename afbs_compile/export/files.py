@@ -17,7 +17,7 @@ from afbs_compile.errors import ExportError, OptionError
 from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.version import __version__
 
-SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "tensorrt": ".ep"}
+SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "tensorrt": ".ep", "tensorrt-rtx": ".engine"}
 """The suffix of each format's files."""
 
 NOTE = "afbs_note.json"

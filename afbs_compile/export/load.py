@@ -15,14 +15,16 @@ def load(path: str | os.PathLike[str]) -> Runner:
     """Load a file that one of the exporters of this package wrote.
 
     Args:
-        path: ``.pt2`` (torch.export or AOTInductor), ``.onnx`` (runs with onnxruntime), or ``.ep`` (TensorRT).
+        path: ``.pt2`` (torch.export or AOTInductor), ``.onnx`` (runs with onnxruntime), or ``.ep`` (torch-tensorrt).
+            An ``.engine`` is run by TensorRT for RTX itself.
 
     Returns:
         A function of the model's tensors, by position or by name, that returns a tuple of tensors.
 
     Raises:
         OptionError: the file is missing or has another suffix.
-        ExportError: it cannot be read, was not written by this package, or needs an extra that is not installed.
+        ExportError: it cannot be read, was not written by this package, needs an extra that is not installed, or is an
+            engine.
     """
     file = Path(path)
     if file.suffix not in SUFFIXES.values():
@@ -44,6 +46,13 @@ def _load(file: Path) -> Runner:
         from afbs_compile.export.onnx import load_onnx
 
         return load_onnx(file)
+    if file.suffix == SUFFIXES["tensorrt-rtx"]:
+        from afbs_compile.export.tensorrt_rtx import program_beside
+
+        raise ExportError(
+            f"{file} is run by TensorRT for RTX, not by this package; {program_beside(file)}, the program that it was "
+            "built from, can be loaded."
+        )
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
     if file.suffix == SUFFIXES["tensorrt"]:

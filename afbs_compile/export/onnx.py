@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -25,12 +26,12 @@ from torch.export import ExportedProgram
 from afbs_compile.errors import ExportError, OptionError
 from afbs_compile.export.files import NOTE, Exported, Note, extra, first_line, target_path
 from afbs_compile.export.inputs import Example
-from afbs_compile.export.onnx_function import DOMAIN, MASKED_NAME, NAME, VERSION, function_protos
+from afbs_compile.export.onnx_function import DOMAIN, MASKED_NAME, NAME, VERSION, bodies
 from afbs_compile.export.onnx_predict import policy_codes
 from afbs_compile.export.program import ExportProgram, rewritten_program
 from afbs_compile.export.runner import Runner
 from afbs_compile.files import whole_file
-from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.op import by_name
@@ -51,7 +52,8 @@ ATTRIBUTES = {
     "theta": (FLOATS, "per head: a block less self-similar than this is always kept; negative is off"),
     "lam": (FLOATS, "per head: how far (log2) under the running maximum a product with V may be skipped; -1000 is off"),
     "policy": (STRINGS, "per head: the rule that scores and selects the key blocks"),
-    "policy_code": (INTS, "per head: the policy as the number by which the body knows it"),
+    "order": (INTS, "the same to the body: the heads that keep everything, then those of each policy"),
+    "ends": (INTS, "where in order those that keep everything end, and those of each policy by its number"),
     "mask": (STRING, "what a row sees, by name"),
     "ahead": (INT, "the same to the body: how many keys after its own a row sees"),
     "behind": (INT, "how many keys before its own"),
@@ -109,7 +111,7 @@ def to_onnx(
         model, recipe, example, dynamic=dynamic, refuse=no_form, no_fp8="ONNX has no FP8 form of the call"
     )
     proto = _translated(program, opset)
-    proto.functions.extend(function_protos(opset))
+    proto.functions.extend(bodies(opset, [node for node in proto.graph.node if node.domain == DOMAIN]))
     proto.metadata_props.add(key=NOTE, value=program.note.to_json())
     with whole_file(target) as temporary:
         try:
@@ -148,14 +150,24 @@ def _formula(mask: Mask) -> dict[str, int] | None:
 
 def attributes(call: SparseCall, mask: Mask, scale: float) -> dict[str, Any]:
     """The attributes of a node for a call that has a form, but for those of :data:`MASKED_ATTRIBUTES`."""
-    formula, codes = _formula(mask), policy_codes()
+    formula = _formula(mask)
     assert formula is not None
     return {
         **{name: list(getattr(call, name)) for name in ("tau", "theta", "lam", "policy")},
-        **{"policy_code": [codes[name] for name in call.policy], "mask": str(mask), **formula, "scale": scale},
+        **dict(zip(("order", "ends"), _by_policy(call), strict=True)),
+        **{"mask": str(mask), **formula, "scale": scale},
         **{"block_q": call.shape.q, "block_k": call.shape.k, **call.kept._asdict()},
         **{"min_length": call.min_length, "max_length": call.max_length, "predictor_version": PREDICTOR_VERSION},
     }
+
+
+def _by_policy(call: SparseCall) -> tuple[list[int], list[int]]:
+    """The heads sorted by what selects for them, and where each part of them ends."""
+    heads, codes = range(len(call.tau)), policy_codes()
+    parts = [[head for head in heads if call.tau[head] >= KEEP_ALL]]
+    for number in range(max(codes.values()) + 1):
+        parts.append([head for head in heads if head not in parts[0] and codes[call.policy[head]] == number])
+    return [head for part in parts for head in part], list(itertools.accumulate(map(len, parts)))
 
 
 def masked_attributes(attn_mask: torch.dtype | None, softcap: float) -> dict[str, Any]:

@@ -8,12 +8,13 @@ taken of an ``If`` whose condition is a constant of the call, and a head with ``
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from string import Template
 
 from afbs_compile.kernels.policies.registry import POLICIES
 
 KEPT_BLOCKS = """
-KeptBlocks <block_q, block_k, last_rows, local_keys> (q_len, k_len, visible, blurred, first_ends, last_ends) => (kept)
+KeptBlocks (q_len, k_len, visible, blurred, first_ends, last_ends, size_q, size_k, last, local) => (kept)
 {
     # blurred ones; key blocks that hold positions of the query block, or keys right before it; all where the rows of
     # the query block are among the last; the first one that is visible where that is none
@@ -21,10 +22,6 @@ KeptBlocks <block_q, block_k, last_rows, local_keys> (q_len, k_len, visible, blu
     one = Constant <value = int64 {1}> ()
     column = Constant <value = int64[1] {-1}> ()
     key_axis = Constant <value = int64 {-1}> ()
-    size_q = Constant <value_int: int = @block_q> ()
-    size_k = Constant <value_int: int = @block_k> ()
-    local = Constant <value_int: int = @local_keys> ()
-    last = Constant <value_int: int = @last_rows> ()
     first_rows_flat = Range (zero, q_len, size_q)
     first_rows = Unsqueeze (first_rows_flat, column)
     end_rows = Add (first_rows, size_q)
@@ -57,20 +54,19 @@ KeptBlocks <block_q, block_k, last_rows, local_keys> (q_len, k_len, visible, blu
 """
 
 HEADS_WITH = """
-HeadsWith <code> (codes, selects) => (heads, some)
+HeadsWith <code> (order, ends) => (heads, some)
 {
-    # the heads that select, by the policy of that code
-    zero = Constant <value = int64 {0}> ()
-    zero1 = Constant <value = int64[1] {0}> ()
-    wanted = Constant <value_int: int = @code> ()
-    same = Equal (codes, wanted)
-    mine = And (same, selects)
-    found = NonZero (mine)
-    heads = Squeeze (found, zero1)
-    # not the size of heads, which no runtime knows before it runs: of this it drops the branch not taken when it loads
-    mine_int = Cast <to = 7> (mine)
-    number = ReduceSum <keepdims = 0> (mine_int)
-    some = Greater (number, zero)
+    # the heads that select, by the policy of that code; of constants, so that a runtime drops what no head uses when it
+    # loads the file
+    one1 = Constant <value = int64[1] {1}> ()
+    code_int = Constant <value_int: int = @code> ()
+    place = Reshape (code_int, one1)
+    next = Add (place, one1)
+    begin = Gather (ends, place)
+    end = Gather (ends, next)
+    heads = Slice (order, begin, end)
+    some_1 = Less (begin, end)
+    some = Squeeze (some_1)
 }
 """
 
@@ -136,63 +132,67 @@ SelfSimilarity (x, valid, size) => (similarity)
 WITHOUT_THETA = "keep = afbs.SelectBy$rule (scores, candidates, tau_mine)"
 
 WITH_THETA = """
-            # a key block less similar to itself than theta is kept and takes no part; such a query block keeps all
-            theta = Constant <value_floats: floats = @theta> ()
-            q_same, k_same, theta_mine = afbs.Taken (q, k, theta, heads_$code)
-            size_q = Constant <value_int: int = @block_q> ()
-            size_k = Constant <value_int: int = @block_k> ()
-            row_axis = Constant <value = int64[1] {-2}> ()
-            key_axis = Constant <value = int64[1] {-1}> ()
-            rows_valid = afbs.AllRows (q_mine)
-            of_q = afbs.SelfSimilarity (q_mine, rows_valid, size_q)
-            of_k = afbs.SelfSimilarity (k_mine, valid, size_k)
-            similarity_q = Unsqueeze (of_q, key_axis)
-            similarity_k = Unsqueeze (of_k, row_axis)
-            coherent_q = GreaterOrEqual (similarity_q, theta_mine)
-            coherent_k = GreaterOrEqual (similarity_k, theta_mine)
-            similar = And (candidates, coherent_k)
-            selected = afbs.SelectBy$rule (scores, similar, tau_mine)
-            coherent = And (coherent_q, coherent_k)
-            incoherent = Not (coherent)
-            keep = Or (selected, incoherent)
+    # a key block less similar to itself than theta is kept and takes no part; such a query block keeps all
+    q_same, k_same, theta_mine = afbs.Taken (q, k, theta, heads)
+    row_axis = Constant <value = int64[1] {-2}> ()
+    key_axis = Constant <value = int64[1] {-1}> ()
+    rows_valid = afbs.AllRows (q_mine)
+    of_q = afbs.SelfSimilarity (q_mine, rows_valid, size_q)
+    of_k = afbs.SelfSimilarity (k_mine, valid, size_k)
+    similarity_q = Unsqueeze (of_q, key_axis)
+    similarity_k = Unsqueeze (of_k, row_axis)
+    coherent_q = GreaterOrEqual (similarity_q, theta_mine)
+    coherent_k = GreaterOrEqual (similarity_k, theta_mine)
+    similar = And (candidates, coherent_k)
+    selected = afbs.SelectBy$rule (scores, similar, tau_mine)
+    coherent = And (coherent_q, coherent_k)
+    incoherent = Not (coherent)
+    keep = Or (selected, incoherent)
 """
 
-BRANCH = """
-    heads_$code, some_$code = afbs.HeadsWith <code = $code> (codes, selects)
+KEEP_BY = """
+KeepBy$code (q, k, tau, theta, heads, formula, valid, mask, blurred, bias, clear, scaling, softcap, capped, by_mask,
+    with_bias, size_q, size_k) => (keep)
+{
+    # of some heads, by one policy
+    q_mine, k_mine, tau_mine = afbs.Taken (q, k, tau, heads)
+    mask_mine = afbs.TakenHeads (mask, heads)
+    blurred_mine = afbs.TakenHeads (blurred, heads)
+    bias_mine = afbs.TakenHeads (bias, heads)
+    candidates = afbs.TakenHeads (clear, heads)
+    scores = afbs.$name (q_mine, k_mine, formula, valid, mask_mine, blurred_mine, bias_mine, scaling, softcap, capped,
+        by_mask, with_bias, size_q, size_k)
+    $select
+}
+"""
+
+KEPT = """afbs.KeepBy$code (q, k, tau, theta, heads_$code, formula, valid, mask, blurred, bias, clear, scaling,
+        softcap, capped, by_mask, with_bias, size_q, size_k)"""
+
+IN_EVERY_CALL = f"""
+    heads_$code, some_$code = afbs.HeadsWith <code = $code> (order, ends)
+    keep_$code = {KEPT}
+"""
+
+IN_SOME_CALLS = f"""
+    heads_$code, some_$code = afbs.HeadsWith <code = $code> (order, ends)
     keep_$code = If (some_$code) <
-        then_branch = by_$code () => (bool[?, ?, ?, ?] keep)
-        {
-            q_mine, k_mine, tau_mine = afbs.Taken (q, k, tau, heads_$code)
-            mask_mine = afbs.TakenHeads (mask, heads_$code)
-            blurred_mine = afbs.TakenHeads (blurred, heads_$code)
-            bias_mine = afbs.TakenHeads (bias, heads_$code)
-            candidates = afbs.TakenHeads (clear, heads_$code)
-            scores = afbs.$name <scale: float = @scale, softcap: float = @softcap, dense: int = @dense,
-                added: int = @added, block_q: int = @block_q, block_k: int = @block_k>
-                (q_mine, k_mine, formula, valid, mask_mine, blurred_mine, bias_mine)
-            $select
-        },
-        else_branch = none_$code () => (bool[?, ?, ?, ?] keep) { keep = Identity (nothing) }
+        then_branch = by_$code () => (bool[?, ?, ?, ?] chosen_$code) {{ chosen_$code = {KEPT} }},
+        else_branch = without_$code () => (bool[?, ?, ?, ?] none_$code) {{ none_$code = Identity (nothing) }}
     >
 """
 
 PREDICT_MASK = """
-PredictMask <tau, theta, policy_code, scale, softcap, dense, added, block_q, block_k, last_rows, local_keys, min_length,
-    max_length> (q, k, formula, valid, mask) => (live)
+PredictMask (q, k, formula, valid, mask, tau, theta, order, ends, scaling, size_q, size_k, last, local, shortest,
+    longest,
+    softcap, capped, by_mask, with_bias) => (live)
 {
     # valid is resolved, and k is 0 where it is not
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
     zero1 = Constant <value = int64[1] {0}> ()
-    one_float = Constant <value = float {1}> ()
     no = Constant <value = bool {0}> ()
     yes = Constant <value = bool {1}> ()
-    tau = Constant <value_floats: floats = @tau> ()
-    codes = Constant <value_ints: ints = @policy_code> ()
-    size_of_q = Constant <value_int: int = @block_q> ()
-    size_of_k = Constant <value_int: int = @block_k> ()
-    by_mask_int = Constant <value_int: int = @dense> ()
-    by_mask = Cast <to = 9> (by_mask_int)
     batch1 = Shape <start = 0, end = 1> (q)
     count1 = Shape <start = 1, end = 2> (q)
     q_len1 = Shape <start = 2, end = 3> (q)
@@ -204,45 +204,38 @@ PredictMask <tau, theta, policy_code, scale, softcap, dense, added, block_q, blo
         then_branch = of_mask () => (bool[?, ?, ?, ?] seen_m, bool[?, ?, ?, ?] blurred_m, int64[?, ?, ?, ?] first_m,
             int64[?, ?, ?, ?] last_m, float[?, ?, ?, ?] bias_m)
         {
-            seen_m, blurred_m, first_m, last_m, bias_m = afbs.SightByMask <added: int = @added>
-                (q_len, formula, valid, mask, size_of_q, size_of_k)
+            seen_m, blurred_m, first_m, last_m, bias_m = afbs.SightByMask
+                (q_len, formula, valid, mask, with_bias, size_q, size_k)
         },
         else_branch = of_formula () => (bool[?, ?, ?, ?] seen_f, bool[?, ?, ?, ?] blurred_f, int64[?, ?, ?, ?] first_f,
             int64[?, ?, ?, ?] last_f, float[?, ?, ?, ?] bias_f)
         {
             seen_f, blurred_f, first_f, last_f, bias_f = afbs.SightByFormula
-                (q_len, formula, valid, size_of_q, size_of_k)
+                (q_len, formula, valid, size_q, size_k)
         }
     >
-    always = afbs.KeptBlocks
-        <block_q: int = @block_q, block_k: int = @block_k, last_rows: int = @last_rows, local_keys: int = @local_keys>
-        (q_len, k_len, visible, blurred, first_ends, last_ends)
+    always = afbs.KeptBlocks (q_len, k_len, visible, blurred, first_ends, last_ends, size_q, size_k, last, local)
     sharp = Not (blurred)
     clear = And (visible, sharp)
     blocks = Shape <start = 2, end = 4> (visible)
     none_shape = Concat <axis = 0> (batch1, zero1, blocks)
     nothing = Expand (no, none_shape)
 
-    keeps_all = GreaterOrEqual (tau, one_float)
-    selects = Not (keeps_all)
-    found_dense = NonZero (keeps_all)
-    heads_dense = Squeeze (found_dense, zero1)
-    number_dense = Shape (heads_dense)
+    # the heads that keep everything
+    number_dense = Gather (ends, zero1)
+    heads_dense = Slice (order, zero1, number_dense)
     dense_shape = Concat <axis = 0> (batch1, number_dense, blocks)
     keep_dense = Expand (yes, dense_shape)
     $branches
     # back into the order of the heads
-    order = Concat <axis = 0> (heads_dense$heads)
     keep_parts = Concat <axis = 1> (keep_dense$keeps)
     numbers = Range (zero, count, one)
     place = ScatterElements <axis = 0> (order, order, numbers)
     keep_heads = Gather <axis = 1> (keep_parts, place)
     # calls of less work, and over more keys, keep every block
-    shortest = Constant <value_int: int = @min_length> ()
     least = Mul (shortest, shortest)
     work = Mul (q_len, k_len)
     short = Less (work, least)
-    longest = Constant <value_int: int = @max_length> ()
     limited = Greater (longest, zero)
     past = Greater (k_len, longest)
     long = And (limited, past)
@@ -259,20 +252,26 @@ def policy_codes() -> dict[str, int]:
     return {name: code for code, (name, policy) in enumerate(POLICIES.items()) if policy.onnx is not None}
 
 
-def prediction() -> tuple[str, ...]:
-    """The texts of ``PredictMask`` and of what it calls, beside :data:`afbs_compile.export.onnx_rules.RULES`."""
+def prediction(calls: Sequence[Collection[str]] | None = None) -> tuple[str, ...]:
+    """The texts of ``PredictMask`` and of what it calls, beside :data:`afbs_compile.export.onnx_rules.RULES`.
+
+    Args:
+        calls: the policies that select in each call; of all calls by default. One that no call has is left out, and one
+            that every call has is no branch.
+    """
+    codes = policy_codes()
+    chosen = {name: code for name, code in codes.items() if calls is None or any(name in call for call in calls)}
     functions: dict[str, None] = {}  # some are shared
     branches = []
-    for name, code in policy_codes().items():
+    for name, code in chosen.items():
         policy, body = POLICIES[name], POLICIES[name].onnx
         assert body is not None
-        functions |= dict.fromkeys(body.functions)
         words = {"code": code, "name": body.name, "rule": policy.rule.capitalize()}
         select = Template(WITH_THETA if policy.has_theta else WITHOUT_THETA).substitute(words)
-        branches.append(Template(BRANCH).substitute(words, select=select))
+        functions |= dict.fromkeys((*body.functions, Template(KEEP_BY).substitute(words, select=select)))
+        everywhere = calls is not None and all(name in call for call in calls)
+        branches.append(Template(IN_EVERY_CALL if everywhere else IN_SOME_CALLS).substitute(words))
     predict = Template(PREDICT_MASK).substitute(
-        branches="".join(branches),
-        heads="".join(f", heads_{code}" for code in policy_codes().values()),
-        keeps="".join(f", keep_{code}" for code in policy_codes().values()),
+        branches="".join(branches), keeps="".join(f", keep_{code}" for code in chosen.values())
     )
     return (KEPT_BLOCKS, HEADS_WITH, TAKEN, TAKEN_HEADS, SELF_SIMILARITY, *functions, predict)

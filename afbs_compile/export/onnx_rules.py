@@ -28,7 +28,7 @@ InBlocks (x, size) => (blocks, sizes)
     pads = Concat <axis = 0> (zeros, missing, no_end)
     padded = Pad (x, pads)
     shape = Concat <axis = 0> (batch_heads, count1, size1, dim1)
-    blocks = Reshape (padded, shape)
+    blocks = Reshape <allowzero = 1> (padded, shape)
     length = Squeeze (length1)
     starts = Range (zero, length, size)
     left = Sub (length, starts)
@@ -66,18 +66,20 @@ ValidSizes (valid, size) => (sizes)
 """
 
 CAPPED = """
-Capped <softcap> (scores) => (capped)
+Capped (scores, softcap, some) => (capped)
 {
-    # softcap * tanh(scores / softcap); the scores themselves where softcap is 0
-    none = Constant <value = float {0}> ()
-    cap = Constant <value_float: float = @softcap> ()
-    some = Greater (cap, none)
+    # softcap * tanh(scores / softcap); the scores themselves where it is 0, as it is everywhere without some
+    zero = Constant <value = float {0}> ()
+    unit = Constant <value = float {1}> ()
     capped = If (some) <
         then_branch = by_tanh () => (float[?, ?, ?, ?] changed)
         {
-            relative = Div (scores, cap)
-            bent = Tanh (relative)
-            changed = Mul (bent, cap)
+            here = Greater (softcap, zero)
+            divisor = Where (here, softcap, unit)
+            relative = Div (scores, divisor)
+            tanh = Tanh (relative)
+            bent = Mul (tanh, softcap)
+            changed = Where (here, bent, scores)
         },
         else_branch = as_it_is () => (float[?, ?, ?, ?] same) { same = Identity (scores) }
     >

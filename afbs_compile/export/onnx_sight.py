@@ -4,6 +4,9 @@ Everywhere ``formula`` is int64 ``[4]``: the position of row 0 among the keys; h
 sees, and how many behind; the width of the chunks of keys of which it sees its own. ``valid`` is bool ``[B, k_len]``,
 ``mask`` is fp32 ``[B or 1, H or 1, q_len or 1, k_len]`` and added to the scores, -inf where a key is hidden.
 Whatever looks at a dense mask does so for one block of query rows at a time.
+
+Loops here and in the other bodies have a trip count, no condition, and a state: TensorRT warns of a loop with both of
+the former, and onnxruntime forgets the last of a node's inputs if it is empty.
 """
 
 from __future__ import annotations
@@ -110,8 +113,7 @@ KeyBlocks (x, size, fill) => (blocks)
     # [.., .., .., k_len] -> [.., .., .., n_k, size], the last block filled up
     zeros = Constant <value = int64[7] {0, 0, 0, 0, 0, 0, 0}> ()
     one1 = Constant <value = int64[1] {1}> ()
-    same = Constant <value = int64[3] {0, 0, 0}> ()
-    any1 = Constant <value = int64[1] {-1}> ()
+    same = Shape <start = 0, end = 3> (x)
     length1 = Shape <start = 3, end = 4> (x)
     size1 = Reshape (size, one1)
     # (-length) mod size, for Mod has the sign of its divisor
@@ -119,8 +121,11 @@ KeyBlocks (x, size, fill) => (blocks)
     missing = Mod (minus_length1, size1)
     pads = Concat <axis = 0> (zeros, missing)
     padded = Pad (x, pads, fill)
-    shape = Concat <axis = 0> (same, any1, size1)
-    blocks = Reshape (padded, shape)
+    # not -1, which says nothing where there are no heads
+    covered = Add (length1, missing)
+    count1 = Div (covered, size1)
+    shape = Concat <axis = 0> (same, count1, size1)
+    blocks = Reshape <allowzero = 1> (padded, shape)
 }
 """
 
@@ -169,14 +174,15 @@ RESOLVED = """
 Resolved (q_len, formula, valid, mask, size_q) => (seen_by_some)
 {
     # the keys that some row of some head sees, [B, k_len]: what no row sees is not valid
-    always = Constant <value = bool {1}> ()
+    one = Constant <value = int64 {1}> ()
     block_axis = Constant <value = int64[1] {0}> ()
     row_axes = Constant <value = int64[2] {1, 2}> ()
     count = afbs.BlocksOf (q_len, size_q)
-    by_block = Loop (count, always)
-    <body = look (int64 block, bool more) => (bool again, int32[?, ?] some_see)
+    unused_state, by_block = Loop (count, "", one)
+    <body = look (int64 block, bool more, int64 state) => (bool again, int64 same_state, int32[?, ?] some_see)
     {
-        again = Identity (always)
+        again = Constant <value = bool {1}> ()
+        same_state = Identity (state)
         rows = afbs.RowsOfBlock (block, size_q, q_len)
         seen, given = afbs.SeenByRows (rows, formula, valid, mask)
         seen_int = Cast <to = 6> (seen)
@@ -188,11 +194,10 @@ Resolved (q_len, formula, valid, mask, size_q) => (seen_by_some)
 """
 
 SIGHT_BY_MASK = """
-SightByMask <added> (q_len, formula, valid, mask, size_q, size_k) => (visible, blurred, first_ends, last_ends, bias)
+SightByMask (q_len, formula, valid, mask, with_bias, size_q, size_k) => (visible, blurred, first_ends, last_ends, bias)
 {
     # bool [B, H or 1, n_q, n_k] twice; int64 [B, H or 1, n_q, 1], the last key that the first row of a query block
     # sees, and that any does, -1 for none; fp32, what is added to the scores of a block on average
-    always = Constant <value = bool {1}> ()
     zero = Constant <value = int64 {0}> ()
     zero1 = Constant <value = int64[1] {0}> ()
     one = Constant <value = int64 {1}> ()
@@ -202,19 +207,18 @@ SightByMask <added> (q_len, formula, valid, mask, size_q, size_k) => (visible, b
     own_row = Constant <value = int64[1] {3}> ()
     key_axis = Constant <value = int64[1] {-1}> ()
     head_axes = Constant <value = int64[2] {1, 2}> ()
-    with_bias_int = Constant <value_int: int = @added> ()
-    with_bias = Cast <to = 9> (with_bias_int)
     k_len1 = Shape <start = 1, end = 2> (valid)
     k_len = Squeeze (k_len1)
     end_place = Add (k_len, one)
     places = Range (one, end_place, one)
     exists = Unsqueeze (valid, head_axes)
     count = afbs.BlocksOf (q_len, size_q)
-    visible_5d, blurred_5d, first_5d, last_5d, bias_5d = Loop (count, always)
-    <body = look (int64 block, bool more) => (bool again, bool[?, ?, ?, ?] visible_of, bool[?, ?, ?, ?] blurred_of,
-        int64[?, ?, ?, ?] first_of, int64[?, ?, ?, ?] last_of, float[?, ?, ?, ?] bias_of)
+    unused_state, visible_5d, blurred_5d, first_5d, last_5d, bias_5d = Loop (count, "", one)
+    <body = look (int64 block, bool more, int64 state) => (bool again, int64 same_state, bool[?, ?, ?, ?] visible_of,
+        bool[?, ?, ?, ?] blurred_of, int64[?, ?, ?, ?] first_of, int64[?, ?, ?, ?] last_of, float[?, ?, ?, ?] bias_of)
     {
-        again = Identity (always)
+        again = Constant <value = bool {1}> ()
+        same_state = Identity (state)
         rows = afbs.RowsOfBlock (block, size_q, q_len)
         seen, given = afbs.SeenByRows (rows, formula, valid, mask)
         seen_int = Cast <to = 6> (seen)
@@ -314,14 +318,12 @@ SightByFormula (q_len, formula, valid, size_q, size_k) => (visible, blurred, fir
 """
 
 GROUPS_BY_MASK = """
-GroupsByMask <added> (tokens, q_len, formula, valid, mask, span) => (seen, bias)
+GroupsByMask (tokens, q_len, formula, valid, mask, with_bias, span) => (seen, bias)
 {
     # which groups of keys some query rows see, those of which they see any, and what is added to their logits
     one = Constant <value = int64 {1}> ()
     nothing = Constant <value = float {0}> ()
     keys_only = Constant <value = int64[1] {4}> ()
-    with_bias_int = Constant <value_int: int = @added> ()
-    with_bias = Cast <to = 9> (with_bias_int)
     last_row = Sub (q_len, one)
     rows = Min (tokens, last_row)
     by_key, given = afbs.SeenByRows (rows, formula, valid, mask)

@@ -54,13 +54,12 @@ class NearestFirst(Policy):
     onnx = OnnxBody(
         "NearestFirst",
         ("""
-NearestFirst <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
+NearestFirst (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
     zero = Constant <value = int64 {0}> ()
     column = Constant <value = int64[1] {-1}> ()
     starts_axis = Constant <value = int64[1] {2}> ()
-    size_q = Constant <value_int: int = @block_q> ()
-    size_k = Constant <value_int: int = @block_k> ()
     q_len1 = Shape <start = 2, end = 3> (q)
     k_len1 = Shape <start = 2, end = 3> (k)
     q_len = Squeeze (q_len1)

@@ -103,12 +103,10 @@ class ByFirst(Policy):
 
 
 SCORE_BY_FIRST = """
-ScoreByFirst <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
+ScoreByFirst (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
     first = Constant <value = int64 {0}> ()
-    size_q = Constant <value_int: int = @block_q> ()
-    size_k = Constant <value_int: int = @block_k> ()
-    scaling = Constant <value_float: float = @scale> ()
     q_blocks, q_sizes = afbs.InBlocks (q, size_q)
     k_blocks, k_sizes = afbs.InBlocks (k, size_k)
     rows = Gather <axis = 3> (q_blocks, first)
@@ -134,7 +132,8 @@ def test_a_policy_from_outside_brings_its_body(tmp_path, monkeypatch, grouped):
         assert relative_difference(out, grouped(x)) > 0.01, "nothing was skipped, so nothing was tested"
     (node,) = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.domain == "afbs"]
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    assert given["policy_code"] == [7, 1, 7, 1]
+    assert given["order"] == [1, 3, 0, 2]
+    assert given["ends"] == [0, 0, 2, 2, 2, 2, 2, 4]
     assert given["ahead"] == (0 if grouped.causal else NO_BOUND)
 
 
@@ -157,7 +156,7 @@ def test_one_node_for_each_call_that_says_how_to_claim_it(causal_file):
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert node.op_type == "SparseAttention"
     assert given["policy"] == [b"meansim"] * 4
-    assert given["policy_code"] == [0] * 4
+    assert (given["order"], given["ends"]) == ([0, 1, 2, 3], [0, 4, 4, 4, 4, 4, 4])
     assert given["predictor_version"] == PREDICTOR_VERSION
     assert given["tau"] == pytest.approx([0.6] * 4)
     assert given["theta"] == pytest.approx([0.3] * 4)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 
 from afbs_compile.export.onnx import attributes
-from afbs_compile.export.onnx_function import DOMAIN, VERSION, function_protos
+from afbs_compile.export.onnx_function import DOMAIN, VERSION, all_functions
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.masks.causal import Causal
@@ -48,7 +49,7 @@ def session_of(nodes, inputs, outputs, kinds, opset=OPSET, optimized=None):
         [value(x, kinds.get(x, FLOAT), None) for x in outputs],
     )
     imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)]
-    model = onnx.helper.make_model(graph, opset_imports=imports, functions=function_protos(opset), ir_version=10)
+    model = onnx.helper.make_model(graph, opset_imports=imports, functions=all_functions(opset), ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # idle threads of onnxruntime spin, which slows a busy machine down
     if optimized is not None:
@@ -65,23 +66,31 @@ def call_of(tau=TAU, theta=THETA, policy=("meansim",) * 4, blocks=(64, 64), **ot
 
 
 FORMULA = ("ahead", "behind", "chunk", "at_end")
-UNUSED = ("lam", "policy", "mask", "predictor_version", *FORMULA)
+SELECTION = {
+    "tau": "tau", "theta": "theta", "order": "order", "ends": "ends", "scaling": "scale", "size_q": "block_q",
+    "size_k": "block_k", "last": "last_rows", "local": "local_keys", "shortest": "min_length", "longest": "max_length",
+}  # fmt: skip
+"""The inputs of the function that selects, and the attributes of the node that they are."""
 
 
 def predictor(call, mask, **options):
     """A session of the function that selects, for a call without more than a formula."""
     given = attributes(call, mask, SCALE)
     make = functools.partial(onnx.helper.make_node, domain=DOMAIN)
+    nothing = {"mask": torch.zeros(1, 1, 1, 1), "softcap": torch.tensor(0.0), "no": torch.tensor(False)}
+    constants = {name: onnx.numpy_helper.from_array(value.numpy()) for name, value in nothing.items()}
+    constants |= {name: onnx.numpy_helper.from_array(np.array(given[name])) for name in FORMULA}
+    for name, attribute in SELECTION.items():
+        value = np.array(given[attribute])
+        constants[name] = onnx.numpy_helper.from_array(value.astype("float32") if value.dtype.kind == "f" else value)
     nodes = [
-        make("Formula", ["q", "k"], ["formula"], **{name: given.pop(name) for name in FORMULA}),
+        *(onnx.helper.make_node("Constant", [], [name], value=value) for name, value in constants.items()),
+        make("Formula", ["q", "k", *FORMULA], ["formula"]),
         make("AllRows", ["k"], ["valid"]),
-        onnx.helper.make_node("Constant", [], ["mask"], value=onnx.helper.make_tensor("", FLOAT, (1, 1, 1, 1), [0.0])),
         make(
             "PredictMask",
-            ["q", "k", "formula", "valid", "mask"],
+            ["q", "k", "formula", "valid", "mask", *SELECTION, "softcap", "no", "no", "no"],
             ["live"],
-            **{name: value for name, value in given.items() if name not in UNUSED},
-            **{"softcap": 0.0, "dense": 0, "added": 0},
         ),
     ]
     return session_of(nodes, ["q", "k"], ["live"], {"live": BOOL}, **options)

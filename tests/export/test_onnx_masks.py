@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from afbs_compile.export.onnx import attributes, masked_attributes
-from afbs_compile.export.onnx_function import DOMAIN, VERSION, function_protos
+from afbs_compile.export.onnx_function import DOMAIN, VERSION, all_functions
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.sight import resolved
 from afbs_compile.kernels.spec.attention import masked_attention
@@ -61,7 +61,7 @@ def by_node(operands, call):
         [value("out", FLOAT, None)],
     )
     imports = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(DOMAIN, VERSION)]
-    model = onnx.helper.make_model(graph, opset_imports=imports, functions=function_protos(20), ir_version=10)
+    model = onnx.helper.make_model(graph, opset_imports=imports, functions=all_functions(20), ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     made = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -13,16 +13,19 @@ from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.policies.grouped import BLOCK_MASS, GroupedPolicy
 
 SCORE_BY_ANTIDIAGONAL = """
-ScoreByAntidiagonal <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) =>
-    (scores)
+ScoreByAntidiagonal (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q,
+    size_k) => (scores)
 {
     # logit_ab = scale / 16 * sum_t <q[a 16 + 15 - t], k[b 16 + t]>
     group = Constant <value = int64 {16}> ()
     group_float = Constant <value = float {16}> ()
     backwards = Constant <value = int64[16] {15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0}> ()
-    shape = Constant <value = int64[4] {0, 0, 0, -1}> ()
-    scale_flat = Constant <value_float: float = @scale> ()
-    scaling = Div (scale_flat, group_float)
+    same = Constant <value = int64[3] {0, 0, 0}> ()
+    group1 = Constant <value = int64[1] {16}> ()
+    dim1 = Shape <start = 3, end = 4> (q)
+    features1 = Mul (dim1, group1)
+    shape = Concat <axis = 0> (same, features1)
+    scaled_down = Div (scaling, group_float)
     q_len1 = Shape <start = 2, end = 3> (q)
     q_len = Squeeze (q_len1)
     q_groups, sizes_q = afbs.InBlocks (q, group)
@@ -30,9 +33,9 @@ ScoreByAntidiagonal <scale, softcap, dense, added, block_q, block_k> (q, k, form
     q_reversed = Gather <axis = 3> (q_groups, backwards)
     rows = Reshape (q_reversed, shape)
     cols = Reshape (k_groups, shape)
-    mass = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added, block_q: int = @block_q,
-        block_k: int = @block_k, span = 16, last = 15>
-        (rows, cols, scaling, q_len, formula, valid, mask, blurred)
+    mass = afbs.BlockMass <span = 16, last = 15>
+        (rows, cols, scaled_down, q_len, formula, valid, mask, blurred, softcap, capped, by_mask, with_bias, size_q,
+        size_k)
     scores = Log (mass)
 }
 """

@@ -21,12 +21,14 @@ class OnnxBody(NamedTuple):
     """How a policy scores in standard ONNX operators; what selects by scores is one for all of them.
 
     Attributes:
-        name: of the function that scores as :meth:`Policy.scores`, ``(q, k, formula, valid, mask, blurred, bias) =>
-            (scores)``: q and k fp32 with a key head for each query head and zeros for keys that are not valid;
-            ``formula``, ``valid`` and ``mask`` as in :mod:`afbs_compile.export.onnx_sight`; which blocks are blurred,
-            and what is added to the scores of each on average, ``[B, H or 1, n_q, n_k]``. It declares the attributes
-            ``scale``, ``softcap``, ``dense`` (whether there is a dense mask), ``added`` (whether its numbers are added
-            to scores), ``block_q`` and ``block_k``, whether it uses them or not.
+        name: of the function that scores as :meth:`Policy.scores`, ``(q, k, formula, valid, mask, blurred, bias,
+            scaling, softcap, capped, by_mask, with_bias, size_q, size_k) => (scores)``, whether it uses them or not:
+            q and k fp32 with a key head for each query head and zeros for keys that are not valid; ``formula``,
+            ``valid`` and ``mask`` as in :mod:`afbs_compile.export.onnx_sight`; which blocks are blurred, and what is
+            added to the scores of each on average, ``[B, H or 1, n_q, n_k]``; then scalars: the softmax scale, the
+            softcap and whether there is one, whether there is a dense mask and whether its numbers are added to scores,
+            and the rows of a block of queries and of keys. It reads no attributes (TensorRT's parser loses them) and
+            computes no size from values (TensorRT has no such sizes).
         functions: texts of the functions that it calls, then its own. :data:`afbs_compile.export.onnx_rules.RULES` and
             :data:`afbs_compile.export.onnx_sight.SIGHT` are there for every policy.
     """

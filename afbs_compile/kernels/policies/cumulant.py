@@ -43,13 +43,12 @@ GroupMoments (x, valid) => (mean, variance)
 """
 
 SCORE_BY_CUMULANT = """
-ScoreByCumulant <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) =>
-    (scores)
+ScoreByCumulant (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q,
+    size_k) => (scores)
 {
     # logit_ab = <scale mean_q, mean_k> + <(scale mean_q)^2 / 2, var_k>
     one = Constant <value = float {1}> ()
     two = Constant <value = float {2}> ()
-    scaling = Constant <value_float: float = @scale> ()
     q_len1 = Shape <start = 2, end = 3> (q)
     q_len = Squeeze (q_len1)
     rows_valid = afbs.AllRows (q)
@@ -60,9 +59,8 @@ ScoreByCumulant <scale, softcap, dense, added, block_q, block_k> (q, k, formula,
     half = Div (squared, two)
     rows = Concat <axis = -1> (scaled, half)
     cols = Concat <axis = -1> (mean_k, variance_k)
-    mass = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added, block_q: int = @block_q,
-        block_k: int = @block_k, span = 16, last = 15>
-        (rows, cols, one, q_len, formula, valid, mask, blurred)
+    mass = afbs.BlockMass <span = 16, last = 15>
+        (rows, cols, one, q_len, formula, valid, mask, blurred, softcap, capped, by_mask, with_bias, size_q, size_k)
     scores = Log (mass)
 }
 """

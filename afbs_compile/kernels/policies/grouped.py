@@ -20,8 +20,8 @@ from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.sight import capped, of_rows, seen_by_rows, sight_of, valid_blocks
 
 BLOCK_MASS = """
-BlockMass <softcap, dense, added, block_q, block_k, span, last>
-    (rows, cols, scaling, q_len, formula, valid, mask, blurred) => (mass)
+BlockMass <span, last> (rows, cols, scaling, q_len, formula, valid, mask, blurred, softcap, capped, by_mask, with_bias,
+    size_q, size_k) => (mass)
 {
     # rows [B, H, groups of queries, F], cols [B, H, groups of keys, F] -> [B, H, n_q, n_k], which sums to 1 over n_k,
     # or to less where groups see nothing; for one query block at a time, so that nothing but this result grows with
@@ -34,13 +34,8 @@ BlockMass <softcap, dense, added, block_q, block_k, span, last>
     row_axis = Constant <value = int64[1] {-2}> ()
     lowest = Constant <value = float {-inf}> ()
     zero_float = Constant <value = float {0}> ()
-    always = Constant <value = bool {1}> ()
-    size_q = Constant <value_int: int = @block_q> ()
-    size_k = Constant <value_int: int = @block_k> ()
     span_k = Constant <value_int: int = @span> ()
     last_token = Constant <value_int: int = @last> ()
-    by_mask_int = Constant <value_int: int = @dense> ()
-    by_mask = Cast <to = 9> (by_mask_int)
     groups_q1 = Shape <start = 2, end = 3> (rows)
     groups_k1 = Shape <start = 2, end = 3> (cols)
     groups_q = Squeeze (groups_q1)
@@ -57,14 +52,15 @@ BlockMass <softcap, dense, added, block_q, block_k, span, last>
     blocks_of_groups = Div (key_groups, per_k)
     groups_in_block = Range (zero, per_q, one)
 
-    mass_blocks = Loop (count_q, always)
-    <body = look (int64 block, bool more) => (bool again, float[?, ?, ?] of_block)
+    unused_state, mass_blocks = Loop (count_q, "", one)
+    <body = look (int64 block, bool more, int64 state) => (bool again, int64 same_state, float[?, ?, ?] of_block)
     {
-        again = Identity (always)
+        again = Constant <value = bool {1}> ()
+        same_state = Identity (state)
         row_block = Gather <axis = 2> (row_blocks, block)
         products = MatMul (row_block, col_columns)
         scaled = Mul (products, scaling)
-        logits = afbs.Capped <softcap: float = @softcap> (scaled)
+        logits = afbs.Capped (scaled, softcap, capped)
         # the last token that a query group is told of decides what it sees
         first_group = Mul (block, per_q)
         query_groups_flat = Add (groups_in_block, first_group)
@@ -73,7 +69,8 @@ BlockMass <softcap, dense, added, block_q, block_k, span, last>
         in_sight, bias = If (by_mask) <
             then_branch = of_mask () => (bool[?, ?, ?, ?] seen_m, float[?, ?, ?, ?] bias_m)
             {
-                seen_m, bias_m = afbs.GroupsByMask <added: int = @added> (tokens, q_len, formula, valid, mask, span_k)
+                seen_m, bias_m = afbs.GroupsByMask
+                    (tokens, q_len, formula, valid, mask, with_bias, span_k)
             },
             else_branch = of_formula () => (bool[?, ?, ?, ?] seen_f, float[?, ?, ?, ?] bias_f)
             {

@@ -26,19 +26,17 @@ BlockMeans (x, valid, size) => (means)
 """
 
 SCORE_BY_MEANS = """
-ScoreByMeans <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
+ScoreByMeans (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
-    size_q = Constant <value_int: int = @block_q> ()
-    size_k = Constant <value_int: int = @block_k> ()
-    scaling = Constant <value_float: float = @scale> ()
     rows_valid = afbs.AllRows (q)
     mean_q = afbs.BlockMeans (q, rows_valid, size_q)
     mean_k = afbs.BlockMeans (k, valid, size_k)
     columns = Transpose <perm = [0, 1, 3, 2]> (mean_k)
     products = MatMul (mean_q, columns)
     scaled = Mul (products, scaling)
-    capped = afbs.Capped <softcap: float = @softcap> (scaled)
-    scores = Add (capped, bias)
+    bent = afbs.Capped (scaled, softcap, capped)
+    scores = Add (bent, bias)
 }
 """
 

@@ -19,33 +19,30 @@ from afbs_compile.kernels.policies.features import GROUP, Features
 from afbs_compile.kernels.policies.grouped import BLOCK_MASS, block_mass
 
 SCORE_BY_SAMPLES = """
-ScoreBySamples <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) =>
-    (scores)
+ScoreBySamples (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q,
+    size_k) => (scores)
 {
     # logit_ab = scale <q[16 a], k[b]>, and that of ScoreByCumulant
     one = Constant <value = float {1}> ()
     two = Constant <value = float {2}> ()
-    group = Constant <value = int64 {16}> ()
-    first = Constant <value = int64 {0}> ()
-    scaling = Constant <value_float: float = @scale> ()
+    start = Constant <value = int64[1] {0}> ()
+    row_axis = Constant <value = int64[1] {2}> ()
+    group1 = Constant <value = int64[1] {16}> ()
     q_len1 = Shape <start = 2, end = 3> (q)
     q_len = Squeeze (q_len1)
-    q_groups, unused = afbs.InBlocks (q, group)
-    samples = Gather <axis = 3> (q_groups, first)
-    exact = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added,
-        block_q: int = @block_q, block_k: int = @block_k, span = 1, last = 0>
-        (samples, k, scaling, q_len, formula, valid, mask, blurred)
+    samples = Slice (q, start, q_len1, row_axis, group1)
+    exact = afbs.BlockMass <span = 1, last = 0>
+        (samples, k, scaling, q_len, formula, valid, mask, blurred, softcap, capped, by_mask, with_bias, size_q, size_k)
     rows_valid = afbs.AllRows (q)
-    mean_q, unused_too = afbs.GroupMoments (q, rows_valid)
+    mean_q, unused = afbs.GroupMoments (q, rows_valid)
     mean_k, variance_k = afbs.GroupMoments (k, valid)
     scaled = Mul (mean_q, scaling)
     squared = Mul (scaled, scaled)
     half = Div (squared, two)
     rows = Concat <axis = -1> (scaled, half)
     cols = Concat <axis = -1> (mean_k, variance_k)
-    estimated = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added,
-        block_q: int = @block_q, block_k: int = @block_k, span = 16, last = 15>
-        (rows, cols, one, q_len, formula, valid, mask, blurred)
+    estimated = afbs.BlockMass <span = 16, last = 15>
+        (rows, cols, one, q_len, formula, valid, mask, blurred, softcap, capped, by_mask, with_bias, size_q, size_k)
     both = Add (exact, estimated)
     mass = Div (both, two)
     scores = Log (mass)

@@ -19,7 +19,8 @@ WINDOW = 1024
 """Extent in tokens at tau = 0.5."""
 
 SCORE_BY_WINDOW = """
-ScoreByWindow <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
+ScoreByWindow (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
     # scores = log(1024 / distance), infinite for the first block; distance: tokens between the blocks' nearest rows
     zero = Constant <value = int64 {0}> ()
@@ -27,8 +28,6 @@ ScoreByWindow <scale, softcap, dense, added, block_q, block_k> (q, k, formula, v
     column = Constant <value = int64[1] {-1}> ()
     log_window = Constant <value = float {6.93147182}> ()
     infinite = Constant <value = float {inf}> ()
-    size_q = Constant <value_int: int = @block_q> ()
-    size_k = Constant <value_int: int = @block_k> ()
     shift = Gather (formula, zero)
     q_len1 = Shape <start = 2, end = 3> (q)
     k_len1 = Shape <start = 2, end = 3> (k)

@@ -48,22 +48,19 @@ WithPrevious (mass, step) => (total)
 """
 
 SCORE_BY_SLASH = """
-ScoreBySlash <scale, softcap, dense, added, block_q, block_k> (q, k, formula, valid, mask, blurred, bias) => (scores)
+ScoreBySlash (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (scores)
 {
     # the first query of every group against every key that it sees
-    scaling = Constant <value_float: float = @scale> ()
     start = Constant <value = int64[1] {0}> ()
     row_axis = Constant <value = int64[1] {2}> ()
     group1 = Constant <value = int64[1] {16}> ()
-    size_q = Constant <value_int: int = @block_q> ()
-    size_k = Constant <value_int: int = @block_k> ()
     step = Div (size_q, size_k)
     q_len1 = Shape <start = 2, end = 3> (q)
     q_len = Squeeze (q_len1)
     rows = Slice (q, start, q_len1, row_axis, group1)
-    mass = afbs.BlockMass <softcap: float = @softcap, dense: int = @dense, added: int = @added, block_q: int = @block_q,
-        block_k: int = @block_k, span = 1, last = 0>
-        (rows, k, scaling, q_len, formula, valid, mask, blurred)
+    mass = afbs.BlockMass <span = 1, last = 0>
+        (rows, k, scaling, q_len, formula, valid, mask, blurred, softcap, capped, by_mask, with_bias, size_q, size_k)
     total = afbs.WithPrevious (mass, step)
     scores = Log (total)
 }
