@@ -16,7 +16,7 @@ loop runs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
@@ -366,35 +366,44 @@ MASKED_SPARSE_ATTENTION = f"""
     (q, k, v, valid, attn_mask, sinks) => (out)
 {{
     {READ}
-    # whether any call of the file has them
-    capped = Constant <value = bool {{$softcap}}> ()
-    by_mask = Constant <value = bool {{$dense}}> ()
-    with_bias = Constant <value = bool {{$added}}> ()
     cap = Constant <value_float: float = @softcap> ()
     least = Constant <value_float: float = @lowest> ()
+    $softcap
+    $dense
+    $added
     out = afbs.Attend (q, k, v, valid, attn_mask, sinks, {PASSED_ON}, cap, capped, by_mask, with_bias, least)
 }}
 """
 
 
-FEATURES = ("softcap", "dense", "added")
-"""The attributes of masked nodes that are 0 where a call has no such thing."""
+FEATURES = {
+    "softcap": ("capped", "none = Constant <value = float {0}> ()  capped = Greater (cap, none)"),
+    "dense": ("by_mask", "dense = Constant <value_int: int = @dense> ()  by_mask = Cast <to = 9> (dense)"),
+    "added": ("with_bias", "added = Constant <value_int: int = @added> ()  with_bias = Cast <to = 9> (added)"),
+}
+"""The attributes of masked nodes that are 0 where a call has no such thing: whether it has, and how that is asked."""
 
 
 def all_functions(
-    opset: int, calls: Sequence[Collection[str]] | None = None, features: Collection[str] = FEATURES
+    opset: int, calls: Sequence[Collection[str]] | None = None, features: Mapping[str, bool] | None = None
 ) -> list[onnx.FunctionProto]:
     """The bodies of the nodes and the functions that they call, by the policies that are registered now.
 
     Args:
         opset: version of the standard operators that the model imports, 18 to 23.
         calls: of each call that has such a node the policies that select for some head of it; of all by default.
-        features: those of :data:`FEATURES` that some call has.
+        features: those of :data:`FEATURES` that all masked calls have, or none has; the others are asked for. None of
+            them by default.
     """
     import onnx.parser
 
     header = f'<opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}], domain: "{DOMAIN}">'
-    masked = Template(MASKED_SPARSE_ATTENTION).substitute({name: int(name in features) for name in FEATURES})
+    asked = {name: ask for name, (_, ask) in FEATURES.items()}
+    known = {
+        name: f"{FEATURES[name][0]} = Constant <value = bool {{{int(has)}}}> ()"
+        for name, has in (features or {}).items()
+    }
+    masked = Template(MASKED_SPARSE_ATTENTION).substitute(asked | known)
     functions = []
     parts = (*RULES, *SIGHT, *prediction(calls), FORMULA, WHERE_VALID, LIVE_FIRST, ATTEND)
     for body in (*parts, SPARSE_ATTENTION, masked):
@@ -415,11 +424,13 @@ def bodies(opset: int, nodes: Sequence[onnx.NodeProto]) -> list[onnx.FunctionPro
     """
     import onnx.inliner
 
-    given = [{attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute} for node in nodes]
+    value = onnx.helper.get_attribute_value
+    given = [{attribute.name: value(attribute) for attribute in node.attribute} for node in nodes]
     calls = [
         {name for name, code in policy_codes().items() if call["ends"][code] < call["ends"][code + 1]} for call in given
     ]
-    features = {name for name in FEATURES if any(call.get(name) for call in given)}
+    having = {name: {bool(call[name]) for call in given if name in call} for name in FEATURES}
+    features = {name: any(have) for name, have in having.items() if len(have) == 1}
     imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)]
     nothing = onnx.helper.make_graph([], "nothing", [], [])
     functions = all_functions(opset, calls, features)

@@ -68,18 +68,13 @@ ValidSizes (valid, size) => (sizes)
 CAPPED = """
 Capped (scores, softcap, some) => (capped)
 {
-    # softcap * tanh(scores / softcap); the scores themselves where it is 0, as it is everywhere without some
-    zero = Constant <value = float {0}> ()
-    unit = Constant <value = float {1}> ()
+    # softcap * tanh(scores / softcap); the scores themselves where there is none
     capped = If (some) <
         then_branch = by_tanh () => (float[?, ?, ?, ?] changed)
         {
-            here = Greater (softcap, zero)
-            divisor = Where (here, softcap, unit)
-            relative = Div (scores, divisor)
-            tanh = Tanh (relative)
-            bent = Mul (tanh, softcap)
-            changed = Where (here, bent, scores)
+            relative = Div (scores, softcap)
+            bent = Tanh (relative)
+            changed = Mul (bent, softcap)
         },
         else_branch = as_it_is () => (float[?, ?, ?, ?] same) { same = Identity (scores) }
     >
