@@ -317,7 +317,7 @@ class Options:
         """The part that the tuner needs."""
         is_number = self.tolerance is not None and not _has_budget(self._values)
         return TuneSettings(
-            **({"tolerance": float(self.tolerance)} if is_number else {}),
+            tolerance=float(self.tolerance) if is_number else TuneSettings.tolerance,
             automatic=self.tolerance is None and self.method == "afbs" and self.precision == "own",
             method=self.method,
             parameterization=self.parameterization,
