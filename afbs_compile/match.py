@@ -145,7 +145,8 @@ def _first_graph(recipe: Recipe, renamed: Mapping[str, str]) -> int:
 def _renamings(sites: Sequence[AttentionSite], recorded: Sequence[SiteRecipe]) -> Iterator[dict[str, str]]:
     """Ways to name some calls as others are, all by the same change; the calls are alike in heads and sizes.
 
-    The change is of what names begin with or, where that does not do, of anything but their numbers, in order.
+    The change is none, if names do as they are; of what names begin with; or, where that does not do, of anything but
+    their numbers, in order.
     """
     there = {site.name: site for site in recorded if site.heads}
 
@@ -154,6 +155,10 @@ def _renamings(sites: Sequence[AttentionSite], recorded: Sequence[SiteRecipe]) -
         shape = (site.heads, site.kv_heads, site.head_dim)
         return other is not None and shape == (len(other.heads), other.kv_heads, other.head_dim)
 
+    own = {site.name: site.name for site in sites if alike(site, site.name)}
+    if len(own) == len(sites):
+        yield own
+        return
     seen: set[tuple[str, str]] = set()
     whole = False
     for name in there:
