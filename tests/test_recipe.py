@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from afbs_compile import Recipe, explain
 from afbs_compile.errors import RecipeError
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import Kept, SparseCall
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, SampleRecord, SearchPath, SiteRecipe
 from tests.toy import HEAD_DIM, HEADS, Attention, drifting
 
@@ -192,9 +194,18 @@ def test_a_recipe_of_version_0_1_says_the_same_today(tmp_path):
 
 
 @torch.no_grad()
-def test_a_recipe_of_version_0_1_rewrites_its_model(fresh_dynamo, monkeypatch):
-    monkeypatch.setattr("afbs_compile.backend.calibrate_graph", None)
+def test_a_recipe_of_version_0_1_is_refused_for_its_predictor(fresh_dynamo):
     sparse = torch.compile(Old().eval(), backend="afbs", options={"min_length": 128, "recipe": OLD})
+    with pytest.raises(BackendCompilerFailed, match="was made for predictor version 1, this is 2"):
+        sparse(drifting(1024))
+
+
+@torch.no_grad()
+def test_a_recipe_of_version_0_1_rewrites_its_model(fresh_dynamo, monkeypatch):
+    """Its schema and names are understood, were its thresholds those of today's predictor."""
+    monkeypatch.setattr("afbs_compile.backend.calibrate_graph", None)
+    today = replace(Recipe.load(OLD), predictor_version=PREDICTOR_VERSION)
+    sparse = torch.compile(Old().eval(), backend="afbs", options={"min_length": 128, "recipe": today})
     sparse(drifting(1024))
     explanation = explain(sparse)
     assert [(row.site, row.outcome) for row in explanation.rows] == [

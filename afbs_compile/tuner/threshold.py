@@ -39,7 +39,8 @@ MOST_STEPS_BACK = 3
 """Times that a threshold which failed the check is made more careful, before all heads stay dense."""
 
 CAREFUL, LEAST_STEP = 0.9, 0.7
-"""A step back aims at this share of the budget, as if the cost grew with the threshold itself; it is this at most."""
+"""The first step back aims at this share of the budget, as if the cost grew with the threshold itself, and is this at
+most; the second is two such steps, the third three."""
 
 PIECES = 5
 """Windows of tokens that the output of each sample is compared in; twice as many where there is one sample."""
@@ -152,7 +153,7 @@ def spend(judge: Judge, chosen: Callable[[float], Mapping[str, SparseCall]], pro
         if check[0] <= limit:
             return Spending(threshold, measured, *check, steps_back)
         if steps_back < MOST_STEPS_BACK:
-            threshold *= min(CAREFUL * limit / check[0], LEAST_STEP)
+            threshold *= min(CAREFUL * limit / check[0], LEAST_STEP) ** (steps_back + 1)
             measured = by(judge.choosing)(threshold) if judge.unit == "windows" else measured
     return Spending(0.0, 0.0, None, None, MOST_STEPS_BACK + 1)
 

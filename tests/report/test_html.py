@@ -15,7 +15,7 @@ import torch
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import LAMBDA_OFF, THETA_OFF, Kept, SparseCall
-from afbs_compile.kernels.spec.selection import live_blocks
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION, live_blocks
 from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.recipe import GraphRecipe, HeadRecipe, Recipe, SampleRecord, SearchPath, SiteRecipe
 from afbs_compile.report.applied import apply
@@ -51,7 +51,7 @@ def made(name: str = "layers.0", search: tuple[SearchPath, ...] = (), heads: int
     samples = SampleRecord("samples", 2, 2, (4096, 4096), "d1")
     graph = GraphRecipe("g1", "w1", "s1", samples, 1.5, 12.25, sites)
     options = {"tolerance": 0.055, "method": "afbs", "parameterization": "corrected"}
-    return Recipe(options, "cpu", "flex", 1, {"torch": "2.13.0"}, (graph,))
+    return Recipe(options, "cpu", "flex", PREDICTOR_VERSION, {"torch": "2.13.0"}, (graph,))
 
 
 class Elements(HTMLParser):
