@@ -101,10 +101,10 @@ def test_every_head_has_one_threshold(inside_the_limit):
 def test_the_output_s_own_error():
     """A model that returns no logits: relative L1 of what it returns."""
     recipe = calibrate(
-        Toy().eval(), [drifting(LENGTH, seed=s) for s in range(2)], tolerance={"output": 0.002}, min_length=1
+        Toy().eval(), [drifting(LENGTH, seed=s) for s in range(2)], tolerance={"output": 0.02}, min_length=1
     )
     assert recipe.budget is not None
-    assert 0 < recipe.budget.measured <= 0.002
+    assert 0 < recipe.budget.measured <= 0.02
     torch._dynamo.reset()
     model, x = Toy().eval(), drifting(LENGTH, seed=0)
     sparse = torch.compile(model, backend="afbs", options={"recipe": recipe, "min_length": 1})
@@ -112,7 +112,7 @@ def test_the_output_s_own_error():
         dense = model(x)
         error = float((sparse(x) - dense).abs().sum() / dense.abs().sum())
     assert error == pytest.approx(recipe.budget.measured, rel=0.05)
-    assert "error at most 0.002" in str(explain(recipe))
+    assert "error at most 0.02" in str(explain(recipe))
 
 
 @torch.no_grad()
