@@ -22,6 +22,7 @@ from afbs_compile.tuner.inputs import SiteInputs
 from afbs_compile.tuner.measure import nothing_to_skip
 from afbs_compile.tuner.settings import TuneSettings
 from afbs_compile.tuner.speed import Stopwatch
+from afbs_compile.tuner.validate import DECIMALS
 
 EQUAL_ERROR = 0.1
 """Relative L1 of each head at which families are compared: about what +1 % of perplexity does to them."""
@@ -31,9 +32,6 @@ EXPLORED_SITES = 4
 
 EQUAL_TIME = 0.02
 """Families whose times differ by less are equal: then the device's first shape and the cheapest predictor."""
-
-DECIMALS = 6
-"""Taus are rounded to what the recipe and the graph show before they are measured."""
 
 
 @dataclass(frozen=True)

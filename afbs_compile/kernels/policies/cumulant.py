@@ -42,9 +42,9 @@ GroupMoments (x, valid) => (mean, variance)
 }
 """
 
-SCORE_BY_CUMULANT = """
-ScoreByCumulant (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q,
-    size_k) => (scores)
+CUMULANT_MASS = """
+CumulantMass (q, k, formula, valid, mask, blurred, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
+    => (mass)
 {
     # logit_ab = <scale mean_q, mean_k> + <(scale mean_q)^2 / 2, var_k>
     one = Constant <value = float {1}> ()
@@ -61,6 +61,15 @@ ScoreByCumulant (q, k, formula, valid, mask, blurred, bias, scaling, softcap, ca
     cols = Concat <axis = -1> (mean_k, variance_k)
     mass = afbs.BlockMass <span = 16, last = 15>
         (rows, cols, one, q_len, formula, valid, mask, blurred, softcap, capped, by_mask, with_bias, size_q, size_k)
+}
+"""
+
+SCORE_BY_CUMULANT = """
+ScoreByCumulant (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q,
+    size_k) => (scores)
+{
+    mass = afbs.CumulantMass
+        (q, k, formula, valid, mask, blurred, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
     scores = Log (mass)
 }
 """
@@ -72,7 +81,7 @@ class Cumulant(GroupedPolicy):
     name = "cumulant"
     rule = "share"
     explored = (-1.0,)
-    onnx = OnnxBody("ScoreByCumulant", (BLOCK_MASS, GROUP_MOMENTS, SCORE_BY_CUMULANT))
+    onnx = OnnxBody("ScoreByCumulant", (BLOCK_MASS, GROUP_MOMENTS, CUMULANT_MASS, SCORE_BY_CUMULANT))
 
     def features(self, operands: Operands) -> Features:
         """Per group two rows: its mean, and what multiplies or is the variance."""

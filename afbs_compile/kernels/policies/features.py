@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from afbs_compile.kernels.operands import Operands
+
 GROUP = 16
 """Query tokens of a group; every block is a multiple of it."""
 
@@ -32,3 +34,8 @@ class Features(NamedTuple):
     reverse: bool
     span: int
     last: int
+
+
+def first_rows(operands: Operands) -> Features:
+    """The first row of every query group, against every key."""
+    return Features(operands.q[:, :, ::GROUP], operands.k, operands.scale, parts=1, reverse=False, span=1, last=0)

@@ -130,9 +130,7 @@ class GroupedPolicy(Policy):
 
         if operands.mask.band(operands.q_len, operands.k_len) is None:
             return super().write_scores(operands, shape, out)
-        features = self.features_on_gpu(operands)
-        # Sums of half precision numbers are worth no more digits than the numbers have.
-        grouped.write_log_mass(features, operands, shape, out, exact=operands.q.dtype == torch.float32)
+        grouped.write_log_mass(self.features_on_gpu(operands), operands, shape, out)
         return None
 
 

@@ -8,22 +8,20 @@ either alone skips 80 to 82 % of the blocks, their mean 84 %, of the 87 % that t
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.base import OnnxBody, Policy
-from afbs_compile.kernels.policies.cumulant import GROUP_MOMENTS, Cumulant
-from afbs_compile.kernels.policies.features import GROUP, Features
+from afbs_compile.kernels.policies.cumulant import CUMULANT_MASS, GROUP_MOMENTS, Cumulant
+from afbs_compile.kernels.policies.features import first_rows
 from afbs_compile.kernels.policies.grouped import BLOCK_MASS, block_mass
 
 SCORE_BY_SAMPLES = """
 ScoreBySamples (q, k, formula, valid, mask, blurred, bias, scaling, softcap, capped, by_mask, with_bias, size_q,
     size_k) => (scores)
 {
-    # logit_ab = scale <q[16 a], k[b]>, and that of ScoreByCumulant
-    one = Constant <value = float {1}> ()
+    # logit_ab = scale <q[16 a], k[b]>, and that of CumulantMass
     two = Constant <value = float {2}> ()
     start = Constant <value = int64[1] {0}> ()
     row_axis = Constant <value = int64[1] {2}> ()
@@ -33,16 +31,8 @@ ScoreBySamples (q, k, formula, valid, mask, blurred, bias, scaling, softcap, cap
     samples = Slice (q, start, q_len1, row_axis, group1)
     exact = afbs.BlockMass <span = 1, last = 0>
         (samples, k, scaling, q_len, formula, valid, mask, blurred, softcap, capped, by_mask, with_bias, size_q, size_k)
-    rows_valid = afbs.AllRows (q)
-    mean_q, unused = afbs.GroupMoments (q, rows_valid)
-    mean_k, variance_k = afbs.GroupMoments (k, valid)
-    scaled = Mul (mean_q, scaling)
-    squared = Mul (scaled, scaled)
-    half = Div (squared, two)
-    rows = Concat <axis = -1> (scaled, half)
-    cols = Concat <axis = -1> (mean_k, variance_k)
-    estimated = afbs.BlockMass <span = 16, last = 15>
-        (rows, cols, one, q_len, formula, valid, mask, blurred, softcap, capped, by_mask, with_bias, size_q, size_k)
+    estimated = afbs.CumulantMass
+        (q, k, formula, valid, mask, blurred, scaling, softcap, capped, by_mask, with_bias, size_q, size_k)
     both = Add (exact, estimated)
     mass = Div (both, two)
     scores = Log (mass)
@@ -56,13 +46,13 @@ class Sampled(Policy):
     name = "sampled"
     rule = "share"
     explored = (-1.0,)
-    onnx = OnnxBody("ScoreBySamples", (BLOCK_MASS, GROUP_MOMENTS, SCORE_BY_SAMPLES))
+    onnx = OnnxBody("ScoreBySamples", (BLOCK_MASS, GROUP_MOMENTS, CUMULANT_MASS, SCORE_BY_SAMPLES))
 
     _estimate = Cumulant()
 
     def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.scores`."""
-        exact = block_mass(_samples(operands), operands, shape)
+        exact = block_mass(first_rows(operands), operands, shape)
         return ((exact + block_mass(self._estimate.features(operands), operands, shape)) / 2).log()
 
     def write_scores(
@@ -74,13 +64,5 @@ class Sampled(Policy):
         if operands.mask.band(operands.q_len, operands.k_len) is None:
             return super().write_scores(operands, shape, out)
         self._estimate.write_scores(operands, shape, out)
-        exact = operands.q.dtype == torch.float32
-        grouped.write_log_mass(_samples(operands), operands, shape, out, exact=exact, averaged=True)
+        grouped.write_log_mass(first_rows(operands), operands, shape, out, averaged=True)
         return None
-
-
-def _samples(operands: Operands) -> Features:
-    """The first row of each query group, and every key a group of its own; keys that are not valid are 0."""
-    keys, valid = operands.k, operands.valid
-    keys = keys if valid is None else keys.masked_fill(~valid[:, None, :, None], 0.0)
-    return Features(operands.q[:, :, ::GROUP], keys, operands.scale, parts=1, reverse=False, span=1, last=0)

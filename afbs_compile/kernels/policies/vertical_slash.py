@@ -19,7 +19,7 @@ from torch import Tensor
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.base import OnnxBody
-from afbs_compile.kernels.policies.features import GROUP, Features
+from afbs_compile.kernels.policies.features import Features, first_rows
 from afbs_compile.kernels.policies.grouped import BLOCK_MASS, GroupedPolicy, block_mass
 
 WITH_PREVIOUS = """
@@ -75,8 +75,8 @@ class VerticalSlash(GroupedPolicy):
     onnx = OnnxBody("ScoreBySlash", (BLOCK_MASS, WITH_PREVIOUS, SCORE_BY_SLASH))
 
     def features(self, operands: Operands) -> Features:
-        """The first query of every group against every key."""
-        return Features(operands.q[:, :, ::GROUP], operands.k, operands.scale, parts=1, reverse=False, span=1, last=0)
+        """See :func:`~afbs_compile.kernels.policies.features.first_rows`."""
+        return first_rows(operands)
 
     def scores(self, operands: Operands, shape: BlockShape) -> Tensor:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.scores`."""

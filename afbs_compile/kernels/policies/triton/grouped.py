@@ -184,13 +184,12 @@ def moment_rows(x: Tensor, scale: float, *, of_queries: bool) -> Tensor:
 
 
 def write_log_mass(
-    features: Features, operands: Operands, shape: BlockShape, out: Tensor, *, exact: bool, averaged: bool = False
+    features: Features, operands: Operands, shape: BlockShape, out: Tensor, *, averaged: bool = False
 ) -> None:
     """Write the logarithm of :func:`grouped.block_mass` into ``out``, int32 ``[B, H, n_q, n_k]``, as bits of fp32.
 
     Args:
         features, operands, shape: as there; the mask is a band.
-        exact: whether products of fp32 features are to be as exact as fp32, or have TF32's 11 bits.
         averaged: whether ``out`` holds the logarithm of another mass, and gets that of the mean of both.
     """
     q, k, band = features.q, features.k, told(operands)
@@ -199,18 +198,17 @@ def write_log_mass(
     dim_pad = padded(dim)
     depth = min(dim_pad, 64)
     per_k = shape.k // features.span
-    fp32 = fp32_products(q.device)
-    precision = "tf32" if fp32 == "tf32x3" and not exact else fp32
+    precision = "ieee" if q.dtype != torch.float32 else fp32_products(q.device)
     with torch.cuda.device_of(q):
         _log_mass(
-            (layout(q), layout(k), operands.q_len, operands.k_len, exact, averaged, band, shape, features[2:]),
+            (layout(q), layout(k), operands.q_len, operands.k_len, averaged, band, shape, features[2:]),
             batch * heads * block_count(groups_q, ROWS),
             *(q, k, out, features.scale),
             *(heads, heads // k.shape[1], rows_q, k.shape[2], groups_q, groups_k, band.upper, *out.shape[2:]),
             *(*q.stride(), *k.stride()),
             *(dim, features.parts, features.reverse, features.span, features.last, GROUP),
             *(shape.q // GROUP, per_k, band.bounded, depth, dim_pad // depth),
-            *("ieee" if q.dtype != torch.float32 else precision, ROWS, max(COLS, per_k), averaged),
+            *(precision, ROWS, max(COLS, per_k), averaged),
             warps=4,
             stages=3,
         )
