@@ -143,18 +143,17 @@ def spend(judge: Judge, chosen: Callable[[float], Mapping[str, SparseCall]], pro
         start = search(by(judge.quickly), limit, start, QUICK_TRIES).next
     found = search(by(judge.choosing), limit, start, TRIES)
     threshold, measured = found.inside, found.cost
+    if threshold == 0.0:
+        return Spending(0.0, 0.0, None, None, 0)
     for steps_back in range(MOST_STEPS_BACK + 1):
-        if threshold == 0.0:
-            return Spending(0.0, 0.0, None, None, steps_back)
         check = judge.checking(chosen(threshold))
         if check is None:
             return Spending(threshold, measured, None, None, steps_back)
         progress()
         if check[0] <= limit:
+            measured = by(judge.choosing)(threshold) if steps_back else measured
             return Spending(threshold, measured, *check, steps_back)
-        if steps_back < MOST_STEPS_BACK:
-            threshold *= min(CAREFUL * limit / check[0], LEAST_STEP) ** (steps_back + 1)
-            measured = by(judge.choosing)(threshold) if judge.unit == "windows" else measured
+        threshold *= min(CAREFUL * limit / check[0], LEAST_STEP) ** (steps_back + 1)
     return Spending(0.0, 0.0, None, None, MOST_STEPS_BACK + 1)
 
 

@@ -80,6 +80,7 @@ def test_a_failed_check_steps_back():
     judge = FakeJudge(power(0.02, 1.5), power(0.012, 1.5))
     spending = spent(judge)
     assert spending.steps_back == 1
+    assert spending.measured == pytest.approx(power(0.02, 1.5)(spending.threshold), rel=1e-5)
     assert spending.checked <= LIMIT
     assert spending.threshold <= 0.012
 
