@@ -14,6 +14,7 @@ from typing import Any
 
 from afbs_compile import recipe_schema3
 from afbs_compile.errors import ExportError, OptionError
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.version import __version__
 
@@ -75,17 +76,23 @@ class Note:
 
     @classmethod
     def of_calls(cls, text: str, path: Path) -> Note:
-        """Read the note of a file that calls the operator of this package, whose arguments must be today's.
+        """Read the note of a file that calls the operator of this package, which must mean today what it meant then.
 
         Raises:
-            ExportError: a version wrote the file whose operator had others.
+            ExportError: a version wrote the file whose operator had other arguments, or selected other blocks by them.
         """
         if json.loads(text)["recipe"]["schema_version"] <= recipe_schema3.VERSION:
             raise ExportError(
                 f"{path} was written by afbs-compile 0.1, whose attention operator had other arguments: "
                 f"export the model again with this version, {__version__}."
             )
-        return cls.from_json(text)
+        note = cls.from_json(text)
+        if note.recipe.predictor_version != PREDICTOR_VERSION:
+            raise ExportError(
+                f"{path} was written for predictor version {note.recipe.predictor_version}, this is "
+                f"{PREDICTOR_VERSION}: export the model again with this version, {__version__}."
+            )
+        return note
 
     @classmethod
     def in_archive(cls, path: Path) -> Note:

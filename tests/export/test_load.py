@@ -89,6 +89,17 @@ class TestFilesOfVersion01:
         with pytest.raises(ExportError, match=r"old\.\w+ was written by afbs-compile 0\.1, .*: export the model again"):
             load(old)
 
+    def test_one_of_another_predictor_too(self, model_and_recipe, tmp_path):
+        to_pt2(*model_and_recipe, wandering(130), tmp_path / "new.pt2")
+        with zipfile.ZipFile(tmp_path / "new.pt2") as new, zipfile.ZipFile(tmp_path / "old.pt2", "w") as old:
+            for name in new.namelist():
+                content = new.read(name)
+                if name.endswith(NOTE):
+                    content = content.replace(b'"predictor_version": 2', b'"predictor_version": 1')
+                old.writestr(name, content)
+        with pytest.raises(ExportError, match=r"old\.pt2 was written for predictor version 1, this is 2: export the"):
+            load(tmp_path / "old.pt2")
+
     def test_a_compiled_package_too(self, model_and_recipe, tmp_path, monkeypatch):
         note = json.loads(Note(("x",), 1, as_written(model_and_recipe[1], ())).to_json())
         note["recipe"]["schema_version"] = 3
