@@ -1,12 +1,12 @@
 """The same ONNX files by onnxruntime: the sparse one against the dense one, and both against PyTorch.
 
     python benchmarks/onnx_runtime.py --folder files write --recipe model.recipe.json   # once, where this package is
-    python benchmarks/onnx_runtime.py --folder files run --provider cuda
+    python benchmarks/onnx_runtime.py --folder files run --provider cpu --out benchmarks/results
 
 ``write`` exports the shipped model twice, by a recipe and with every call dense, and keeps what PyTorch computes of the
-inputs with both. ``run`` needs onnxruntime and numpy alone: for ``cuda`` the wheel
-``onnxruntime-gpu``. Times are medians; a provider that leaves nodes
-to the CPU copies between the two, which is part of its time.
+inputs with both. ``run`` needs onnxruntime and numpy alone: for ``cuda`` the wheel ``onnxruntime-gpu``. Times are
+medians, with the smallest and the largest; a provider that leaves nodes to the CPU copies between the two, which is
+part of its time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,16 +36,21 @@ def main() -> None:
     running = commands.add_parser("run")
     running.add_argument("--provider", choices=tuple(PROVIDERS), default="cpu")
     running.add_argument("--runs", type=int, default=5)
+    running.add_argument("--out", type=Path, required=True, help="folder of the result file")
     given = parser.parse_args()
     if given.command == "write":
         write(given.folder, given.recipe)
     else:
-        run(given.folder, PROVIDERS[given.provider], given.runs)
+        rows = run(given.folder, PROVIDERS[given.provider], given.runs)
+        about = json.loads((given.folder / "about.json").read_text())
+        result = {**about, "provider": PROVIDERS[given.provider], "rows": rows}
+        (given.out / f"onnx_runtime_7m_{given.provider}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def write(folder: Path, recipe_file: Path) -> None:
     """Both files, the inputs, and what PyTorch computes of them."""
     import torch
+    from common import environment
     from transformers import AutoModelForCausalLM
 
     import afbs_compile
@@ -65,16 +71,20 @@ def write(folder: Path, recipe_file: Path) -> None:
             with torch.no_grad():
                 arrays[f"{name}_{length}"] = compiled(ids[:, :length]).logits[:, -1].numpy()
     np.savez(folder / "expected.npz", ids=ids.numpy(), **arrays)
+    (folder / "about.json").write_text(json.dumps({**environment(), "sparsity": round(recipe.sparsity, 3)}))
 
 
-def run(folder: Path, provider: str, runs: int) -> None:
-    """Times of both files in turns, and how far the last logits are from PyTorch's."""
+def run(folder: Path, provider: str, runs: int) -> list[dict[str, Any]]:
+    """Times of both files in turns, and how far the last logits are from PyTorch's, by length."""
     import onnxruntime
 
     if provider not in onnxruntime.get_available_providers():
         raise SystemExit(f"--provider: {provider} is not in this onnxruntime; it has the CUDA one as onnxruntime-gpu")
-    sessions = {name: onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=[provider, PROVIDERS["cpu"]])
-                for name in ("dense", "sparse")}  # fmt: skip
+    providers = list(dict.fromkeys((provider, PROVIDERS["cpu"])))
+    sessions = {
+        name: onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=providers) for name in ("dense", "sparse")
+    }
+    rows = []
     expected = np.load(folder / "expected.npz")
     for length in LENGTHS:
         feed = {"input_ids": expected["ids"][:, :length]}
@@ -89,10 +99,13 @@ def run(folder: Path, provider: str, runs: int) -> None:
                 began = time.perf_counter()
                 session.run(None, feed)
                 times[name].append(1000 * (time.perf_counter() - began))
-        middle = {f"{name}_ms": round(statistics.median(values), 2) for name, values in times.items()}
-        ratio = round(middle["dense_ms"] / middle["sparse_ms"], 3)
-        print(json.dumps({"provider": provider, "version": onnxruntime.__version__, "length": length, **middle,
-                          "ratio": ratio, "off_from_pytorch": off}))  # fmt: skip
+        row: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "length": length}
+        for name, values in times.items():
+            row[f"{name}_ms"] = [round(x, 2) for x in (statistics.median(values), min(values), max(values))]
+        row |= {"ratio": round(row["dense_ms"][0] / row["sparse_ms"][0], 3), "off_from_pytorch": off}
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":
