@@ -56,8 +56,9 @@ def test_the_shipped_model(tmp_path, dtype, layers):
 
 @built_here
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_a_range_of_lengths(tmp_path):
-    model, recipe, example = language_model(torch.float32, 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_range_of_lengths(tmp_path, dtype):
+    model, recipe, example = language_model(dtype, 1)
     to_onnx(model, recipe, example, tmp_path / "model.onnx", dynamic=True)
     ranges = {"input_ids": ((1, 1024), (1, 2048), (1, 4096))}
     built = build(tmp_path / "model.onnx", tmp_path / "model.engine", ranges, plugin=False)
