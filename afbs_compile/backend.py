@@ -26,6 +26,7 @@ from afbs_compile.passes.rewrite import dump, rewrite
 from afbs_compile.plan import NO_RECIPE, Plan
 from afbs_compile.recipe import Recipe
 from afbs_compile.report import registry
+from afbs_compile.retime import decided_again
 from afbs_compile.revalidate import revalidated
 from afbs_compile.samples import bind, forget_samples, materialised, tensors_of
 from afbs_compile.sketch import all_read
@@ -96,7 +97,11 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
         try:
             plan = Plan.of(found, cached, settings.outside)
             if plan.covered:
-                return cached, plan
+                current = decided_again(cached, found, example_inputs)
+                if current is cached:
+                    return cached, plan
+                write_cached(path, current)
+                return current, Plan.of(found, current, settings.outside)
         except RecipeError as error:
             warnings.warn(f"{path}: {error} Calibrating again.", AfbsWarning, stacklevel=2)
     if settings.first_call == "dense":

@@ -78,7 +78,7 @@ class Plan:
         }
         longest = known.graph.samples.lengths[1]
         open_question = [row for row in rows if row.outcome == "dense" and row.sparse_ms and not _pays(row)]
-        longer = any(_size(site.k_len) > longest for site in found.sites)
+        longer = any(size_now(site.k_len) > longest for site in found.sites)
         covered = not (open_question and longer)
         return cls(calls, (*rows, *refused), covered, differences=known.differences, number=known.number)
 
@@ -117,7 +117,7 @@ class Plan:
         return all((row.reason or "").startswith(EXPECTED) for row in self.rows)
 
 
-def _size(length: int | torch.SymInt) -> int:
+def size_now(length: int | torch.SymInt) -> int:
     """A length as a number; of a symbolic one its value in this call, without a guard on it."""
     return int(length) if isinstance(length, int) else int(length.node.hint)
 

@@ -106,6 +106,8 @@ class SiteRecipe:
         validated_lengths: shortest and longest length at which the thresholds were validated.
         kernel: what computed the sparse call when it was timed, e.g. ``"hopper 128x128"``; ``None`` where every head is
             DENSE. kernel_reason: why not a quicker one.
+        unsure: whether the machine had other work while the call was timed, and the times are too close to tell which
+            is the shorter one without it: it is timed again when the machine has none.
     """
 
     name: str
@@ -122,6 +124,7 @@ class SiteRecipe:
     validated_lengths: tuple[int, int] | None = None
     kernel: str | None = None
     kernel_reason: str | None = None
+    unsure: bool = False
 
     @property
     def calibrated(self) -> SparseCall:

@@ -10,8 +10,9 @@ from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import POLICIES
+from afbs_compile.tuner.clock import timed
 from afbs_compile.tuner.measure import LOCAL_KEPT
-from afbs_compile.tuner.speed import Stopwatch, best_ms
+from afbs_compile.tuner.speed import Stopwatch
 
 HEADS, KV_HEADS, DIM, LENGTH = 32, 8, 128, 32768
 
@@ -27,7 +28,7 @@ class LlamaTime:
         )
         self._operands = Operands(q, k, v, mask_of("causal"), DIM**-0.5)
         self._watch = Stopwatch()
-        (self.dense_ms,) = best_ms([lambda: dense_attention(self._operands)])
+        (self.dense_ms,) = timed([lambda: dense_attention(self._operands)]).ms
 
     def of(self, sparsity: float, policy: str, shape: BlockShape) -> dict[str, float]:
         """Times dense attention's speed, and the predictor's share of dense attention's time."""

@@ -13,6 +13,7 @@ from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec import fp8
 from afbs_compile.tuner import fp8 as tuner_fp8
+from afbs_compile.tuner.clock import Times
 
 
 class Fp8BySpecification(Engine):
@@ -44,4 +45,4 @@ class Fp8BySpecification(Engine):
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU have FP8, and let it be the faster precision."""
     monkeypatch.setattr(engines, "ENGINES", [Fp8BySpecification(), *engines.ENGINES])
-    monkeypatch.setattr(tuner_fp8, "best_ms", lambda calls: [2.0, 1.0])
+    monkeypatch.setattr(tuner_fp8, "timed", lambda calls: Times((2.0, 1.0), busy=False))

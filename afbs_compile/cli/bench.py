@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,11 +25,15 @@ from afbs_compile.cli.models import LoadedModel, load_model
 from afbs_compile.cli.progress import each, step
 from afbs_compile.cli.recipes import load_recipe, usual_length
 from afbs_compile.cli.sources import Reading, Sample, load_samples
+from afbs_compile.errors import OptionError
 from afbs_compile.kernels.attend import machine
+from afbs_compile.match import match
 from afbs_compile.options import OPTIONS, Option
-from afbs_compile.recipe import Recipe
+from afbs_compile.passes.capture import SampleRun
+from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.report.applied import ANY_LENGTH, apply
 from afbs_compile.report.explain import explain
+from afbs_compile.retime import all_timed_again, with_rows
 
 NAME = "bench"
 RUNS = 7
@@ -65,6 +70,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     options.add_data(parser, default="random")
     parser.add_argument(
+        "--update", action="store_true", help="also time each call alone again and write what came out into the recipe"
+    )
+    parser.add_argument(
         "--runs", metavar="R", type=options.whole(1), default=RUNS, help=f"timed runs of each (default: {RUNS})"
     )
     options.add_json(parser)
@@ -76,6 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = options.given(arguments, _running(), recipe=recipe, min_length=ANY_LENGTH)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     samples = _samples(arguments, model, recipe)
+    if arguments.update:
+        recipe = _updated(arguments, model, recipe)
+        settings = options.given(arguments, _running(), recipe=recipe, min_length=ANY_LENGTH)
     rows = []
     for tokens, sample in samples:
         apply(model.module, recipe, [sample], name=f"recipe {arguments.recipe}")  # refuse before compiling
@@ -86,6 +97,26 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(rows, arguments.runs)
     return 0
+
+
+def _updated(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) -> Recipe:
+    """The recipe with every call timed again at the length it was calibrated at, which is written over the old one."""
+    length = usual_length(model, recipe, arguments.data)
+    sample = load_samples(arguments.data, model, length=length, count=1, reading=Reading.of(arguments))
+    rows: list[SiteRecipe] = []
+    with step("timing each call"):
+        for graph in apply(model.module, recipe, sample, name=f"recipe {arguments.recipe}"):
+            if graph.plan.differences:
+                raise OptionError(f"--update: the model differs from the calibrated one: {graph.plan.differences[0]}")
+            found = graph.found
+            known = match(found, recipe).sites if found.sites else {}
+            timed = {name: row for name, row in known.items() if row.dense_ms is not None}
+            if timed:
+                rows += all_timed_again(timed, SampleRun(found.gm, found.sites, graph.inputs[0]))
+    updated = with_rows(recipe, rows)
+    with options.writing(Path(arguments.recipe)):
+        updated.save(arguments.recipe)
+    return updated
 
 
 def _running() -> list[Option]:

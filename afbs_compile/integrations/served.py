@@ -34,10 +34,13 @@ from afbs_compile.options import Options
 from afbs_compile.peers import Part, Peers, part_of
 from afbs_compile.plan import NO_RECIPE, NOT_CALIBRATED, Sizes, applied
 from afbs_compile.recipe import GraphRecipe, Recipe, SampleRecord, SiteRecipe
+from afbs_compile.retime import timed_again
 from afbs_compile.revalidate import checked, raised
 from afbs_compile.shards import Heads, joined, of_part
 from afbs_compile.sketch import all_read, held, likeness, sketched, unread, version_of
+from afbs_compile.tuner.clock import is_busy
 from afbs_compile.tuner.graph import recipe_of, site_recipe
+from afbs_compile.tuner.progress import log_where_nobody_listens
 from afbs_compile.tuner.promise import promise
 from afbs_compile.tuner.site import tune_site
 from afbs_compile.tuner.speed import Stopwatch
@@ -253,6 +256,9 @@ class ServedModel:
                 mine = of_part(name, recorded, _heads(operands), self._part(name, operands).number)
             except RecipeError as error:
                 return _Site(SiteRecipe(name, "refused", first_line(error)))
+            if self._is_open(mine, operands):
+                mine = timed_again(mine, operands, self._stopwatches.setdefault(Part(), Stopwatch()))
+                self._write_down(mine)
             return _Site(mine, unchecked=self._other_weights)
         if self.settings.recipe is not None:
             return _Site(SiteRecipe(name, "refused", NOT_CALIBRATED))
@@ -263,9 +269,16 @@ class ServedModel:
             return _Site(SiteRecipe(name, "refused", reason))
         return _Site(self._calibrated(name, operands))
 
+    def _is_open(self, row: SiteRecipe, operands: Operands) -> bool:
+        """Whether a cached decision was taken on a busy machine and can be taken on a quiet one now."""
+        if not row.unsure or self._path is None or self.recipe is None or not self._peers.are_alone:
+            return False
+        return operands.k_len == self.recipe.graphs[0].samples.lengths[1] and not is_busy()
+
     def _calibrated(self, name: str, operands: Operands) -> SiteRecipe:
         """Calibrate a call on its first operands, and write down what came out."""
         if not self._recorded:
+            log_where_nobody_listens()
             _log.info("calibrating %s and the calls after it on their first inputs", name)
         part = self._part(name, operands)
         # Processes that have the same heads get inputs of their own, and may get none: only parts wait for each other.

@@ -137,19 +137,22 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     if isinstance(compiled_or_recipe, Recipe):
         recipe = compiled_or_recipe
         rows = [_row(index, site) for index, graph in enumerate(recipe.graphs) for site in graph.sites]
-        return Explanation(tuple(rows), (_note(recipe), *_kernel_notes(rows)))
+        return Explanation(tuple(rows), (_note(recipe), *_kernel_notes(rows), *_unsure_note(recipe.sites)))
     served = served_model(compiled_or_recipe)
     if served is not None:
         rows = [_row(0, site) for site in served.rows]
         noted = () if served.recipe is None else (_note(served.recipe),)
-        return Explanation(tuple(rows), (*noted, *_kernel_notes(rows)) if rows else (NO_LONG_CALL,))
+        notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows))
+        return Explanation(tuple(rows), notes if rows else (NO_LONG_CALL,))
     graphs = _compiled_graphs(compiled_or_recipe)
     rows = [_row(index, _served(site, graph)) for index, graph in enumerate(graphs) for site in graph.rows]
-    notes = dict.fromkeys(_note(graph.recipe) for graph in graphs if graph.recipe is not None)
+    recipes = dict.fromkeys(_note(graph.recipe) for graph in graphs if graph.recipe is not None)
     said = "nothing is compiled yet: call the model once" if not graphs else NONE_FOUND
     return Explanation(
         tuple(rows),
-        (*notes, *_kernel_notes(rows)) if rows else (said,),
+        (*recipes, *_kernel_notes(rows), *_unsure_note([row for graph in graphs for row in graph.rows]))
+        if rows
+        else (said,),
         tuple(graph.before for graph in graphs),
         tuple(graph.after for graph in graphs),
     )
@@ -198,6 +201,17 @@ def _kernel_notes(rows: Sequence[ExplainRow]) -> list[str]:
     if not slower and len(_kernels(rows)) == 1 and any(row.outcome == "sparse" for row in rows):
         return [f"sparse calls run on {', '.join(_kernels(rows))}"]
     return [f"{n} {'call' if n == 1 else 'calls'} on {kernel}: {reason}" for (kernel, reason), n in slower.items()]
+
+
+def _unsure_note(rows: Sequence[SiteRecipe]) -> list[str]:
+    """How many calls were timed on a machine that was too busy to tell."""
+    unsure = sum(row.unsure for row in rows)
+    if not unsure:
+        return []
+    return [
+        f"{unsure} of {len(rows)} calls were timed on a busy machine, too close to tell which way is faster on a quiet "
+        "one: the next process times them again, and so does afbs-compile bench --update"
+    ]
 
 
 def _row(graph: int, site: SiteRecipe) -> ExplainRow:

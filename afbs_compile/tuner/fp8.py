@@ -12,12 +12,13 @@ from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import KEEP_ALL, SparseCall
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.fp8 import BLOCK, Fp8Constants
+from afbs_compile.tuner.clock import timed
 from afbs_compile.tuner.curves import one_back
 from afbs_compile.tuner.inputs import SiteInputs
 from afbs_compile.tuner.measure import Measurement, Meter
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.space import dense_heads
-from afbs_compile.tuner.speed import best_ms, sparse_call
+from afbs_compile.tuner.speed import sparse_call
 
 SHAPE = BlockShape(BLOCK, BLOCK)
 """The block shape that FP8 takes."""
@@ -50,7 +51,7 @@ def with_fp8(inputs: SiteInputs, result: SiteResult, tolerance: float) -> SiteRe
     if reason is None:
         constants = Fp8Constants.of([(element.k, element.v) for element in inputs.elements]).packed()
         fp8 = replace(call, precision=("fp8",) * inputs.heads, fp8_constants=constants)
-        own_ms, fp8_ms = best_ms([sparse_call(sample, call), sparse_call(sample, fp8)])
+        own_ms, fp8_ms = timed([sparse_call(sample, call), sparse_call(sample, fp8)]).ms
         if fp8_ms >= own_ms:
             reason = f"not faster: {fp8_ms:.3g} ms in FP8, {own_ms:.3g} ms"
     if reason is not None:

@@ -264,6 +264,7 @@ def site_recipe(name: str, operands: Operands, result: SiteResult) -> SiteRecipe
         validated_lengths=None if result.lengths is None else result.lengths.validated,
         kernel=None if kernel is None else kernel.name,
         kernel_reason=None if kernel is None else kernel.reason,
+        unsure=speed is not None and speed.is_unsure,
     )
 
 

@@ -103,11 +103,16 @@ def with_speed(
     speed = stopwatch.slowest_speed(mine)
     if speed is None:
         return replace(result, dense_reason=nothing)
-    not_faster = None
-    if speed.min_length is None:
-        not_faster = f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense"
     call = replace(result.call, min_length=speed.min_length or 0)
-    return replace(result, call=call, speed=speed, dense_reason=not_faster)
+    return replace(result, call=call, speed=speed, dense_reason=too_slow(speed))
+
+
+def too_slow(speed: SiteSpeed) -> str | None:
+    """Why a call with this speed stays dense; ``None`` where it is worthwhile."""
+    if speed.min_length is not None:
+        return None
+    busy = ", CPU time on a busy machine" if speed.busy else ""
+    return f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense{busy}"
 
 
 def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Posterior | None) -> SiteResult:

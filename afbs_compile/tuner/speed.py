@@ -6,18 +6,19 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import isqrt
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from afbs_compile.kernels.attend.engines import engines_on
-from afbs_compile.kernels.attend.machine import clocked, round_seconds, rounds
+from afbs_compile.kernels.attend.machine import clocked
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.peers import Peers
+from afbs_compile.tuner.clock import timed
 from afbs_compile.tuner.measure import visible_count
 
 WORTHWHILE = 0.97
@@ -39,6 +40,14 @@ CLEAR = 0.5
 """A sparse call that takes at most this share of a dense time that is known is faster, however noisy the machine is."""
 
 
+class Pair(NamedTuple):
+    """A dense and a sparse call timed together; ``busy`` as in :class:`afbs_compile.tuner.clock.Times`."""
+
+    dense_ms: float
+    sparse_ms: float
+    busy: bool
+
+
 class Stopwatch:
     """What timing one site says about later ones of its kind, so that each thing is timed once in a calibration.
 
@@ -54,16 +63,18 @@ class Stopwatch:
         self._crossovers: dict[Hashable, list[tuple[float, int]]] = {}
         self._shapes: dict[Hashable, list[dict[BlockShape, float]]] = {}
 
-    def dense_and_sparse_ms(self, sample: Operands, call: SparseCall) -> tuple[float, float]:
+    def dense_and_sparse_ms(self, sample: Operands, call: SparseCall) -> Pair:
         """Milliseconds of dense attention on the sample and of the sparse call, in turns where it is not clear."""
         sparse = sparse_call(sample, call)
         key = _kind(sample)
         if key in self._dense_ms:
-            (sparse_ms,) = best_ms([sparse])
+            found = timed([sparse])
+            (sparse_ms,) = found.ms
             if sparse_ms <= CLEAR * self._dense_ms[key]:
-                return self._dense_ms[key], sparse_ms
-        self._dense_ms[key], sparse_ms = best_ms([lambda: dense_attention(sample), sparse])
-        return self._dense_ms[key], sparse_ms
+                return Pair(self._dense_ms[key], sparse_ms, found.busy)
+        found = timed([lambda: dense_attention(sample), sparse])
+        self._dense_ms[key], sparse_ms = found.ms
+        return Pair(self._dense_ms[key], sparse_ms, found.busy)
 
     def attention_ms(self, sample: Operands, call: SparseCall) -> float:
         """Milliseconds of block-sparse attention on the sample if every block were live, at the rate of live ones."""
@@ -71,12 +82,12 @@ class Stopwatch:
         if key not in self._attention_ms:
             counts = sample.q.new_empty(0)
 
-            def timed() -> Tensor:
+            def attended() -> Tensor:
                 nonlocal counts
                 out, counts = run(sample, call)
                 return out
 
-            (ms,) = best_ms([timed])
+            (ms,) = timed([attended]).ms
             ms -= self.predictor_ms(sample, call)
             live = float(counts.float().sum(-1).mean()) / visible_count(sample, call.shape)
             # Predictor and attention are timed apart, and both are noisy: the difference may come out as nothing.
@@ -89,7 +100,7 @@ class Stopwatch:
         key = (_kind(sample), tuple(sorted(set(call.policy))), has_theta, call.shape)
         if key not in self._predictor_ms:
             engine = engines_on(sample.device)[0]
-            (self._predictor_ms[key],) = best_ms([lambda: engine.select(sample, call).whole])
+            (self._predictor_ms[key],) = timed([lambda: engine.select(sample, call).whole]).ms
         return self._predictor_ms[key]
 
     def contenders(self, sample: Operands, shapes: Sequence[BlockShape]) -> list[BlockShape]:
@@ -111,14 +122,15 @@ class Stopwatch:
 
     def slowest_speed(self, speed: SiteSpeed | None) -> SiteSpeed | None:
         """A site's speed where all processes have timed their heads; ``None`` of those whose heads are all DENSE."""
-        timed = [mine for mine in self.peers.gathered(speed) if mine is not None]
-        if not timed:
+        all_timed = [mine for mine in self.peers.gathered(speed) if mine is not None]
+        if not all_timed:
             return None
-        lengths = [mine.min_length for mine in timed if mine.min_length is not None]
+        lengths = [mine.min_length for mine in all_timed if mine.min_length is not None]
         return SiteSpeed(
-            max(mine.dense_ms for mine in timed),
-            max(mine.sparse_ms for mine in timed),
-            max(lengths) if len(lengths) == len(timed) else None,
+            max(mine.dense_ms for mine in all_timed),
+            max(mine.sparse_ms for mine in all_timed),
+            max(lengths) if len(lengths) == len(all_timed) else None,
+            any(mine.busy for mine in all_timed),
         )
 
     def learn_shapes(self, sample: Operands, milliseconds: dict[BlockShape, float]) -> None:
@@ -167,11 +179,18 @@ class SiteSpeed:
         dense_ms: plain scaled_dot_product_attention; sparse_ms: predictor and block-sparse attention together.
         min_length: shortest length at which sparse was measured to be worthwhile, here or, with what that says about
             this one, at other sites; ``None`` if at none.
+        busy: whether the machine had other work, so that both are CPU times.
     """
 
     dense_ms: float
     sparse_ms: float
     min_length: int | None
+    busy: bool = False
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether a quiet machine could show another one of the two to be the faster one."""
+        return self.busy and CLEAR * self.dense_ms < self.sparse_ms < self.dense_ms / CLEAR
 
     @staticmethod
     def measure(
@@ -194,43 +213,27 @@ class SiteSpeed:
             dense_ms, sparse_ms: milliseconds of the dense and of the sparse call, where they are known. The latter's
                 call may have been the first one, which compiles: where it was slow, it is timed again.
         """
-        rows = sample.q_len
+        rows, busy = sample.q_len, False
         if dense_ms is None:
-            dense_ms, sparse_ms = stopwatch.dense_and_sparse_ms(sample, call)
+            dense_ms, sparse_ms, busy = stopwatch.dense_and_sparse_ms(sample, call)
         elif sparse_ms is None or sparse_ms > CLEAR * dense_ms:
             sparse_ms = clocked(sparse_call(sample, call), sample.device)[1]()
         if sparse_ms > WORTHWHILE * dense_ms:
-            return SiteSpeed(dense_ms, sparse_ms, None)
+            return SiteSpeed(dense_ms, sparse_ms, None, busy)
         earliest, latest = stopwatch.crossover_bounds(sample, call, sparsity)
         halvings = {rows >> times for times in range(20) if rows >> times >= SHORTEST} | {rows}
         shorter = {side(part): part for part in (sample.first_rows(tried) for tried in halvings)}
         lengths = sorted(length for length in shorter if earliest <= length <= latest)
 
         def worthwhile(length: int) -> bool:
-            dense, sparse = stopwatch.dense_and_sparse_ms(shorter[length], call)
+            dense, sparse, _ = stopwatch.dense_and_sparse_ms(shorter[length], call)
             return sparse <= WORTHWHILE * dense
 
         min_length = lengths[bisect_left(lengths[:-1], True, key=worthwhile)]
         stopwatch.learn_crossover(sample, call, sparsity, min_length)
-        return SiteSpeed(dense_ms, sparse_ms, min_length)
+        return SiteSpeed(dense_ms, sparse_ms, min_length, busy)
 
 
 def sparse_call(sample: Operands, call: SparseCall) -> Callable[[], Tensor]:
     """Predictor and block-sparse attention on a sample, ready to be timed."""
     return lambda: run(sample, call)[0]
-
-
-def best_ms(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
-    """Milliseconds of each call, synchronised on accelerators: the best of rounds in which the calls take turns.
-
-    Other work on the machine only ever adds time, and taking turns lets it hit all calls alike.
-    """
-    from torch.utils.benchmark import Timer  # looks for compilers as it is imported, and may print what it lacks
-
-    timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
-    device, *_ = [call().device for call in calls]  # compiles, allocates
-    times = [[timer.timeit(1).mean for timer in timers]]
-    repeats = [max(1, round(round_seconds(device) / mean)) for mean in times[0]]
-    further = rounds(device, long=max(repeats) == 1)
-    times += [[timer.timeit(n).mean for timer, n in zip(timers, repeats, strict=True)] for _ in range(further)]
-    return [min(column) * 1e3 for column in zip(*times, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from afbs_compile import Recipe, explain
 from afbs_compile.cli import bench
 from afbs_compile.cli.main import main
+from afbs_compile.tuner.speed import SiteSpeed
 from tests.cli.conftest import LENGTH
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,24 @@ def test_bench_times_both_in_the_same_run(recipes, capsys, toy_inputs):
     assert (row["sparse_sites"], row["sites"]) == (2, 2)
     assert row["dense_spread"][0] <= row["dense_ms"] <= row["dense_spread"][1]
     assert row["ratio"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
+
+
+def test_bench_writes_what_it_times_into_the_recipe(recipes, tmp_path, capsys, toy_inputs, monkeypatch):
+    recipe = tmp_path / "toy.recipe.json"
+    shutil.copy(recipes["toy"], recipe)
+    before = Recipe.load(recipe)
+    given = ["bench", TOY, "--recipe", str(recipe), "--data", toy_inputs, "--runs", "1", "--json"]
+    output(capsys, *given)
+    assert Recipe.load(recipe) == before, "not asked for"
+    monkeypatch.setattr(SiteSpeed, "measure", staticmethod(lambda *_, **__: SiteSpeed(3.0, 4.0, None)))
+    (row,) = json.loads(output(capsys, *given, "--update"))["rows"]
+    assert (row["sparse_sites"], row["sites"]) == (0, 2)
+    for old, new in zip(before.sites, Recipe.load(recipe).sites, strict=True):
+        assert (new.outcome, new.reason) == ("dense", "not faster: 4 ms sparse, 3 ms dense")
+        assert (new.dense_ms, new.sparse_ms, new.heads) == (3.0, 4.0, old.heads)
+    monkeypatch.setattr(SiteSpeed, "measure", staticmethod(lambda *_, **__: SiteSpeed(3.0, 1.0, 128)))
+    output(capsys, *given, "--update")
+    assert {site.outcome for site in Recipe.load(recipe).sites} == {"sparse"}
 
 
 def test_bench_takes_several_lengths(recipes, llama, capsys, monkeypatch):

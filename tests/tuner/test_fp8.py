@@ -17,6 +17,7 @@ from afbs_compile.kernels.spec.fp8 import Fp8Constants
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner import fp8 as tuner_fp8
 from afbs_compile.tuner import site
+from afbs_compile.tuner.clock import Times
 from afbs_compile.tuner.measure import Meter, relative_l1
 from afbs_compile.tuner.settings import TuneSettings
 from afbs_compile.tuner.site import tune_site
@@ -85,7 +86,7 @@ def test_a_head_that_rounding_takes_over_the_tolerance_steps_back():
 @pytest.mark.slow
 @pytest.mark.usefixtures("with_engine")
 def test_fp8_must_make_up_for_what_a_step_back_computes(monkeypatch):
-    monkeypatch.setattr(tuner_fp8, "best_ms", lambda calls: [1.0, 0.999])
+    monkeypatch.setattr(tuner_fp8, "timed", lambda calls: Times((1.0, 0.999), busy=False))
     samples = [operands(seed) for seed in range(2)]
     plain = tune_site(samples, replace(FP8, precision="own", shapes=(tuner_fp8.SHAPE,)))
     found = tune_site(samples, FP8)
@@ -95,7 +96,7 @@ def test_fp8_must_make_up_for_what_a_step_back_computes(monkeypatch):
 
 @pytest.mark.usefixtures("with_engine")
 def test_where_fp8_is_not_faster_every_head_keeps_its_precision(monkeypatch):
-    monkeypatch.setattr(tuner_fp8, "best_ms", lambda calls: [1.0, 1.5])
+    monkeypatch.setattr(tuner_fp8, "timed", lambda calls: Times((1.0, 1.5), busy=False))
     result = tune_site([operands()], FP8)
     assert set(result.call.precision) == {"own"}
     assert result.call.fp8_constants == ()

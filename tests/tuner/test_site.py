@@ -18,6 +18,7 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.attention import masked_attention
 from afbs_compile.kernels.spec.selection import live_blocks
 from afbs_compile.tuner import gp, paper, site, speed
+from afbs_compile.tuner.clock import Times
 from afbs_compile.tuner.explore import candidates
 from afbs_compile.tuner.inputs import SiteInputs
 from afbs_compile.tuner.measure import LOCAL_KEPT, WINDOWS, Meter, low_fidelity, relative_l1
@@ -158,7 +159,7 @@ def test_the_crossover_is_the_shortest_halving_that_pays(monkeypatch, pays_from)
 
     def times(self, sample, *_):
         tried.append(sample.q_len)
-        return 1.0, 0.5 if tried[-1] >= min(pays_from, 16384) else 2.0
+        return 1.0, 0.5 if tried[-1] >= min(pays_from, 16384) else 2.0, False
 
     monkeypatch.setattr(Stopwatch, "dense_and_sparse_ms", times)
     stopwatch = Stopwatch()
@@ -208,11 +209,11 @@ def test_sites_explore_the_contenders_only(monkeypatch):
 def test_a_known_dense_time_is_taken_where_sparse_is_far_from_it(monkeypatch):
     rounds = []
 
-    def best_ms(calls):
+    def times(calls):
         rounds.append(len(calls))
-        return [10.0, sparse_ms][-len(calls) :]
+        return Times((10.0, sparse_ms)[-len(calls) :], busy=False)
 
-    monkeypatch.setattr(speed, "best_ms", best_ms)
+    monkeypatch.setattr(speed, "timed", times)
     monkeypatch.setattr(speed, "SHORTEST", 16384)
     stopwatch = Stopwatch()
     for sparse_ms, timed in ((4.0, [2]), (4.9, [1]), (5.1, [1, 2]), (10.0, [1, 2])):
@@ -225,7 +226,7 @@ def test_a_known_dense_time_is_taken_where_sparse_is_far_from_it(monkeypatch):
 
 def test_the_call_that_confirms_is_timed_again_only_where_it_was_slow(monkeypatch):
     monkeypatch.setattr(speed, "clocked", lambda call, device: (None, lambda: 3.0))
-    monkeypatch.setattr(Stopwatch, "dense_and_sparse_ms", lambda self, *_: (10.0, 9.9))
+    monkeypatch.setattr(Stopwatch, "dense_and_sparse_ms", lambda self, *_: (10.0, 9.9, False))
     for confirmed, taken in ((4.9, 4.9), (5.1, 3.0), (None, 3.0)):
         call = SparseCall.uniform(HEADS, 0.0, theta=0.0)
         found = MEASURE(operands(), call, 0.5, Stopwatch(), dense_ms=10.0, sparse_ms=confirmed)

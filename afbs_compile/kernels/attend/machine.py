@@ -95,6 +95,11 @@ def autocast_kept(device: torch.device) -> Iterator[None]:
         torch.set_autocast_dtype(device.type, dtype)
 
 
+def is_shared(device: torch.device) -> bool:
+    """Whether other processes take time from calls there as they please, which only their CPU time does not show."""
+    return device.type == "cpu"
+
+
 def round_seconds(device: torch.device) -> float:
     """Seconds that a round of timing fills at least."""
     return ROUND_SECONDS.get(device.type, 0.02)
