@@ -23,7 +23,7 @@ def whole_file(target: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}.") as folder:
         temporary = Path(folder) / target.name
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())  # else a power cut may leave the name without the content
         os.replace(temporary, target)
 

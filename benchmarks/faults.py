@@ -24,6 +24,7 @@ from pathlib import Path
 
 import faults_cache
 import faults_kills
+import faults_memory
 import faults_recipes
 import torch
 from common import environment
@@ -78,6 +79,10 @@ def _all(folder: Path, options: argparse.Namespace, say: Callable[[str], None]) 
     say(f"caches: {len(faults_cache.SITUATIONS)} situations, each compiled in: {len(wrong)} wrong")
     together = _together(folder, expected)
     say(f"at once: {WORKERS} processes, {WORKERS} threads, a fork, a spawned process: {len(together)} wrong")
+    memory = faults_memory.campaign(folder)
+    say(f"memory: calibration in too little of it, {len(faults_memory.ROOM)} limits: {len(memory)} wrong")
+    interrupted = faults_kills.interrupts(folder, expected, options.kills // 5)
+    say(f"interrupts: {options.kills // 5} by SIGINT while compiling: {len(interrupted)} wrong")
     tenth = options.kills // 10
     kills = faults_kills.campaign(
         folder, recipe, expected, compilations=4 * tenth, writes=options.kills - 5 * tenth, exports=tenth
@@ -86,9 +91,10 @@ def _all(folder: Path, options: argparse.Namespace, say: Callable[[str], None]) 
     say(f"kills: {kills.done.total()} by SIGKILL: {counts} ({kills.finished} more came too late)")
     say(f"  lost: {len(kills.lost)}")
     say(f"  wrong results: {len(kills.wrong)}")
-    for line in (*wrong, *together, *kills.lost, *kills.wrong):
+    failed = [*wrong, *together, *memory, *interrupted, *kills.lost, *kills.wrong]
+    for line in failed:
         say(f"  {line}")
-    return outcomes.total() + len(wrong) + len(together) + len(kills.lost) + len(kills.wrong)
+    return outcomes.total() + len(failed)
 
 
 def _together(folder: Path, expected: Tensor) -> list[str]:

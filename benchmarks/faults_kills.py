@@ -1,8 +1,10 @@
-"""Processes killed at any moment: while they calibrate, while they write a recipe, while they export."""
+"""Processes killed or interrupted at any moment: while they compile, while they write a recipe, while they export."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 import warnings
 from collections import Counter
@@ -127,3 +129,35 @@ def _kill_exports(kills: Kills, rng: random.Random, folder: Path, recipe: Recipe
             kills.count("exporting", kill(child))
             if not torch.equal(load(path)(inputs())[0], expected):
                 kills.wrong.append("a file after a killed export")
+
+
+def interrupts(folder: Path, expected: Tensor, count: int) -> list[str]:
+    """Interrupt processes by SIGINT while they compile: each compiles again, with nothing left behind.
+
+    Args:
+        folder: to work in; expected: the model's sparse output; count: interrupts.
+    """
+
+    def interrupted() -> None:
+        try:
+            compiled()
+        except KeyboardInterrupt:
+            if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+                raise AssertionError("a mode was left behind") from None
+
+    def work() -> None:
+        interrupted()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not torch.equal(compiled(), expected):
+            raise AssertionError("another result")
+
+    wrong, rng = [], random.Random(1)
+    with without_clock():
+        for number in range(count):
+            with cache_in(folder / f"interrupts {number}"):
+                child = in_child(work)
+                time.sleep(rng.uniform(0.1, 2.0))
+                os.kill(child, signal.SIGINT)
+                if not ended_well(child):
+                    wrong.append(f"interrupt {number}")
+    return wrong
