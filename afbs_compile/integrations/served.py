@@ -33,7 +33,6 @@ from afbs_compile.match import check_device, placed, renamed_as, weight_differen
 from afbs_compile.options import Options
 from afbs_compile.peers import Part, Peers, part_of
 from afbs_compile.plan import NO_RECIPE, NOT_CALIBRATED, Sizes, applied
-from afbs_compile.reasons import NO_MEMORY
 from afbs_compile.recipe import GraphRecipe, Recipe, SampleRecord, SiteRecipe
 from afbs_compile.revalidate import checked, raised
 from afbs_compile.shards import Heads, joined, of_part
@@ -282,8 +281,8 @@ class ServedModel:
                 result = tune_site([operands], self.settings.tuning, stopwatch=stopwatch)
                 row = joined(peers.gathered((part, site_recipe(name, operands, result))))
         except (RuntimeError, ValueError, MemoryError) as error:  # an engine's refusal: the model runs all the same
-            reason = NO_MEMORY if is_out_of_memory(error) else f"calibration failed: {first_line(error)}"
-            return SiteRecipe(name, "refused", reason)
+            reason = "out of memory" if is_out_of_memory(error) else first_line(error)
+            return SiteRecipe(name, "refused", f"calibration failed: {reason}")
         self._recorded[name] = row
         _log.info("calibrated %s: %s, sparsity %.3f", name, row.outcome, row.sparsity)
         self.recipe = self._with(row, operands, int(result.measured.error.shape[0]))
