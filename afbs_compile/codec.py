@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -17,6 +18,9 @@ MOST_CHARACTERS = 10_000
 
 MOST_LEVELS = 4
 """Containers inside each other in a value whose type is not declared."""
+
+NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Halves of surrogate pairs, which no file takes, and what moves a terminal's cursor or worse."""
 
 FINITE = "is not finite; accepted: finite numbers"
 
@@ -117,7 +121,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 def _plain(value: Any, where: str, level: int = 0) -> Any:
     """A value that JSON has, without anything that would fail later: where it is written, shown or computed with."""
     if isinstance(value, str):
-        if len(value) > MOST_CHARACTERS or (not value.isascii() and _has_surrogates(value)):
+        if len(value) > MOST_CHARACTERS or NO_TEXT.search(value):
             raise DamagedError(f"{where} is {shown(value)}, which is too long, or no text")
     elif isinstance(value, int):
         if abs(value) >= 2**63:
@@ -132,10 +136,6 @@ def _plain(value: Any, where: str, level: int = 0) -> Any:
         for item in inside:
             _plain(item, where, level + 1)
     return value
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @functools.cache  # thousands of heads have the same ones

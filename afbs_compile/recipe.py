@@ -140,7 +140,7 @@ class SiteRecipe:
     heads: tuple[HeadRecipe, ...] = ()
     dense_ms: Amount | None = None
     sparse_ms: Amount | None = None
-    validated_lengths: tuple[Length, Length] | None = None
+    validated_lengths: tuple[Size, Size] | None = None
     kernel: str | None = None
     kernel_reason: str | None = None
 

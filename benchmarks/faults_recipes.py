@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import random
@@ -13,10 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from afbs_compile import Recipe, explain
 from afbs_compile.errors import RecipeError
 from afbs_compile.found import FoundGraph
 from afbs_compile.plan import Plan
+from afbs_compile.report.html import page
+from afbs_compile.report.inspection import print_inspection, summary
 
 MOST_CHARACTERS = 600
 """Of a refusal, its file's name included."""
@@ -28,7 +33,18 @@ VALUES: tuple[str, ...] = (
     *("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "-1", "-0.5", "1.5", "50", "640", "1e9", "-1e9", "1e30"),
     *("1" + "0" * 30, "1" + "0" * 400, "1" + "0" * 5000, str(2**63), str(-(2**31)), "0", "1", "0.0", "1.0", "true"),
     *("null", '""', '"sparse"', '"dense"', '"refused"', '"fp8"', '"window(0)"', '"window(99999999999999999999)"'),
-    *('"chunk(-1)"', '"causal"', r'"\ud800"', r'"a\u0000b"', '"' + "x" * 200_000 + '"', "[]", "{}", "[[]]", "[1, 2]"),
+    *(
+        '"chunk(-1)"',
+        '"causal"',
+        r'"\ud800"',
+        r'"a\u0000b"',
+        '"[/b] {0} %s </script>"',
+        '"' + "x" * 200_000 + '"',
+        "[]",
+        "{}",
+        "[[]]",
+        "[1, 2]",
+    ),
     *("[" * 1000 + "]" * 1000, '{"a":' * 1000 + "1" + "}" * 1000, "[" * 100_000 + "]" * 100_000),
 )
 """JSON that takes another value's place."""
@@ -170,7 +186,7 @@ def nonsense(recipe: Recipe) -> str | None:
             return "blocks of another size"
         if min(call.kept) < 0 or max(call.kept) > 2**40 or not 0 <= call.min_length < 2**40:
             return "kept rows or lengths out of range"
-        if site.validated_lengths and not 0 <= site.validated_lengths[0] <= site.validated_lengths[1]:
+        if site.validated_lengths and not 1 <= site.validated_lengths[0] <= site.validated_lengths[1]:
             return "validated lengths are negative or reversed"
         if not site.kv_heads or not site.head_dim or min(site.kv_heads, site.head_dim) < 1:
             return "no key heads, or heads without a size"
@@ -196,8 +212,9 @@ def use(recipe: Recipe, found: FoundGraph) -> None:
     Args:
         recipe: loaded; found: a graph that it may be for.
     """
-    str(explain(recipe)).encode()
-    recipe.to_records()
+    said = [str(explain(recipe)), page(recipe, "recipe.json"), json.dumps([summary(recipe), recipe.to_records()])]
+    print_inspection(recipe, Console(file=io.StringIO(), width=100))
+    "".join(said).encode()
     for outside in ("extrapolate", "dense"):
         try:
             Plan.of(found, recipe, outside)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from afbs_compile import Recipe, explain
+from afbs_compile.cli.main import main
 from afbs_compile.errors import RecipeError
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import Kept, SparseCall
@@ -163,6 +164,7 @@ def in_place_of(path: Path, old: str, new: str) -> str:
         (lambda p: in_the_head(p, length_exponent=1e9), "length_exponent is 1000000000.0, out of range: -2 to 2"),
         (lambda p: in_the_head(p, tau_exponent=-1), "tau_exponent is -1.0, out of range"),
         (lambda p: in_the_site(p, validated_lengths=[-5, 4096]), "validated_lengths[0] is -5, out of range"),
+        (lambda p: in_the_site(p, validated_lengths=[0, 0]), "validated_lengths[0] is 0, out of range"),
         (lambda p: in_the_site(p, validated_lengths=[4096, 1024]), "are from 4096 to 1024"),
         (lambda p: in_the_samples(p, lengths=[4096, 1024]), "lengths of the samples are from 4096 to 1024"),
         (lambda p: asked(p, tolerance=50), "tolerance is 50, out of range"),
@@ -175,6 +177,7 @@ def in_place_of(path: Path, old: str, new: str) -> str:
         (lambda p: in_the_call(p, tau=[0.9, 0.9]), "head 1 of layers.0.attn is dense and has tau 0.9"),
         (lambda p: in_place_of(p, '"error": [\n          -1.0', '"error": [\n          -0.5'), "error below 0"),
         (lambda p: in_the_site(p, name="\ud800"), r"name is '\ud800'"),
+        (lambda p: in_the_site(p, name="\x1b[2J"), r"name is '\x1b[2J', which is too long, or no text"),
         (lambda p: in_the_site(p, name="x" * 10**6), "which is too long, or no text"),
         (lambda p: edited(p, versions={"\udfff": "1"}), "or no text"),
         (lambda p: edited(p, **{"x" * 10**6: 1}), "lacks or has too much: xxx"),
@@ -211,6 +214,14 @@ def test_a_file_of_another_kind_or_size_is_refused_at_once(tmp_path, monkeypatch
             Recipe.load(tmp_path / name)
     with pytest.raises(RecipeError, match="is not a regular file"):
         Recipe.load("/dev/zero")
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(recipe, tmp_path, capsys):
+    recipe.save(tmp_path / "recipe.json")
+    (tmp_path / "recipe.json").write_text(in_the_site(tmp_path / "recipe.json", name="[/b] {0} %s", kernel="[/k]"))
+    assert "[/b] {0} %s" in str(explain(Recipe.load(tmp_path / "recipe.json")))
+    assert main(["inspect", str(tmp_path / "recipe.json")]) == 0
+    assert "[/b] {0} %s" in capsys.readouterr().out
 
 
 def test_a_digest_is_held_against_the_content(recipe, tmp_path):
