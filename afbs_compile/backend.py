@@ -13,7 +13,7 @@ from torch import fx
 
 from afbs_compile.cache import cache_path, read_cached, write_cached
 from afbs_compile.conditions import conditions
-from afbs_compile.errors import AfbsWarning, RecipeError
+from afbs_compile.errors import AfbsWarning, RecipeError, is_out_of_memory
 from afbs_compile.fingerprint import tensor_digest
 from afbs_compile.found import FoundGraph
 from afbs_compile.generation import take_part_in_generation
@@ -24,6 +24,7 @@ from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.lower import lower
 from afbs_compile.passes.rewrite import dump, rewrite
 from afbs_compile.plan import NO_RECIPE, Plan
+from afbs_compile.reasons import NO_MEMORY
 from afbs_compile.recipe import Recipe
 from afbs_compile.report import registry
 from afbs_compile.retime import decided_again
@@ -110,7 +111,12 @@ def _planned(found: FoundGraph, example_inputs: Sequence[Any], settings: Options
     runs: list[list[Any]] = [list(example_inputs)]
     if samples is not None:
         source, runs = "samples", bind(found.gm, example_inputs, samples)
-    recipe = calibrate_graph([(found, runs)], settings.tuning, source)
+    try:
+        recipe = calibrate_graph([(found, runs)], settings.tuning, source)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, Plan.dense(found, NO_MEMORY)
     if all_read(found.sketches) and peers.is_first:
         write_cached(path, recipe)
     return recipe, Plan.of(found, recipe, settings.outside)

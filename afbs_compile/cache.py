@@ -1,10 +1,18 @@
-"""The folder of recipes that lets a second process, or a new length, start without calibrating."""
+"""The folder of recipes that lets a second process, or a new length, start without calibrating.
+
+Whoever can write into it decides what a model computes: folder and entries are made for their owner alone, and what
+others may write is not used. An entry carries a digest of its content. Whatever is wrong with it is told in a sentence,
+and the model compiles all the same.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +20,18 @@ from typing import Any
 import platformdirs
 
 from afbs_compile.errors import AfbsWarning, RecipeError
-from afbs_compile.recipe import Recipe
+from afbs_compile.files import read_regular, write_whole
+from afbs_compile.recipe import LARGEST, Recipe
 
 ENVIRONMENT_VARIABLE = "AFBS_CACHE_DIR"
+
+WRITABLE_BY_OTHERS = 0o022
+
+LEFT_OVER = f".{'[0-9a-f]' * 32}.*"
+"""Names of the folders that :func:`afbs_compile.files.whole_file` writes an entry in; a killed process leaves one."""
+
+SURELY_LEFT = 24 * 3600.0
+"""Seconds after which nobody is still writing."""
 
 
 def cache_folder() -> Path:
@@ -30,25 +47,57 @@ def cache_path(conditions: dict[str, Any]) -> Path:
 
 
 def read_cached(path: Path) -> Recipe | None:
-    """The cached recipe, or ``None``; a damaged file is reported and counts as absent."""
-    if not path.exists():
-        return None
+    """The cached recipe, or ``None``; a file that is damaged or not to be trusted is reported and counts as absent."""
     try:
-        return Recipe.load(path)
-    except RecipeError as error:
-        warnings.warn(f"{error} Calibrating again.", AfbsWarning, stacklevel=2)
+        _check_trusted(os.stat(path.parent))
+        text = read_regular(path, LARGEST, _check_trusted).decode("utf-8")
+        return Recipe.from_json(text, f"recipe {path}", sealed=True)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        reason = f"the cached recipe {path} cannot be used: {error.strerror}."
+    except UnicodeDecodeError:
+        reason = f"recipe {path} is damaged: it is not text."
+    except RecipeError as error:
+        reason = str(error)
+    warnings.warn(f"{reason} Calibrating again.", AfbsWarning, stacklevel=2)
+    return None
 
 
 def write_cached(path: Path, recipe: Recipe) -> None:
-    """Store the recipe; a folder that cannot be written is reported, and the model compiles all the same."""
+    """Store the recipe; a folder that cannot be written or trusted is reported, and the model compiles all the same."""
+    folder = path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recipe.save(path)
+        if folder.parts[:1] == ("~",):  # neither $HOME nor the system's list of users says where it is
+            raise OSError(errno.ENOENT, "there is no home folder")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_trusted(os.stat(folder))
+        write_whole(path, recipe.to_json(sealed=True), private=True)
+        _remove_left_overs(folder)
     except OSError as error:
         warnings.warn(
-            f"the recipe was not cached in {path.parent} ({error.strerror}): the next process and each new length "
-            f"calibrate again; set {ENVIRONMENT_VARIABLE} to a writable folder.",
+            f"the recipe was not cached in {folder} ({error.strerror}): the next process and each new length "
+            f"calibrate again; set {ENVIRONMENT_VARIABLE} to a writable folder of your own.",
             AfbsWarning,
             stacklevel=2,
         )
+
+
+def _check_trusted(status: os.stat_result) -> None:
+    """Refuse a file or folder that somebody else may write.
+
+    Raises:
+        OSError: saying why.
+    """
+    if not hasattr(os, "geteuid"):  # Windows keeps the cache below the user's own folder, and has no such bits
+        return
+    if status.st_uid not in (os.geteuid(), 0):
+        raise OSError(errno.EPERM, "it belongs to another user, whose recipes are not trusted")
+    if status.st_mode & WRITABLE_BY_OTHERS:
+        raise OSError(errno.EPERM, "others may write it, and their recipes are not trusted")
+
+
+def _remove_left_overs(folder: Path) -> None:
+    for left in folder.glob(LEFT_OVER):
+        if time.time() - left.stat().st_mtime > SURELY_LEFT:
+            shutil.rmtree(left, ignore_errors=True)

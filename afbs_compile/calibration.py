@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from afbs_compile.errors import CalibrationError, OptionError
+from afbs_compile.errors import CalibrationError, OptionError, is_out_of_memory
 from afbs_compile.found import FoundGraph
 from afbs_compile.options import Options, accepts_options, of_calibration
 from afbs_compile.passes.record import record_graphs
@@ -39,8 +39,8 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
 
     Raises:
         OptionError: an argument is out of range, or there is no sample.
-        CalibrationError: no attention call ran on the samples, or each is refused; or FSDP2 frees the weights of a
-            layer that has run.
+        CalibrationError: no attention call ran on the samples, or each is refused; FSDP2 frees the weights of a
+            layer that has run; or memory does not suffice.
     """
     settings = Options.parse({**options, "samples": samples}, of_calibration())
     inputs = list(samples)
@@ -71,7 +71,12 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
     recipes = []
     for key in dict.fromkeys((found.graph, found.source) for found, _ in graphs):
         same = [(found, inputs) for found, inputs in graphs if (found.graph, found.source) == key]
-        recipes.append(calibrate_graph(same if same[0][0].sites else same[:1], tuning, "samples"))
+        try:
+            recipes.append(calibrate_graph(same if same[0][0].sites else same[:1], tuning, "samples"))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise CalibrationError("out of memory: calibrate on fewer or shorter samples.") from error
     by_weight = sorted(recipes, key=lambda recipe: not recipe.graphs[0].weights)  # one with sites leads
     return replace(by_weight[0], graphs=tuple(recipe.graphs[0] for recipe in recipes))
 

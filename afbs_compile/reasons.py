@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+NO_MEMORY = "not calibrated: out of memory; calibrate on fewer or shorter samples, or name a recipe"
+
 NONE_FOUND = (
     "no attention call was found (scaled_dot_product_attention, varlen_attn, or softmax(q @ k.T) @ v written out is "
     "looked for)"

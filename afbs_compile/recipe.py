@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from afbs_compile.card import card
-from afbs_compile.codec import DamagedError, decode
-from afbs_compile.errors import RecipeError
-from afbs_compile.files import write_whole
+from afbs_compile.codec import DamagedError, Range, decode, parsed
+from afbs_compile.errors import RecipeError, cut, shown
+from afbs_compile.files import read_regular, write_whole
 from afbs_compile.hub import downloaded, uploaded
 from afbs_compile.kernels.blocks import BlockShape
-from afbs_compile.kernels.call import SparseCall, fp8_constant_count
+from afbs_compile.kernels.call import BLOCKS, KEEP_ALL, LONGEST, SparseCall, fp8_constant_count
 from afbs_compile.kernels.masks.registry import mask_of
+from afbs_compile.kernels.operands import DTYPES
 from afbs_compile.recipe_schema3 import VERSION as EARLIER_SCHEMA
 from afbs_compile.recipe_schema3 import upgraded
 from afbs_compile.sketch import TensorSketch
@@ -33,8 +34,28 @@ SCHEMA_VERSION = 5
 ALIKE_SCHEMA = 4
 """Its files lack the sketches of weights and are alike in all else."""
 
+LARGEST = 256 * 2**20
+"""Bytes of a file: one head takes about 14 KB, those of a model of 405 billion parameters 220 MB."""
+
+DIGEST = "sha256"
+"""Key of a file's own digest, which entries of the cache have; a file that has one must agree with it."""
+
+LARGEST_EXPONENT = 2.0
+"""Of a length: fits beyond this are noise, an error that grows with the square of the length has never been seen."""
+
+LARGEST_TAU_EXPONENT = 4.0
+"""Likewise, of ``1 - tau``."""
+
+Share = Annotated[float, Range(0, 1)]
+Amount = Annotated[float, Range(0)]
+Count = Annotated[int, Range(0, 2**63 - 1)]
+Size = Annotated[int, Range(1, LONGEST)]
+Length = Annotated[int, Range(0, LONGEST)]
+
 Method = Literal["afbs", "paper"]
 METHODS: tuple[str, ...] = get_args(Method)
+
+DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 Stage = Literal["explore", "refine", "validate"]
 
@@ -52,15 +73,15 @@ class SearchPath:
     """
 
     stage: Stage
-    length: int
+    length: Length
     policy: str
     shape: BlockShape
     s: tuple[float, ...]
-    tau: tuple[float, ...]
-    theta: tuple[float, ...]
-    lam: tuple[float, ...]
-    sparsity: tuple[float, ...]
-    error: tuple[float, ...]
+    tau: tuple[Share, ...]
+    theta: tuple[Annotated[float, Range(high=1)], ...]
+    lam: tuple[Annotated[float, Range(high=0)], ...]
+    sparsity: tuple[Share, ...]
+    error: tuple[Annotated[float, Range(-1)], ...]
 
 
 @dataclass(frozen=True)
@@ -79,12 +100,12 @@ class HeadRecipe:
     """
 
     outcome: Literal["sparse", "dense"]
-    sparsity: float
-    error: float
-    validation_errors: tuple[float, ...]
+    sparsity: Share
+    error: Amount
+    validation_errors: tuple[Amount, ...]
     search: tuple[SearchPath, ...] = ()
-    tau_exponent: float = 0.0
-    length_exponent: float = 0.0
+    tau_exponent: Annotated[float, Range(0, LARGEST_TAU_EXPONENT)] = 0.0
+    length_exponent: Annotated[float, Range(-LARGEST_EXPONENT, LARGEST_EXPONENT)] = 0.0
     precision_reason: str | None = None
 
 
@@ -114,14 +135,14 @@ class SiteRecipe:
     outcome: Literal["sparse", "dense", "refused"]
     reason: str | None = None
     mask: str | None = None
-    head_dim: int | None = None
-    kv_heads: int | None = None
+    head_dim: Size | None = None
+    kv_heads: Size | None = None
     dtype: str | None = None
     call: SparseCall | None = None
     heads: tuple[HeadRecipe, ...] = ()
-    dense_ms: float | None = None
-    sparse_ms: float | None = None
-    validated_lengths: tuple[int, int] | None = None
+    dense_ms: Amount | None = None
+    sparse_ms: Amount | None = None
+    validated_lengths: tuple[Size, Size] | None = None
     kernel: str | None = None
     kernel_reason: str | None = None
     unsure: bool = False
@@ -162,9 +183,9 @@ class SampleRecord:
     """
 
     source: Literal["samples", "first call"]
-    count: int
-    validation_inputs: int
-    lengths: tuple[int, int]
+    count: Count
+    validation_inputs: Count
+    lengths: tuple[Length, Length]
     digest: str
 
 
@@ -183,11 +204,11 @@ class Promise:
         model_bound: chance that any head of the graph does.
     """
 
-    confidence: float
-    inputs: int
-    head_bound: float
-    deciding: int
-    model_bound: float
+    confidence: Share
+    inputs: Count
+    head_bound: Share
+    deciding: Count
+    model_bound: Share
 
 
 @dataclass(frozen=True)
@@ -208,16 +229,16 @@ class BudgetRecord:
     """
 
     quantity: Literal["kl", "perplexity", "output"]
-    limit: float
+    limit: Annotated[float, Range(0, 1, inside=True)]
     measured: float
-    chosen_on: int
+    chosen_on: Count
     checked: float | None
-    checked_on: int
-    steps_back: int
-    forward_passes: int
+    checked_on: Count
+    steps_back: Count
+    forward_passes: Count
     checked_upper: float | None = None
     unit: Literal["samples", "windows"] = "samples"
-    threshold: float = 0.0
+    threshold: Amount = 0.0
 
     def amount(self, value: float, most: str = "") -> str:
         """A value of the quantity in words, e.g. ``"perplexity at most +1 %"``."""
@@ -249,8 +270,8 @@ class GraphRecipe:
     weights: str
     source: str
     samples: SampleRecord
-    seconds: float
-    evaluations: float
+    seconds: Amount
+    evaluations: Amount
     sites: tuple[SiteRecipe, ...]
     promise: Promise | None = None
     tensors: tuple[TensorSketch, ...] = ()
@@ -274,7 +295,7 @@ class Recipe:
     options: dict[str, Any]
     device: str
     engine: str
-    predictor_version: int
+    predictor_version: Count
     versions: dict[str, str]
     graphs: tuple[GraphRecipe, ...]
     budget: BudgetRecord | None = None
@@ -332,7 +353,7 @@ class Recipe:
         Raises:
             OSError: the folder is missing or not writable.
         """
-        write_whole(Path(path), self._text())
+        write_whole(Path(path), self.to_json())
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, name: str = "owner/name") -> None:
         """Write ``afbs_recipe.json`` into a folder, and a README.md that shows it where the folder has none.
@@ -386,12 +407,19 @@ class Recipe:
         Raises:
             RecipeError: huggingface_hub is not installed. What it raises itself comes as it is.
         """
-        files = {HUB_FILE: self._text()}
+        files = {HUB_FILE: self.to_json()}
         once = {"README.md": self._card(repo_id)}
         return uploaded(repo_id, files, once, message=commit_message, private=private, token=token)
 
-    def _text(self) -> str:
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+    def to_json(self, *, sealed: bool = False) -> str:
+        """The text of a recipe's file.
+
+        Args:
+            sealed: with a digest of its content, which :meth:`from_json` holds against it.
+        """
+        data = asdict(self)
+        seal = {DIGEST: _digest(data)} if sealed else {}
+        return json.dumps({**seal, **data}, indent=1, allow_nan=False) + "\n"
 
     def _card(self, name: str) -> str:
         samples = [graph.samples for graph in self.graphs]
@@ -413,28 +441,48 @@ class Recipe:
             RecipeError: the file is missing, damaged, not a recipe, or of another schema version; one sentence.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = read_regular(Path(path), LARGEST).decode("utf-8")
         except OSError as error:
             raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(f"recipe {path} is damaged: it is not JSON ({error}).") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise RecipeError(f"recipe {path} is not an afbs recipe: its 'format' is not {FORMAT!r}.")
-        version = data.get("schema_version")
+        except ValueError as error:
+            raise RecipeError(f"recipe {path} is damaged: it is not text ({error}).") from error
+        return cls.from_json(text, f"recipe {path}")
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "the recipe", *, sealed: bool = False) -> Recipe:
+        """Read a recipe's text.
+
+        Args:
+            text: as :meth:`to_json` makes it; name: what an error calls it.
+            sealed: whether it must have a digest of its content; one that it has is looked at in any case.
+
+        Raises:
+            RecipeError: it is damaged, not a recipe, or of another schema version; one sentence.
+        """
         try:
-            if version == EARLIER_SCHEMA:
-                data, version = upgraded(data), SCHEMA_VERSION
-            if version == ALIKE_SCHEMA:
-                version = SCHEMA_VERSION
-            if version != SCHEMA_VERSION:
+            data = parsed(text)
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
+                raise RecipeError(f"{name} is not an afbs recipe: its 'format' is not {FORMAT!r}.")
+            version = data.get("schema_version")
+            if type(version) is not int or version not in (SCHEMA_VERSION, ALIKE_SCHEMA, EARLIER_SCHEMA):
                 age = "newer than" if isinstance(version, int) and version > SCHEMA_VERSION else "not"
-                what = f"schema version {version!r}, {age} the {SCHEMA_VERSION} read here"
-                raise RecipeError(f"recipe {path} has {what}: calibrate again.")
-            recipe: Recipe = decode(cls, {**data, "schema_version": version}, "recipe")
+                what = f"schema version {shown(version)}, {age} the {SCHEMA_VERSION} read here"
+                raise RecipeError(f"{name} has {what}: calibrate again.")
+            seal = data.pop(DIGEST, None)
+            if (sealed or seal is not None) and seal != _digest(data):
+                raise DamagedError("its content is not that of which it has the digest")
+            if version == EARLIER_SCHEMA:
+                data = upgraded(data)
+            recipe: Recipe = decode(cls, {**data, "schema_version": SCHEMA_VERSION}, "recipe")
             _check(recipe)
         except DamagedError as error:
-            raise RecipeError(f"recipe {path} is damaged: {error}.") from error
+            raise RecipeError(f"{name} is damaged: {error}.") from error
         return recipe
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """Of what a file says, in whatever order and layout."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _head_record(site: SiteRecipe, index: int) -> dict[str, Any]:
@@ -457,39 +505,71 @@ def _site_record(site: SiteRecipe) -> dict[str, Any]:
 
 
 def _check(recipe: Recipe) -> None:
-    """Refuse values that no calibration writes."""
+    """Refuse what no calibration writes and the type of no single field tells."""
     tolerance = recipe.options.get("tolerance")
-    positive = isinstance(tolerance, Real) and 0 < float(tolerance) < math.inf
-    if not positive and not isinstance(tolerance, Mapping | None):
-        raise DamagedError(f"tolerance is {tolerance!r}")
-    if positive == (recipe.budget is not None):
+    budget = recipe.budget
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float | Mapping | None):
+        raise DamagedError(f"tolerance is {shown(tolerance)}")
+    if isinstance(tolerance, int | float):
+        Range(0, 1, inside=True).check(tolerance, "tolerance")
+    if isinstance(tolerance, int | float) == (budget is not None):
         raise DamagedError("it needs either a tolerance or a budget")
+    if budget is not None and isinstance(tolerance, Mapping) and tolerance != {budget.quantity: budget.limit}:
+        raise DamagedError(f"tolerance is {shown(tolerance)}, which is not its budget")
     if recipe.method not in METHODS:
-        raise DamagedError(f"method is {recipe.method!r}, not one of {', '.join(map(repr, METHODS))}")
+        raise DamagedError(f"method is {shown(recipe.method)}, not one of {', '.join(map(repr, METHODS))}")
     if not recipe.graphs:
         raise DamagedError("it has no graph")
-    for site in recipe.sites:
-        _check_site(site)
+    for graph in recipe.graphs:
+        _check_span(graph.samples.lengths, "lengths of the samples")
+        if graph.promise is not None and graph.promise.deciding > graph.promise.inputs:
+            raise DamagedError("more inputs decided than there were")
+        for site in graph.sites:
+            _check_site(site)
+        names = Counter(site.name for site in graph.sites)
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise DamagedError(f"two of its calls are named {shown(repeated[0])}")
+
+
+def _check_span(span: tuple[int, int], what: str) -> None:
+    if span[0] > span[1]:
+        raise DamagedError(f"{what} are from {span[0]} to {span[1]}")
 
 
 def _check_site(site: SiteRecipe) -> None:
     if site.outcome == "refused":
         return
+    name = cut(site.name)
     if site.call is None or not site.heads or len(site.heads) != site.call.heads:
-        raise DamagedError(f"{site.name} is {site.outcome} and has no heads, or no constants of them")
+        raise DamagedError(f"{name} is {site.outcome} and has no heads, or no constants of them")
     try:
         mask_of(str(site.mask))
     except ValueError as error:
-        raise DamagedError(f"{site.name}: {error}") from error
-    count = fp8_constant_count(site.kv_heads or 0, site.head_dim or 0)
+        raise DamagedError(f"{name}: {error}") from error
+    if site.kv_heads is None or site.head_dim is None or site.call.heads % site.kv_heads:
+        raise DamagedError(f"{name} has {site.call.heads} heads of {site.head_dim} over {site.kv_heads}")
+    if site.dtype not in DTYPE_NAMES:
+        raise DamagedError(f"{name} has dtype {shown(site.dtype)}, not one of {', '.join(DTYPE_NAMES)}")
+    if site.validated_lengths is not None:
+        _check_span(site.validated_lengths, f"validated lengths of {name}")
+    count = fp8_constant_count(site.kv_heads, site.head_dim)
     if "fp8" in site.call.precision and len(site.call.fp8_constants) != count:
-        raise DamagedError(f"{site.name} has heads in FP8 and not the constants of its key heads")
-    for index, (head, tau) in enumerate(zip(site.heads, site.call.tau, strict=True)):
-        if not all(map(math.isfinite, (head.sparsity, head.error, *head.validation_errors))):
-            raise DamagedError(f"head {index} of {site.name} has a number that is not finite")
-        if tau < 0 or not 0 <= head.sparsity <= 1:
-            raise DamagedError(f"head {index} of {site.name} has tau or sparsity out of range")
-        for path in head.search:
-            columns = {len(c) for c in (path.tau, path.theta, path.lam, path.sparsity, path.error, path.s or path.tau)}
-            if len(columns) != 1:
-                raise DamagedError(f"head {index} of {site.name} has a search path whose columns differ in length")
+        raise DamagedError(f"{name} has heads in FP8 and not the constants of its key heads")
+    for index, head in enumerate(site.heads):
+        _check_head(site.call.of_head(index), head, f"head {index} of {name}")
+
+
+def _check_head(constants: Mapping[str, Any], head: HeadRecipe, name: str) -> None:
+    tau = constants["tau"]
+    if not 0 <= tau <= KEEP_ALL or constants["theta"] > 1:
+        raise DamagedError(f"{name} has tau or theta out of range")
+    if (tau == KEEP_ALL) != (head.outcome == "dense"):
+        raise DamagedError(f"{name} is {head.outcome} and has tau {tau}")
+    for path in head.search:
+        columns = {len(c) for c in (path.tau, path.theta, path.lam, path.sparsity, path.error, path.s or path.tau)}
+        if len(columns) != 1:
+            raise DamagedError(f"{name} has a search path whose columns differ in length")
+        if not {*path.shape} <= {*BLOCKS}:
+            raise DamagedError(f"{name} has a search path over blocks of {path.shape}")
+        if any(-1 < error < 0 for error in path.error):
+            raise DamagedError(f"{name} has a search path with an error below 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from afbs_compile.codec import DamagedError
+from afbs_compile.errors import cut
 
 VERSION = 3
 
@@ -24,8 +25,8 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
         graphs = [{**graph, "sites": [_site(site) for site in graph["sites"]]} for graph in data["graphs"]]
         same = ("device", "engine", "predictor_version", "versions", "format")
         return {**{name: data[name] for name in same}, "options": options, "graphs": graphs, "budget": budget}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"it is of schema version {VERSION} and lacks something ({error})") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"it is of schema version {VERSION} and lacks something ({cut(str(error))})") from error
 
 
 def _site(site: dict[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
+from afbs_compile.codec import Range
 from afbs_compile.fingerprint import described
 from afbs_compile.peers import is_sharded
 
@@ -43,7 +44,7 @@ class TensorSketch:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Range(0)], ...]
     dtype: str
     digest: str
     values: tuple[float | None, ...]

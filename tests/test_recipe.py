@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from afbs_compile import Recipe, explain
+from afbs_compile.cli.main import main
 from afbs_compile.errors import RecipeError
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import Kept, SparseCall
@@ -116,6 +118,119 @@ def test_a_wrong_file_is_refused_in_one_sentence(recipe, tmp_path, damage, sente
         Recipe.load(path)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def in_the_head(path: Path, **changes: object) -> str:
+    data = json.loads(path.read_text())
+    data["graphs"][0]["sites"][0]["heads"][0].update(changes)
+    return json.dumps(data)
+
+
+def in_the_site(path: Path, **changes: object) -> str:
+    data = json.loads(path.read_text())
+    data["graphs"][0]["sites"][0].update(changes)
+    return json.dumps(data)
+
+
+def in_the_samples(path: Path, **changes: object) -> str:
+    data = json.loads(path.read_text())
+    data["graphs"][0]["samples"].update(changes)
+    return json.dumps(data)
+
+
+def in_place_of(path: Path, old: str, new: str) -> str:
+    text = path.read_text()
+    assert old in text
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda p: in_place_of(p, '"seconds": 1.5', '"seconds": 1e400'), "seconds is not finite"),
+        (lambda p: in_place_of(p, '"seconds": 1.5', '"seconds": 1' + "0" * 400), "beyond any number that is meant"),
+        (lambda p: in_place_of(p, '"seconds": 1.5', '"seconds": 1' + "0" * 5000), "it is not JSON"),
+        (lambda p: in_place_of(p, '"evaluations": 12.25', '"evaluations": NaN'), "NaN is not finite"),
+        (lambda p: asked(p, extra=float("inf")), "Infinity is not finite"),
+        (lambda p: in_place_of(p, '"method": "afbs"', '"method": ' + "[" * 900 + "]" * 900), "damaged"),
+        (lambda p: in_place_of(p, '"method": "afbs"', '"method": ' + "[" * 1000 + "]" * 1000), "damaged"),
+        (lambda p: asked(p, extra=[[[[[1]]]]]), "too many levels"),
+        (lambda p: in_the_call(p, shape=[640, 64]), "block_q is 640"),
+        (lambda p: in_place_of(p, '"length": 4096', '"length": -1'), "length is -1, out of range"),
+        (lambda p: in_the_call(p, policy=["cumulant"] * 2, theta=[0.5, -1.0]), "only meansim has one"),
+        (lambda p: in_the_call(p, kept=[1e30, 0]), "last_rows is 1e+30, not int"),
+        (lambda p: in_the_call(p, kept=[10**15, 0]), "last_rows is 1000000000000000; accepted: at most 2147483647"),
+        (lambda p: in_the_call(p, min_length=-1), "min_length is -1; accepted: 0 or more"),
+        (lambda p: in_the_head(p, length_exponent=1e9), "length_exponent is 1000000000.0, out of range: -2 to 2"),
+        (lambda p: in_the_head(p, tau_exponent=-1), "tau_exponent is -1.0, out of range"),
+        (lambda p: in_the_site(p, validated_lengths=[-5, 4096]), "validated_lengths[0] is -5, out of range"),
+        (lambda p: in_the_site(p, validated_lengths=[0, 0]), "validated_lengths[0] is 0, out of range"),
+        (lambda p: in_the_site(p, validated_lengths=[4096, 1024]), "are from 4096 to 1024"),
+        (lambda p: in_the_samples(p, lengths=[4096, 1024]), "lengths of the samples are from 4096 to 1024"),
+        (lambda p: asked(p, tolerance=50), "tolerance is 50, out of range"),
+        (lambda p: asked(p, tolerance=True), "tolerance is True"),
+        (lambda p: asked(p, tolerance={"kl": 0.01}), "it needs either a tolerance or a budget"),
+        (lambda p: in_the_head(p, error=-1), "error is -1.0, out of range"),
+        (lambda p: in_the_head(p, validation_errors=[-1, 0.05]), "validation_errors[0] is -1.0, out of range"),
+        (lambda p: in_the_head(p, outcome="dense", sparsity=0.0), "is dense and has tau 0.9"),
+        (lambda p: in_the_call(p, tau=[1.0, 1.0]), "head 0 of layers.0.attn is sparse and has tau 1.0"),
+        (lambda p: in_the_call(p, tau=[0.9, 0.9]), "head 1 of layers.0.attn is dense and has tau 0.9"),
+        (lambda p: in_place_of(p, '"error": [\n          -1.0', '"error": [\n          -0.5'), "error below 0"),
+        (lambda p: in_the_site(p, name="\ud800"), r"name is '\ud800'"),
+        (lambda p: in_the_site(p, name="\x1b[2J"), r"name is '\x1b[2J', which is too long, or no text"),
+        (lambda p: in_the_site(p, name="x" * 10**6), "which is too long, or no text"),
+        (lambda p: edited(p, versions={"\udfff": "1"}), "or no text"),
+        (lambda p: edited(p, **{"x" * 10**6: 1}), "lacks or has too much: xxx"),
+        (lambda p: in_place_of(p, '"device": "cpu"', '"device": "cpu", "device": "cuda"'), "a key twice"),
+        (lambda p: in_the_site(p, kv_heads=3), "has 2 heads of 64 over 3"),
+        (lambda p: in_the_site(p, kv_heads=0), "kv_heads is 0, out of range"),
+        (lambda p: in_the_site(p, dtype="complex64"), "dtype 'complex64', not one of float16"),
+        (lambda p: in_the_site(p, mask="window(0)"), "width is 0; accepted: 1 or more"),
+        (lambda p: in_the_site(p, mask="window(99999999999999999999)"), "mask is 'window(9"),
+        (lambda p: in_the_site(p, name="layers.1.attn"), "two of its calls are named 'layers.1.attn'"),
+        (lambda p: edited(p, schema_version=5.0), "has schema version 5.0"),
+        (lambda p: edited(p, schema_version="y" * 10**6), "has schema version 'yyy"),
+        (lambda p: edited(p, sha256="0" * 64), "its content is not that of which it has the digest"),
+    ],
+)
+def test_what_no_calibration_writes_is_refused_in_one_bounded_sentence(recipe, tmp_path, damage, sentence):
+    path = tmp_path / "recipe.json"
+    recipe.save(path)
+    path.write_text(damage(path))
+    with pytest.raises(RecipeError, match="recipe.json") as caught:
+        Recipe.load(path)
+    assert sentence in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 300
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_of_another_kind_or_size_is_refused_at_once(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(2**40)  # which takes no room
+    said = {"pipe": "is not a regular file", "huge.json": "it has more than 256 MiB", ".": "is not a regular file"}
+    for name, sentence in said.items():
+        with pytest.raises(RecipeError, match=sentence):
+            Recipe.load(tmp_path / name)
+    with pytest.raises(RecipeError, match="is not a regular file"):
+        Recipe.load("/dev/zero")
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(recipe, tmp_path, capsys):
+    recipe.save(tmp_path / "recipe.json")
+    (tmp_path / "recipe.json").write_text(in_the_site(tmp_path / "recipe.json", name="[/b] {0} %s", kernel="[/k]"))
+    assert "[/b] {0} %s" in str(explain(Recipe.load(tmp_path / "recipe.json")))
+    assert main(["inspect", str(tmp_path / "recipe.json")]) == 0
+    assert "[/b] {0} %s" in capsys.readouterr().out
+
+
+def test_a_digest_is_held_against_the_content(recipe, tmp_path):
+    text = recipe.to_json(sealed=True)
+    assert Recipe.from_json(text, sealed=True) == recipe
+    assert Recipe.from_json(json.dumps(dict(reversed(json.loads(text).items()))), sealed=True) == recipe
+    for changed in (text.replace("0.7", "0.6"), recipe.to_json()):
+        with pytest.raises(RecipeError, match="the recipe is damaged: its content is not that"):
+            Recipe.from_json(changed, sealed=True)
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -263,6 +378,7 @@ def test_a_recipe_from_before_fp8_and_kept_blocks_has_neither(tmp_path):
         (lambda: old(lambda site: site.update(heads=7)), "damaged"),
         (lambda: old(lambda site: site["heads"].append(None)), "damaged"),
         (lambda: old(lambda site: site["heads"][1]["search"][0].pop("block_k")), "lacks something ('block_k')"),
+        (lambda: old(lambda site: site["heads"][1].update(search=["x"])), "lacks something"),
     ],
 )
 def test_a_wrong_file_of_version_0_1_is_refused_in_one_sentence(tmp_path, damage, sentence):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,9 +54,7 @@ class Note:
 
     def to_json(self) -> str:
         """The note as one line of JSON."""
-        with tempfile.TemporaryDirectory() as folder:  # a recipe knows how to write itself to a file
-            self.recipe.save(Path(folder) / "recipe.json")
-            recipe = json.loads((Path(folder) / "recipe.json").read_text(encoding="utf-8"))
+        recipe = json.loads(self.recipe.to_json())
         return json.dumps({"inputs": self.inputs, "positional": self.positional, "recipe": recipe})
 
     @classmethod
@@ -68,10 +65,7 @@ class Note:
             RecipeError: its recipe is of another version.
         """
         data = json.loads(text)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "recipe.json"
-            path.write_text(json.dumps(data["recipe"]), encoding="utf-8")
-            recipe = Recipe.load(path)
+        recipe = Recipe.from_json(json.dumps(data["recipe"]), "the recipe of this file")
         return cls(tuple(data["inputs"]), data["positional"], recipe)
 
     @classmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from afbs_compile.export.files import NOTE, Exported, Note, first_line, target_p
 from afbs_compile.export.inputs import Example
 from afbs_compile.export.program import ExportProgram, rewritten_program
 from afbs_compile.export.runner import Runner, call_as_exported
-from afbs_compile.files import whole_file
+from afbs_compile.files import whole_file, written_by_foreign_code
 from afbs_compile.recipe import Recipe
 
 
@@ -57,21 +58,21 @@ def to_pt2(
     """
     target = target_path(path, "pt2")
     program = rewritten_program(model, recipe, example, dynamic=dynamic)
-    with whole_file(target) as temporary:
+    with whole_file(target) as temporary, written_by_foreign_code(temporary) as file:
         if aoti:
-            _compile(program, temporary)
+            _compile(program, file)
         else:
-            torch.export.save(program.exported, temporary, extra_files={NOTE: program.note.to_json()})
+            torch.export.save(program.exported, file, extra_files={NOTE: program.note.to_json()})
     return Exported(target, program.rows, program.inputs)
 
 
-def _compile(program: ExportProgram, path: Path) -> None:
+def _compile(program: ExportProgram, file: IO[bytes]) -> None:
     from torch._inductor import aoti_compile_and_package  # takes a second to import
 
     try:
         aoti_compile_and_package(
             program.exported,
-            package_path=str(path),
+            package_path=file,
             inductor_configs={"aot_inductor.metadata": {NOTE: program.note.to_json()}},
         )
     except Exception as error:  # inductor and the C++ compiler raise errors of many kinds

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from afbs_compile.cache import cache_path, read_cached, write_cached
 from afbs_compile.conditions import conditions
-from afbs_compile.errors import AfbsWarning, RecipeError, first_line
+from afbs_compile.errors import AfbsWarning, RecipeError, first_line, is_out_of_memory
 from afbs_compile.fingerprint import digest_of
 from afbs_compile.integrations.offload import device_of, values_of
 from afbs_compile.kernels.attend import machine
@@ -201,7 +201,12 @@ class ServedModel:
         path = self._path
         cached = self._peers.first(lambda: read_cached(path))
         if cached is not None:
-            self._adopt(cached, f"the cached recipe {self._path}")
+            name = f"the cached recipe {self._path}"
+            try:
+                self._adopt(cached, name)
+            except RecipeError as error:
+                warnings.warn(f"{name} {error} Calibrating again.", AfbsWarning, stacklevel=2)
+                return None
         return cached
 
     def _adopt(self, recipe: Recipe, name: str) -> None:
@@ -288,8 +293,9 @@ class ServedModel:
             with peers.together():
                 result = tune_site([operands], self.settings.tuning, stopwatch=stopwatch)
                 row = joined(peers.gathered((part, site_recipe(name, operands, result))))
-        except (RuntimeError, ValueError) as error:  # out of memory, an engine's refusal: the model runs all the same
-            return SiteRecipe(name, "refused", f"calibration failed: {first_line(error)}")
+        except (RuntimeError, ValueError, MemoryError) as error:  # an engine's refusal: the model runs all the same
+            reason = "out of memory" if is_out_of_memory(error) else first_line(error)
+            return SiteRecipe(name, "refused", f"calibration failed: {reason}")
         self._recorded[name] = row
         _log.info("calibrated %s: %s, sparsity %.3f", name, row.outcome, row.sparsity)
         self.recipe = self._with(row, operands, int(result.measured.error.shape[0]))

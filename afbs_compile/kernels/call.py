@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from afbs_compile.errors import shown
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import POLICIES, UNNAMED, policy_named
@@ -25,6 +26,9 @@ LAMBDA_OFF = -1000.0
 calibration chooses. Testing tiles costs more than skipping them saves (``benchmarks/kernels.py --cases lambda``)."""
 
 BLOCKS = (16, 32, 64, 128)
+
+LONGEST = 2**31 - 1
+"""Tokens; the operator multiplies two lengths in 64 bits."""
 
 PRECISIONS = ("own", "fp8")
 """``"own"``: that of the operands; ``"fp8"``: :mod:`afbs_compile.kernels.spec.fp8`."""
@@ -221,10 +225,10 @@ class SparseCall:
                     f"{name} has {len(values)} constants; accepted: one for each of the {heads} query heads"
                 )
             if not all(map(math.isfinite, values)):
-                raise ValueError(f"{name} is {list(values)}; accepted: finite numbers")
+                raise ValueError(f"{name} is {shown(list(values))}; accepted: finite numbers")
         if self.lam and max(self.lam) > 0.0:
             raise ValueError(
-                f"lam is {list(self.lam)}; accepted: numbers at most 0 (log2 units under the running maximum)"
+                f"lam is {shown(list(self.lam))}; accepted: numbers at most 0 (log2 units under the running maximum)"
             )
         for what, names in (("policy", self.policy), ("precision", self.precision)):
             if len(names) != heads:
@@ -240,19 +244,21 @@ class SparseCall:
     def _check_blocks(self) -> None:
         for name, block in (("block_q", self.shape.q), ("block_k", self.shape.k)):
             if block not in BLOCKS:
-                raise ValueError(f"{name} is {block}; accepted: {', '.join(map(str, BLOCKS))}")
+                raise ValueError(f"{name} is {shown(block)}; accepted: {', '.join(map(str, BLOCKS))}")
         if self.shape.q % self.shape.k:
             raise ValueError(
                 f"block_q is {self.shape.q} and block_k is {self.shape.k}; accepted: block_q a multiple of block_k"
             )
-        for name, value in self.kept._asdict().items():
-            if value < 0:
-                raise ValueError(f"{name} is {value}; accepted: 0 or more")
+        tokens = {**self.kept._asdict(), "min_length": self.min_length, "max_length": self.max_length}
+        for name, value in tokens.items():
+            if not 0 <= value <= LONGEST:
+                accepted = "0 or more" if value < 0 else f"at most {LONGEST}"
+                raise ValueError(f"{name} is {shown(value)}; accepted: {accepted}")
 
     def _check_fp8(self) -> None:
         for name in self.precision:
             if name not in PRECISIONS:
-                raise ValueError(f"precision is {name!r}; accepted: {', '.join(PRECISIONS)}")
+                raise ValueError(f"precision is {shown(name)}; accepted: {', '.join(PRECISIONS)}")
         if not math.isfinite(sum(self.fp8_constants)):  # one is enough, and thousands take time to look at
             raise ValueError("fp8_constants has a number that is not finite; accepted: finite numbers")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.resume_execution import ContinueExecutionCache
 
@@ -83,7 +84,7 @@ class Explanation:
 
     def __rich__(self) -> Table:
         headers, lines = self._shown()
-        table = Table(caption="\n".join(self.notes), caption_justify="left")
+        table = Table(caption=Text("\n".join(self.notes), "table.caption"), caption_justify="left")
         for header in headers:
             number = header in NUMBERS
             wraps = header in ("kernel", "reason")
@@ -91,7 +92,7 @@ class Explanation:
             table.add_column(header, justify=justify, no_wrap=not (number or wraps), overflow="fold")
         for index, (row, line) in enumerate(zip(self.rows, lines, strict=True)):
             last = index + 1 == len(self.rows) or self.rows[index + 1].graph != row.graph
-            table.add_row(*line, end_section=last)
+            table.add_row(*map(Text, line), end_section=last)  # a name may hold what rich takes for markup
         return table
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels.call import KEEP_ALL, LAMBDA_OFF, SparseCall
-from afbs_compile.recipe import SearchPath, Stage
+from afbs_compile.recipe import LARGEST_TAU_EXPONENT, SearchPath, Stage
 
 SMALLEST = 5e-4
 """The smallest ``1 - tau`` tried: a head that needs more than 99.95 % of its block mass has next to nothing to skip."""
@@ -113,7 +113,7 @@ def tau_exponent(curves: Curves, tolerance: float) -> Tensor:
     count = near.sum(-1).clamp_min(1)
     dx = (x - ((near * x).sum(-1) / count)[:, None]) * near
     slope = (dx * y.nan_to_num(0.0)).sum(-1) / dx.square().sum(-1).clamp_min(1e-12)
-    return slope.clamp(0.1, 4.0)
+    return slope.clamp(0.1, LARGEST_TAU_EXPONENT)
 
 
 def one_back(curves: Sequence[Curves], tau: Tensor) -> Tensor:

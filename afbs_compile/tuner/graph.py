@@ -248,6 +248,7 @@ def site_recipe(name: str, operands: Operands, result: SiteResult) -> SiteRecipe
         result: of tuning it.
     """
     speed, call = result.speed, result.call
+    rounded = replace(call, tau=_rounded(call.tau), theta=_rounded(call.theta), lam=_rounded(call.lam))
     kernel = None if speed is None else kernel_of(operands, call)
     return SiteRecipe(
         name=name,
@@ -257,8 +258,8 @@ def site_recipe(name: str, operands: Operands, result: SiteResult) -> SiteRecipe
         head_dim=operands.q.shape[3],
         kv_heads=operands.k.shape[1],
         dtype=str(operands.q.dtype).removeprefix("torch."),
-        call=replace(call, tau=_rounded(call.tau), theta=_rounded(call.theta), lam=_rounded(call.lam)),
-        heads=tuple(_head_recipe(result, head) for head in range(call.heads)),
+        call=rounded,
+        heads=tuple(_head_recipe(result, head, dense) for head, dense in enumerate(rounded.dense_heads)),
         dense_ms=None if speed is None else round(speed.dense_ms, 4),
         sparse_ms=None if speed is None else round(speed.sparse_ms, 4),
         validated_lengths=None if result.lengths is None else result.lengths.validated,
@@ -272,16 +273,15 @@ def _rounded(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(round(value, 6) for value in values)
 
 
-def _head_recipe(result: SiteResult, head: int) -> HeadRecipe:
+def _head_recipe(result: SiteResult, head: int, dense: bool) -> HeadRecipe:
     def number(values: Tensor | None) -> float:
         return 0.0 if values is None else round(float(values[head]), 6)
 
-    dense = result.call.dense_heads[head]
     errors = [round(error, 6) for error in result.measured.error[:, head].tolist()]
     paths = [curves.path(head) for curves in result.curves if bool(curves.measured[head])]
     return HeadRecipe(
         outcome="dense" if dense else "sparse",
-        sparsity=number(result.measured.sparsity),
+        sparsity=0.0 if dense else number(result.measured.sparsity),
         error=max(errors),
         validation_errors=tuple(errors),
         search=(*paths, *_trial_paths(result, head)),

@@ -9,15 +9,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from afbs_compile.recipe import LARGEST_EXPONENT
+
 Outside = Literal["extrapolate", "dense", "recalibrate"]
 """What runs at lengths that were not validated: see :class:`afbs_compile.options.Options`."""
 OUTSIDE: tuple[str, ...] = get_args(Outside)
 
 MOST_CAREFUL = 0.05
 """Extrapolation lowers a head's ``1 - tau`` to this share of itself at most."""
-
-LARGEST_EXPONENT = 2.0
-"""Fits beyond this are noise: an error that grows with the square of the length has never been seen."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """torch.export files and AOTInductor packages: the same numbers here and in a process that knows the operator only."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -129,8 +130,8 @@ print(torch._inductor.aoti_load_package(sys.argv[1])(torch.load(sys.argv[2])).sh
 class TestWholeOrNotAtAll:
     @pytest.fixture(params=[KeyboardInterrupt, OSError("disk full")], ids=["interrupted", "disk full"])
     def failing_save(self, request, monkeypatch):
-        def save(program, path, **_):
-            Path(path).write_bytes(b"half a file")
+        def save(program, file, **_):
+            file.write(b"half a file")
             raise request.param
 
         monkeypatch.setattr(torch.export, "save", save)
@@ -143,5 +144,23 @@ class TestWholeOrNotAtAll:
             target.write_bytes(existing)
         with pytest.raises((KeyboardInterrupt, OSError)):
             to_pt2(model, recipe, wandering(200), target)
+        assert [file.name for file in tmp_path.iterdir()] == (["model.pt2"] if existing else [])
+        assert not existing or target.read_bytes() == existing
+
+    @pytest.mark.parametrize("room", [0, 3000, 20_000])
+    @pytest.mark.parametrize("existing", [None, b"the file of before"], ids=["new", "existing"])
+    def test_a_full_disk_ends_neither_the_process_nor_the_file_of_before(self, exported, tmp_path, existing, room):
+        """A limit on the size of files stands for it: PyTorch's writer aborts the process where a write fails."""
+        model, recipe, _ = exported
+        target = tmp_path / "model.pt2"
+        if existing:
+            target.write_bytes(existing)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                to_pt2(model, recipe, wandering(200), target)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [file.name for file in tmp_path.iterdir()] == (["model.pt2"] if existing else [])
         assert not existing or target.read_bytes() == existing

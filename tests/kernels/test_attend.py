@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -168,6 +169,76 @@ def test_extreme_values_give_finite_results(engine: Attention, dtype: torch.dtyp
     assert out.isfinite().all()
     if extreme not in ("1e4", "6e4"):  # there one key takes all, and rounding decides between ties
         assert error(out, exact(shape.of(q, k, v), live, shape.blocks)) <= (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+def some_rows_overflow(q: Tensor, k: Tensor) -> None:
+    q[:, :, 5:17] = 0.0
+    q[:, :, 5:17, 0] = 3e38
+    k[:, :, 3, 0] = 4.0
+
+
+def some_rows_are_inf_less_inf(q: Tensor, k: Tensor) -> None:
+    q[:, :, 5:17] = 0.0
+    q[:, :, 5:17, :2] = 3e38
+    k[:, :, :, 0], k[:, :, :, 1] = 4.0, -4.0
+
+
+def keys_of_a_block_underflow(q: Tensor, k: Tensor) -> None:
+    q[..., 0] = q[..., 0].abs() + 10
+    k[..., 0] = 0.0
+    k[:, :, :64, 0] = -3e38
+
+
+def everything_overflows(q: Tensor, k: Tensor) -> None:
+    q.mul_(1e25)
+    k.mul_(1e25)
+
+
+@pytest.mark.parametrize("engine", ATTENTIONS, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "extreme", [some_rows_overflow, some_rows_are_inf_less_inf, keys_of_a_block_underflow, everything_overflows]
+)
+def test_scores_that_leave_fp32_give_what_a_softmax_in_fp32_gives(
+    engine: Attention, dtype: torch.dtype, mask: str, extreme: Callable[[Tensor, Tensor], None]
+) -> None:
+    """NaN in the rows that meet +inf and in no other; a score of -inf is a key that is not seen."""
+    shape = Shape(length=300, dtype=dtype, mask=mask, head_dim=64 if dtype == torch.float32 else 96)
+    q, k, v = inputs(shape, engine.device)
+    extreme(q, k)
+    operands = shape.of(q, k, v)
+    live = all_blocks(shape, engine.device)
+    out = engine.attend(operands, live, every_block(shape)).float()
+    scores = q.float() @ k.float().mT * operands.scale
+    scores = scores.masked_fill(~operands.mask.matrix(300, 300, q.device), -torch.inf)
+    seen = ~(scores == -torch.inf).all(-1)  # a row without any other score is 0 or NaN, as in PyTorch
+    expected = scores.softmax(-1) @ v.float()
+    assert torch.equal(out[seen].isnan(), expected[seen].isnan())
+    assert expected[seen].isnan().any() == (extreme is not keys_of_a_block_underflow)
+    torch.testing.assert_close(
+        out[seen], expected[seen], equal_nan=True, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0
+    )
+    if dtype == torch.float32:
+        assert torch.equal(out[seen].isnan(), dense(operands)[seen].isnan())
+
+
+@pytest.mark.parametrize("engine", ATTENTIONS, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_infinite_values_reach_the_rows_that_see_them(
+    engine: Attention, dtype: torch.dtype, mask: str, value: float
+) -> None:
+    shape = Shape(length=300, dtype=dtype, mask=mask, head_dim=64 if dtype == torch.float32 else 96)
+    q, k, v = inputs(shape, engine.device)
+    v[:, :, 150, 3] = value
+    out = engine.attend(shape.of(q, k, v), all_blocks(shape, engine.device), every_block(shape))
+    sees = slice(150 if mask == "causal" else 0, None)
+    assert (out[:, :, sees, 3] == value).all()
+    apart = torch.arange(shape.head_dim) != 3
+    assert out[..., apart].isfinite().all()
+    assert out[:, :, : 128 if mask == "causal" else 0].isfinite().all()  # before the block: see docs/limits.md
 
 
 @pytest.mark.parametrize("engine", ATTENTIONS, ids=str)

@@ -11,6 +11,11 @@ from torch import Tensor
 from afbs_compile.kernels.masks.base import Band, BandMask, Mask
 
 
+def _check_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"width is {width}; accepted: 1 or more")
+
+
 class _AtTheEnd(BandMask):
     """Rows are aligned with the last keys, as behind a cache."""
 
@@ -28,6 +33,9 @@ class Window(_AtTheEnd):
     name = "window"
     words = "causal in a sliding window"
     local = True
+
+    def __post_init__(self) -> None:
+        _check_width(self.width)
 
     def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
         """See :meth:`Mask.sees`."""
@@ -53,6 +61,9 @@ class Chunk(_AtTheEnd):
     name = "chunk"
     words = "causal in chunks"
     local = True
+
+    def __post_init__(self) -> None:
+        _check_width(self.width)
 
     def sees(self, positions: Tensor, keys: Tensor) -> Tensor:
         """See :meth:`Mask.sees`."""

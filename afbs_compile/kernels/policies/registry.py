@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from afbs_compile.errors import shown
 from afbs_compile.kernels.policies.antidiagonal import Antidiagonal
 from afbs_compile.kernels.policies.base import Policy
 from afbs_compile.kernels.policies.cumulant import Cumulant
@@ -31,7 +32,7 @@ def policy_named(name: str) -> Policy:
         ValueError: there is none.
     """
     if name not in POLICIES:
-        raise ValueError(f"policy is {name!r}; accepted: {', '.join(POLICIES)}")
+        raise ValueError(f"policy is {shown(name)}; accepted: {', '.join(POLICIES)}")
     return POLICIES[name]
 
 

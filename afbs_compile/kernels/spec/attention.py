@@ -31,7 +31,8 @@ def masked_attention(operands: Operands, live: Tensor, lam: Sequence[float] | Te
         shape: rows per block.
 
     Returns:
-        ``[B, H, q_len, D_v]`` in the dtype of ``q``; 0 where a row has no live key that it sees.
+        ``[B, H, q_len, D_v]`` in the dtype of ``q``; 0 where a row has no live key that it sees. Of scores that the
+        dtype of the computation does not hold, +inf and NaN make their row NaN, and -inf is a key that is not seen.
     """
     operands = resolved(operands)
     q = operands.q

@@ -69,9 +69,8 @@ def attend_tile(
         scores = tl.where(seen, scores, float("-inf"))
     tile_peak = tl.max(scores, 1)
     new_peak = tl.maximum(peak, tile_peak)
-    base = new_peak
-    if MASKED:  # a row may see no key of the tile, and have seen none before
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    # A row may see no key of the tile and have seen none before, or its scores lie below what fp32 holds.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
 
     # l <- l * 2^(c (m_old - m_new)) + rowsum(2^(c (s - m_new))),   o <- o * 2^(c (m_old - m_new)) + 2^(c (s - m_new)) V
     # Subtracting first is exact at the maximum. The fused c * s - c * m, one instruction less, overflows where c * m
