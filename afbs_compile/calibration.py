@@ -53,7 +53,7 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
             "fully_shard."
         )
     graphs = [
-        (FoundGraph.of(graph.gm, graph.samples[0], settings.min_length), graph.samples)
+        (FoundGraph.of(graph.gm, graph.samples[0], settings.min_length, graph.prefixes), graph.samples)
         for graph in record_graphs(model, inputs)
     ]
     with_sites = {found.graph for found, _ in graphs if found.sites}

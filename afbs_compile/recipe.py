@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -432,6 +432,18 @@ class Recipe:
         except DamagedError as error:
             raise RecipeError(f"recipe {path} is damaged: {error}.") from error
         return recipe
+
+
+def merged(recipes: Sequence[Recipe]) -> Recipe | None:
+    """One recipe of all graphs, each once; the first recipe says all else, ``None`` of none.
+
+    Args:
+        recipes: of the graphs of one model, made under the same options.
+    """
+    if not recipes:
+        return None
+    graphs = [graph for recipe in recipes for graph in recipe.graphs]
+    return replace(recipes[0], graphs=tuple(g for i, g in enumerate(graphs) if g not in graphs[:i]))
 
 
 def _head_record(site: SiteRecipe, index: int) -> dict[str, Any]:

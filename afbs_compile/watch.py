@@ -6,7 +6,6 @@ same compiled code runs, with thresholds that were never measured on the new val
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from afbs_compile.errors import AfbsWarning, RecipeError
 from afbs_compile.fingerprint import placeholders
 from afbs_compile.found import FoundGraph
 from afbs_compile.options import Options
+from afbs_compile.passes.build import copied
 from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.plan import Plan
@@ -27,11 +27,6 @@ from afbs_compile.revalidate import revalidated
 from afbs_compile.sketch import version_of
 
 UNTIL = "it runs operator by operator until torch._dynamo.reset()"
-
-
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph once more, over the same tensors."""
-    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
 
 class Watched:

@@ -1,0 +1,271 @@
+"""One compilation for many blocks: a model compiled block by block, or whose graph breaks in every block.
+
+A graph of one module has its constants written into it, and guards on its parameters: twelve blocks would be twelve
+compilations, and Dynamo stops at eight. Where a model has several modules like the one that a graph is of, the graph
+holds ``afbs::shared_attention`` instead and has no such guards. Which block runs it is known from the tensors that it
+comes with; what was calibrated for that block is looked up then, as for models that are served without a graph.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from afbs_compile.errors import AfbsWarning, RecipeError
+from afbs_compile.found import FoundGraph
+from afbs_compile.integrations.served import ServedModel, of_modules
+from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.shared_op import attending
+from afbs_compile.match import match
+from afbs_compile.options import Options
+from afbs_compile.passes.build import copied
+from afbs_compile.passes.names import SiteNames, clean_path
+from afbs_compile.passes.place import Owner, Place, callers
+from afbs_compile.reasons import grouped
+from afbs_compile.recipe import Recipe, SiteRecipe
+from afbs_compile.report import registry
+
+OWN_GRAPHS = 2
+"""Models of one class that have a compilation each, with constants in the graph; further ones share one."""
+
+LIMITS = ("recompile_limit", "accumulated_recompile_limit")
+"""Dynamo's settings: compilations of a function before it stops, and those that it counts for all its callers."""
+
+NO_MODEL = "not calibrated: the model that it is part of is not running"
+
+Refs = tuple["weakref.ref[Any]", ...]
+
+_served: weakref.WeakKeyDictionary[nn.Module, list[ServedModel]] = weakref.WeakKeyDictionary()
+"""What serves the blocks of each model, for each way in which it was compiled."""
+
+_owners: dict[tuple[str, str], list[Refs]] = {}
+"""The modules that each graph was compiled for, by Dynamo's id of the frame and digest of the graph."""
+
+_limits: dict[str, int] = {}
+"""Dynamo's own limits, where they were raised."""
+
+
+def is_shared(found: FoundGraph, owner: Owner, place: Place, inputs: Sequence[Any], settings: Options) -> bool:
+    """Whether a graph that is being compiled is to serve every module like its own.
+
+    With samples, or a budget on the output, a graph is calibrated as a whole, for one module.
+    """
+    if place.root is None or settings.samples is not None or settings.budget is not None:
+        return False
+    key = owner.key(inputs)
+    earlier = _owners.setdefault((registry.compile_id().split("_")[0], found.graph if not place.repeated else ""), [])
+    earlier[:] = [refs for refs in earlier if all(ref() is not None for ref in refs)]
+    if not any(_are(refs, key) for refs in earlier):
+        earlier.append(tuple(map(weakref.ref, key)))
+    if place.repeated and len(earlier) > 1:
+        _make_room(place.alike)
+    return place.repeated or (owner.has_tensors and len(earlier) > OWN_GRAPHS)
+
+
+def make_room_for_blocks(gm: fx.GraphModule) -> None:
+    """Let Dynamo compile once for each block of the model that is being compiled, if its graph breaks.
+
+    The frames between the breaks, a hook's that all modules share say, need not have an attention call; once Dynamo
+    stops at one of them it compiles nothing that this one calls.
+    """
+    ended_by = getattr(gm, "compile_subgraph_reason", None)
+    if getattr(ended_by, "graph_break", False):
+        models = [owner for owner in callers() if isinstance(owner, nn.Module)]
+        lists = (part for model in models for part in model.modules() if isinstance(part, nn.ModuleList))
+        _make_room(max(map(len, lists), default=0))
+
+
+def _are(refs: Refs, key: tuple[Any, ...]) -> bool:
+    return len(refs) == len(key) and all(ref() is value for ref, value in zip(refs, key, strict=True))
+
+
+def _make_room(blocks: int) -> None:
+    """Give each block as many compilations as Dynamo gives a function, where something else than us tells blocks apart,
+    as a layer's number in a cache does: the limit would decide which of them are sparse.
+    """
+    config: Any = torch._dynamo.config
+    for name in LIMITS:
+        if (limit := getattr(config, name, None)) is None:
+            continue
+        own = _limits.setdefault(name, limit)
+        if limit < (room := _limits.get(LIMITS[0], own) * blocks):
+            setattr(config, name, room)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A module that runs a shared graph.
+
+    Attributes:
+        owner: what tells it; served: what serves its model, ``None`` where that is not known; names: of its calls.
+    """
+
+    owner: Refs
+    served: ServedModel | None
+    names: tuple[str, ...]
+
+    def attend(self, call: int, operands: Operands) -> Tensor | None:
+        return None if self.served is None else self.served.attend(self.names[call], operands)
+
+
+class SharedGraph:
+    """A compiled graph that runs for many modules.
+
+    Args:
+        original: the graph as Dynamo captured it; owner: of it.
+        found, place: what was made of it for the module that it was compiled for.
+        settings: options.
+    """
+
+    def __init__(
+        self, original: fx.GraphModule, owner: Owner, found: FoundGraph, place: Place, settings: Options
+    ) -> None:
+        self._original, self._owner, self._settings = original, owner, settings
+        self._device = found.sites[0].device
+        self._names = [_Name.of(site.name, site.node, place.prefixes) for site in found.sites]
+        self._refusals = [(_Name.of(r.name, r.node, place.prefixes), r.reason) for r in found.refusals]
+        self._run: Callable[..., Any] | None = None
+        self._blocks: dict[tuple[int, ...], _Block] = {}
+        self._said: set[str] = set()
+        self._told: set[tuple[str, ...]] = set()
+
+    def runs(self, compiled: Callable[..., Any]) -> None:
+        """Take the compiled form."""
+        self._run = compiled
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph with the constants of the module that is running."""
+        assert self._run is not None
+        key = self._owner.key(inputs)
+        block = self._blocks.get(tuple(map(id, key)))
+        if block is None or not _are(block.owner, key):
+            block = self.note(inputs, self._owner.place(inputs))
+        with attending(block.attend):
+            out = self._run(*inputs)
+        if block.names not in self._told:
+            self._tell(block)
+        return out
+
+    def note(self, inputs: Sequence[Any], place: Place) -> _Block:
+        """Remember a module that runs the graph.
+
+        Raises:
+            RecipeError: the recipe that the user named belongs to another model or device.
+        """
+        key = self._owner.key(inputs)
+        gone = [ids for ids, block in self._blocks.items() if any(ref() is None for ref in block.owner)]
+        for ids in gone:
+            del self._blocks[ids]
+        root = None if place.root is None else place.root()
+        served = None if root is None else _served_for(root, self._settings, self._device)
+        names = tuple(name.under(place.prefixes) for name in self._names)
+        if served is not None:
+            self._adopt(served, names, inputs, place)
+            for name, reason in self._refusals:
+                served.refuse(name.under(place.prefixes), reason)
+        block = _Block(tuple(map(weakref.ref, key)), served, names)
+        self._blocks[tuple(map(id, key))] = block
+        return block
+
+    def _adopt(self, served: ServedModel, names: Sequence[str], inputs: Sequence[Any], place: Place) -> None:
+        """Look up what a recipe that the user named has of a module's calls."""
+        recipe = served.recipe
+        if self._settings.recipe is None or recipe is None or served.knows(names):
+            return
+        found = FoundGraph.of(copied(self._original), inputs, self._settings.min_length, place.prefixes)
+        named = "the recipe given" if isinstance(self._settings.recipe, Recipe) else f"recipe {self._settings.recipe}"
+        try:
+            known = match(found, recipe)
+        except RecipeError as error:
+            raise RecipeError(f"{named} {error}") from None
+        served.adopt(known.sites, differs=bool(known.differences))
+        if known.differences and self._is_new("; ".join(known.differences)):
+            warnings.warn(
+                f"{named} was made for a model that differs: {'; '.join(known.differences)}. Each call is checked on "
+                "the first inputs that reach it.",
+                AfbsWarning,
+                stacklevel=3,
+            )
+
+    def _tell(self, block: _Block) -> None:
+        """After a block's first call: say why no call of it is sparse, once for each reason."""
+        self._told.add(block.names)
+        reason = NO_MODEL
+        if block.served is not None:
+            rows = [row for row in block.served.rows if row.name in block.names]
+            if any(row.outcome == "sparse" for row in rows):
+                return
+            reason = grouped(row.reason for row in rows)
+        if self._is_new(reason):
+            sentence = f"afbs: no attention call of {_module_of(block.names)} is sparse: {reason}."
+            warnings.warn(sentence, AfbsWarning, stacklevel=3)
+
+    def _is_new(self, sentence: str) -> bool:
+        new = sentence not in self._said
+        self._said.add(sentence)
+        return new
+
+
+@dataclass(frozen=True)
+class _Name:
+    """The name of a call, but for where its module stands: ``.self_attn`` of the frame's variable ``self``."""
+
+    variable: str
+    rest: str
+
+    @classmethod
+    def of(cls, name: str, node: fx.Node, prefixes: Mapping[str, str]) -> _Name:
+        variable = SiteNames(prefixes).variable(node)
+        return cls(variable, name.removeprefix(prefixes.get(variable, "")))
+
+    def under(self, prefixes: Mapping[str, str]) -> str:
+        """The name in a model."""
+        prefix = prefixes.get(self.variable, "")
+        return prefix + self.rest if prefix else self.rest.removeprefix(".")
+
+
+def _module_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _served_for(root: nn.Module, settings: Options, device: torch.device) -> ServedModel:
+    mine = _served.setdefault(root, [])
+    for served in mine:
+        if served.settings == settings:
+            return served
+    mine.append(of_modules(root, settings, device=device, by_graph=True))
+    return mine[-1]
+
+
+def rows_of(module: nn.Module) -> list[tuple[ServedModel, list[SiteRecipe]]]:
+    """What was decided for the calls of a module's blocks, and what serves them.
+
+    Args:
+        module: a model, a part of one, or what holds it.
+    """
+    found = []
+    for root, served in _served.items():
+        path = next((clean_path(name) for name, inner in root.named_modules() if inner is module), None)
+        if path is None and not any(inner is root for inner in module.modules()):
+            continue
+        for one in served:
+            rows = [row for row in one.rows if not path or re.match(rf"{re.escape(path)}([.#]|$)", row.name)]
+            if rows:
+                found.append((one, rows))
+    return found
+
+
+def clear() -> None:
+    """Forget everything; Dynamo's ``reset()`` calls it."""
+    _owners.clear()
+    _served.clear()
+    for name, limit in _limits.items():
+        setattr(torch._dynamo.config, name, limit)
+    _limits.clear()
