@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from afbs_compile import regions
 from afbs_compile.cache import cache_path, read_cached, write_cached
 from afbs_compile.conditions import conditions
 from afbs_compile.errors import AfbsWarning, RecipeError
@@ -28,7 +27,7 @@ from afbs_compile.passes.place import Owner
 from afbs_compile.passes.rewrite import dump, rewrite, rewrite_shared
 from afbs_compile.plan import NO_RECIPE, Plan
 from afbs_compile.recipe import Recipe
-from afbs_compile.regions import SharedGraph, is_shared, make_room_for_blocks
+from afbs_compile.regions import SharedGraph, forget_blocks, is_shared, make_room_for_blocks
 from afbs_compile.report import registry
 from afbs_compile.revalidate import revalidated
 from afbs_compile.samples import bind, forget_samples, materialised, tensors_of
@@ -98,7 +97,7 @@ def _with_constants_to_come(
 def _reset() -> None:
     """Let go of everything that compilations left; ``torch._dynamo.reset()`` calls it."""
     registry.clear()
-    regions.clear()
+    forget_blocks()
     forget_samples()
     forget_compilations()
 

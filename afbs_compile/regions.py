@@ -55,9 +55,10 @@ _limits: dict[str, int] = {}
 def is_shared(found: FoundGraph, owner: Owner, place: Place, inputs: Sequence[Any], settings: Options) -> bool:
     """Whether a graph that is being compiled is to serve every module like its own.
 
-    With samples, or a budget on the output, a graph is calibrated as a whole, for one module.
+    Where that is asked for which a graph of one module has alone (samples, a budget on the output, a calibration for
+    each length), each has its own.
     """
-    if place.root is None or settings.samples is not None or settings.budget is not None:
+    if place.root is None:
         return False
     key = owner.key(inputs)
     earlier = _owners.setdefault((registry.compile_id().split("_")[0], found.graph if not place.repeated else ""), [])
@@ -66,6 +67,8 @@ def is_shared(found: FoundGraph, owner: Owner, place: Place, inputs: Sequence[An
         earlier.append(tuple(map(weakref.ref, key)))
     if place.repeated and len(earlier) > 1:
         _make_room(place.alike)
+    if settings.samples is not None or settings.budget is not None or settings.outside == "recalibrate":
+        return False
     return place.repeated or (owner.has_tensors and len(earlier) > OWN_GRAPHS)
 
 
@@ -262,7 +265,7 @@ def rows_of(module: nn.Module) -> list[tuple[ServedModel, list[SiteRecipe]]]:
     return found
 
 
-def clear() -> None:
+def forget_blocks() -> None:
     """Forget everything; Dynamo's ``reset()`` calls it."""
     _owners.clear()
     _served.clear()

@@ -52,7 +52,7 @@ class Watched:
         self._run, self._original, self._recipe = compiled, original, recipe
         self._settings = settings
         self._id = registry.compile_id()
-        self._weights = found.weights
+        self._weights, self._prefixes = found.weights, found.prefixes
         self._calls = {site.name: call for site, call in plan.calls.items()}
         pairs = enumerate(placeholders(original, example_inputs))
         self._places = [place for place, (_, value) in pairs if isinstance(value, torch.nn.Parameter)]
@@ -71,7 +71,7 @@ class Watched:
 
     def _look(self, inputs: Sequence[Any]) -> None:
         """Check the thresholds on the inputs at hand, if any value changed."""
-        found = FoundGraph.of(copied(self._original), inputs, self._settings.min_length)
+        found = FoundGraph.of(copied(self._original), inputs, self._settings.min_length, self._prefixes)
         if found.weights == self._weights:
             return
         self._weights = found.weights

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import afbs_compile
-from afbs_compile.errors import AfbsWarning, OptionError
+from afbs_compile.errors import AfbsWarning
 from tests.toy import WIDTH, Attention, Toy, drifting, without_a_clock
 
 LENGTH, BLOCKS = 512, 12
@@ -111,15 +111,15 @@ def test_one_compilation_serves_all_blocks_with_their_own_constants(recipe, comp
     x = drifting(LENGTH)
     expected = Model().eval()(x)
     dense = by_blocks(Model().eval(), recipe=with_dense(recipe, *NAMES))
-    with pytest.warns(
-        AfbsWarning, match=r"no attention call of blocks\.0\.attn is sparse: 12? ?x? ?not faster|not faster"
-    ):
+    with pytest.warns(AfbsWarning, match=r"no attention call of blocks\.0\.attn is sparse: 1 x not faster"):
         torch.testing.assert_close(dense(x), expected)
-    assert outcomes(dense) == dict.fromkeys(NAMES, "dense") and len(compilations) == 1
+    assert outcomes(dense) == dict.fromkeys(NAMES, "dense")
+    assert len(compilations) == 1
     torch._dynamo.reset()
     sparse = by_blocks(Model().eval(), recipe=recipe)
     assert 1e-6 < relative_l1(sparse(x), expected) < 0.05
-    assert outcomes(sparse) == dict.fromkeys(NAMES, "sparse") and len(compilations) == 2
+    assert outcomes(sparse) == dict.fromkeys(NAMES, "sparse")
+    assert len(compilations) == 2
     assert "12 calls share one compilation" in str(afbs_compile.explain(sparse))
 
 
@@ -158,7 +158,8 @@ def test_a_first_call_calibrates_each_block_and_makes_one_recipe(compilations, n
         explanation = afbs_compile.explain(model)
     assert [row.site for row in explanation.rows] == NAMES[:3]
     made = explanation.recipe
-    assert len(made.graphs) == 1 and len({site.call.tau for site in made.sites}) > 1
+    assert len(made.graphs) == 1
+    assert len({site.call.tau for site in made.sites}) > 1
     torch._dynamo.reset()
     whole = torch.compile(Model(blocks=3).eval(), backend="afbs", fullgraph=True, options={**OPTIONS, "recipe": made})
     with warnings.catch_warnings():
@@ -242,23 +243,21 @@ def test_weights_written_into_are_noticed(recipe, never_calibrates):
 @torch.no_grad()
 def test_a_third_model_of_a_class_shares_a_compilation(compilations):
     x = drifting(LENGTH)
-    models = [Toy(seed=seed).eval() for seed in range(10)]
+    models = [Toy(seed=seed).eval() for seed in range(4)]
     sparse = [torch.compile(model, backend="afbs", fullgraph=True, options=OPTIONS) for model in models]
     for number, model in enumerate(models):
         assert 0 < relative_l1(sparse[number](x), model(x)) <= 0.055
     assert len(compilations) == 3
     assert all(outcomes(model) == {"layers.0": "sparse", "layers.1": "sparse"} for model in sparse)
-    assert len({explanation.recipe.sites[0].call.tau for explanation in map(afbs_compile.explain, sparse)}) > 5
+    assert len({row.error for model in sparse for row in afbs_compile.explain(model).rows}) == 8
 
 
 @torch.no_grad()
 def test_samples_calibrate_each_block_on_its_own(compilations):
     model, x = Model(blocks=2).eval(), drifting(LENGTH)
     by_blocks(model, samples=[drifting(LENGTH, seed=3)])(x)
-    assert len(compilations) == 2 and outcomes(model) == dict.fromkeys(NAMES[:2], "sparse")
-    torch._dynamo.reset()
-    with pytest.raises((BackendCompilerFailed, OptionError), match="logits|budget"):
-        by_blocks(Model(blocks=2).eval(), tolerance={"kl": 0.1})(x)
+    assert len(compilations) == 2
+    assert outcomes(model) == dict.fromkeys(NAMES[:2], "sparse")
 
 
 @torch.no_grad()
