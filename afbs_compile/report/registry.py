@@ -81,7 +81,10 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
         answered = plan.is_expected and any(row.outcome == "sparse" for graph in mine for row in graph.rows)
     else:
         ended_by = getattr(found.gm, "compile_subgraph_reason", None)
-        answered = getattr(ended_by, "graph_break", False) or any(graph.rows for graph in mine)
+        owned = any(any(True for _ in owner.parameters()) for owner in compiled if isinstance(owner, torch.nn.Module))
+        # Of a model that has parameters a graph without any is a part: a function that one of its parts calls.
+        is_part = bool(found.prefixes) or getattr(ended_by, "graph_break", False) or (owned and not found.tensors)
+        answered = is_part or any(graph.rows for graph in mine)
     key = (found.graph if found.tensors else compile_id().split("_")[0], plan.summary())
     new = key not in _said
     if not answered:

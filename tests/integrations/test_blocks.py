@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import afbs_compile
+from afbs_compile.errors import AfbsWarning
 from tests.toy import without_a_clock
 
 LAYERS, LENGTH = 12, 384
@@ -96,6 +97,38 @@ def test_every_call_under_dispatch_hooks_is_found(without_inductor):
     rows = afbs_compile.explain(model).rows
     assert {row.site: row.outcome for row in rows} == dict.fromkeys(NAMES, "sparse")
     assert len({row.error for row in rows}) > 1, "each call has thresholds of its own"
+
+
+def qwen2_vl():
+    from transformers.models.qwen2_vl import configuration_qwen2_vl, modeling_qwen2_vl
+
+    config = configuration_qwen2_vl.Qwen2VLVisionConfig(
+        depth=LAYERS, embed_dim=64, hidden_size=64, num_heads=4, mlp_ratio=2
+    )
+    return modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel(config), config
+
+
+def glm4v():
+    from transformers.models.glm4v import configuration_glm4v, modeling_glm4v
+
+    config = configuration_glm4v.Glm4vVisionConfig(
+        depth=LAYERS, hidden_size=64, num_heads=4, intermediate_size=96, out_hidden_size=64, image_size=448
+    )
+    return modeling_glm4v.Glm4vVisionModel(config), config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", [qwen2_vl, glm4v])
+def test_every_call_of_a_tower_that_breaks_in_every_block_is_found(tower, without_inductor):
+    pytest.importorskip("transformers")
+    model, config = tower()
+    pixels = torch.randn(1024, 3 * config.temporal_patch_size * config.patch_size**2)
+    compiled = torch.compile(model.eval(), backend="afbs", options={"min_length": 128, "first_call": "dense"})
+    with pytest.warns(AfbsWarning, match=r"no attention call of blocks\.0\.attn is sparse: 1 x not calibrated") as told:
+        compiled(pixels, grid_thw=torch.tensor([[1, 32, 32]]))
+    assert len([one for one in told if issubclass(one.category, AfbsWarning)]) == 1
+    assert [row.site for row in afbs_compile.explain(compiled).rows] == [f"blocks.{i}.attn" for i in range(LAYERS)]
+    assert shared(without_inductor) == 1
 
 
 @torch.no_grad()
