@@ -8,6 +8,7 @@ comes with; what was calibrated for that block is looked up then, as for models 
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 import weakref
@@ -27,7 +28,7 @@ from afbs_compile.match import match
 from afbs_compile.options import Options
 from afbs_compile.passes.build import copied
 from afbs_compile.passes.names import SiteNames, clean_path
-from afbs_compile.passes.place import Owner, Place, callers
+from afbs_compile.passes.place import Owner, Place, callers, running
 from afbs_compile.reasons import grouped
 from afbs_compile.recipe import Recipe, SiteRecipe
 from afbs_compile.report import registry
@@ -41,15 +42,19 @@ LIMITS = ("recompile_limit", "accumulated_recompile_limit")
 NO_MODEL = "not calibrated: the model that it is part of is not running"
 
 Refs = tuple["weakref.ref[Any]", ...]
+_Maker = tuple["weakref.ref[nn.Module]", str]
 
 _served: weakref.WeakKeyDictionary[nn.Module, list[ServedModel]] = weakref.WeakKeyDictionary()
-"""What serves the blocks of each model, for each way in which it was compiled."""
+"""What serves the blocks of each model, for each way in which it was compiled; a model keeps it, and nothing else."""
+
+_makers: weakref.WeakKeyDictionary[ServedModel, dict[str, _Maker]] = weakref.WeakKeyDictionary()
+"""Which module makes the call of each name, and where in its code."""
 
 _owners: dict[tuple[str, str], list[Refs]] = {}
 """The modules that each graph was compiled for, by Dynamo's id of the frame and digest of the graph."""
 
-_limits: dict[str, int] = {}
-"""Dynamo's own limits, where they were raised."""
+_limits: dict[str, tuple[int, int]] = {}
+"""Dynamo's own limits where they were raised, and what they were raised to."""
 
 
 def is_shared(found: FoundGraph, owner: Owner, place: Place, inputs: Sequence[Any], settings: Options) -> bool:
@@ -97,8 +102,11 @@ def _make_room(blocks: int) -> None:
     for name in LIMITS:
         if (limit := getattr(config, name, None)) is None:
             continue
-        own = _limits.setdefault(name, limit)
-        if limit < (room := _limits.get(LIMITS[0], own) * blocks):
+        own, raised = _limits.get(name, (limit, limit))
+        own = own if limit == raised else limit  # someone else has set it since
+        room = _limits.get(LIMITS[0], (own, own))[0] * blocks
+        if limit < room:
+            _limits[name] = (own, room)
             setattr(config, name, room)
 
 
@@ -111,11 +119,12 @@ class _Block:
     """
 
     owner: Refs
-    served: ServedModel | None
+    served: weakref.ref[ServedModel] | None
     names: tuple[str, ...]
 
     def attend(self, call: int, operands: Operands) -> Tensor | None:
-        return None if self.served is None else self.served.attend(self.names[call], operands)
+        served = None if self.served is None else self.served()
+        return None if served is None else served.attend(self.names[call], operands)
 
 
 class SharedGraph:
@@ -133,6 +142,7 @@ class SharedGraph:
         self._original, self._owner, self._settings = original, owner, settings
         self._device = found.sites[0].device
         self._names = [_Name.of(site.name, site.node, place.prefixes) for site in found.sites]
+        self._code = [str(site.node.meta.get("stack_trace")) for site in found.sites]
         self._refusals = [(_Name.of(r.name, r.node, place.prefixes), r.reason) for r in found.refusals]
         self._run: Callable[..., Any] | None = None
         self._blocks: dict[tuple[int, ...], _Block] = {}
@@ -168,19 +178,26 @@ class SharedGraph:
             del self._blocks[ids]
         root = None if place.root is None else place.root()
         served = None if root is None else _served_for(root, self._settings, self._device)
-        names = tuple(name.under(place.prefixes) for name in self._names)
+        names = [name.under(place.prefixes) for name in self._names]
+        own = names
         if served is not None:
-            self._adopt(served, names, inputs, place)
+            own = [_own_name(served, name, code) for name, code in zip(names, self._code, strict=True)]
+            self._adopt(served, dict(zip(names, own, strict=True)), inputs, place)
             for name, reason in self._refusals:
                 served.refuse(name.under(place.prefixes), reason)
-        block = _Block(tuple(map(weakref.ref, key)), served, names)
+        kept = None if served is None else weakref.ref(served)
+        block = _Block(tuple(map(weakref.ref, key)), kept, tuple(own))
         self._blocks[tuple(map(id, key))] = block
         return block
 
-    def _adopt(self, served: ServedModel, names: Sequence[str], inputs: Sequence[Any], place: Place) -> None:
-        """Look up what a recipe that the user named has of a module's calls."""
+    def _adopt(self, served: ServedModel, names: Mapping[str, str], inputs: Sequence[Any], place: Place) -> None:
+        """Look up what a recipe that the user named has of a module's calls.
+
+        Args:
+            names: what each is called in the model, by its name in the graph.
+        """
         recipe = served.recipe
-        if self._settings.recipe is None or recipe is None or served.knows(names):
+        if self._settings.recipe is None or recipe is None or served.knows(names.values()):
             return
         found = FoundGraph.of(copied(self._original), inputs, self._settings.min_length, place.prefixes)
         named = "the recipe given" if isinstance(self._settings.recipe, Recipe) else f"recipe {self._settings.recipe}"
@@ -188,7 +205,16 @@ class SharedGraph:
             known = match(found, recipe)
         except RecipeError as error:
             raise RecipeError(f"{named} {error}") from None
-        served.adopt(known.sites, differs=bool(known.differences))
+        is_same = (known.graph.graph, known.graph.weights) == (found.graph, found.weights)
+        there = {site.name: site for site in recipe.sites}
+        recorded = {}
+        for name, site in known.sites.items():
+            own = names[name]
+            if is_same or own == name:
+                recorded[own] = site
+            elif own in there:  # one name of several calls in several graphs: this row is the first one's
+                recorded[own] = there[own]
+        served.adopt(recorded, differs=bool(known.differences))
         if known.differences and self._is_new("; ".join(known.differences)):
             warnings.warn(
                 f"{named} was made for a model that differs: {'; '.join(known.differences)}. Each call is checked on "
@@ -201,8 +227,9 @@ class SharedGraph:
         """After a block's first call: say why no call of it is sparse, once for each reason."""
         self._told.add(block.names)
         reason = NO_MODEL
-        if block.served is not None:
-            rows = [row for row in block.served.rows if row.name in block.names]
+        served = None if block.served is None else block.served()
+        if served is not None:
+            rows = [row for row in served.rows if row.name in block.names]
             if any(row.outcome == "sparse" for row in rows):
                 return
             reason = grouped(row.reason for row in rows)
@@ -232,6 +259,22 @@ class _Name:
         """The name in a model."""
         prefix = prefixes.get(self.variable, "")
         return prefix + self.rest if prefix else self.rest.removeprefix(".")
+
+
+def _own_name(served: ServedModel, name: str, code: str) -> str:
+    """A name that no other call of the model has: a module may make one call in each of several graphs.
+
+    Args:
+        name: of the call in its graph; code: the lines that make it.
+    """
+    module, makers = running(), _makers.setdefault(served, {})
+    assert module is not None, "what serves a model was found by the modules that are running"
+    others = ((own, ref(), there) for own, (ref, there) in makers.items())
+    taken = {own for own, maker, there in others if maker is not None and (maker is not module or there != code)}
+    numbered = (f"{name}#{number}" for number in itertools.count(2))
+    own = next(own for own in itertools.chain([name], numbered) if own not in taken)
+    makers[own] = (weakref.ref(module), code)
+    return own
 
 
 def _module_of(names: Sequence[str]) -> str:
@@ -269,6 +312,7 @@ def forget_blocks() -> None:
     """Forget everything; Dynamo's ``reset()`` calls it."""
     _owners.clear()
     _served.clear()
-    for name, limit in _limits.items():
-        setattr(torch._dynamo.config, name, limit)
+    for name, (limit, raised) in _limits.items():
+        if getattr(torch._dynamo.config, name) == raised:  # nobody else has set it since
+            setattr(torch._dynamo.config, name, limit)
     _limits.clear()

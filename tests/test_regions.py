@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import afbs_compile
 from afbs_compile.errors import AfbsWarning
-from tests.toy import WIDTH, Attention, Toy, drifting, without_a_clock
+from tests.toy import HEAD_DIM, HEADS, WIDTH, Attention, Toy, drifting, without_a_clock
 
 LENGTH, BLOCKS = 512, 12
 OPTIONS = {"min_length": 128}
@@ -278,3 +281,100 @@ def test_the_limit_grows_with_the_blocks_and_comes_back():
     assert torch._dynamo.config.recompile_limit == before * BLOCKS
     torch._dynamo.reset()
     assert torch._dynamo.config.recompile_limit == before
+
+
+def of_heads(attention, x, sharper=1.0):
+    q, k, v = (t.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for t in attention.qkv(x).chunk(3, -1))
+    return q * attention.sharpness * sharper, k, v
+
+
+class SharesABuffer(nn.Module):
+    """A block whose attention stands between two breaks, beside a buffer that all blocks have."""
+
+    def __init__(self, common: nn.Module, sharper: float) -> None:
+        super().__init__()
+        self.inner, self.common, self.sharper = Attention(), common, sharper
+
+    def forward(self, x):
+        q, k, v = of_heads(self.inner, x, self.sharper)
+        torch._dynamo.graph_break()
+        out = F.scaled_dot_product_attention(q * self.common.one, k, v, is_causal=True)
+        torch._dynamo.graph_break()
+        return x + 0.1 * self.inner.out(out.transpose(1, 2).flatten(2))
+
+
+class Twice(nn.Module):
+    """A block that makes two calls itself, by the same line of code, a break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    def once(self, x, sharper):
+        out = F.scaled_dot_product_attention(*of_heads(self.inner, x, sharper), is_causal=True)
+        return x + 0.1 * out.transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        x = self.once(x, 4.0)
+        torch._dynamo.graph_break()
+        return self.once(x, 1.0)
+
+
+def with_blocks(*blocks):
+    model = Model(blocks=0).eval()
+    model.blocks.extend(blocks)
+    return model
+
+
+@torch.no_grad()
+def test_blocks_that_share_a_buffer_have_constants_of_their_own(compilations):
+    torch.manual_seed(0)
+    common = nn.Module()
+    common.register_buffer("one", torch.ones(1))
+    model = with_blocks(*(SharesABuffer(common, sharper) for sharper in (4.0, 1.0, 4.0)))
+    compiled = torch.compile(model, backend="afbs", options=OPTIONS)
+    compiled(drifting(LENGTH))
+    errors = {row.site: row.error for row in afbs_compile.explain(compiled).rows}
+    assert list(errors) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert errors["blocks.1"] > 10 * max(errors["blocks.0"], errors["blocks.2"]), "calibrated on its own inputs"
+    assert sum("shared_attention" in gm.code for gm in compilations) == 1
+
+
+@torch.no_grad()
+def test_calls_of_one_module_in_several_graphs_have_constants_of_their_own(compilations):
+    torch.manual_seed(0)
+    model, x = with_blocks(Twice(), Twice()), drifting(LENGTH)
+    compiled = torch.compile(model, backend="afbs", options=OPTIONS)
+    first = compiled(x)
+    explanation = afbs_compile.explain(compiled)
+    errors = {row.site: row.error for row in explanation.rows}
+    assert list(errors) == ["blocks.0", "blocks.0#2", "blocks.1", "blocks.1#2"]
+    assert all(errors[f"blocks.{i}#2"] > 10 * errors[f"blocks.{i}"] for i in range(2))
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AfbsWarning)
+        again = torch.compile(model, backend="afbs", options={**OPTIONS, "recipe": explanation.recipe})
+        torch.testing.assert_close(again(x), first)
+    assert outcomes(again) == dict.fromkeys(errors, "sparse")
+
+
+@torch.no_grad()
+def test_a_model_is_let_go_of():
+    model = by_blocks(Model(blocks=2).eval(), first_call="dense")
+    with pytest.warns(AfbsWarning, match="there is no recipe, and first_call is 'dense'"):
+        model(drifting(LENGTH))
+    weight = weakref.ref(model.blocks[0].attn.qkv.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+@torch.no_grad()
+def test_a_limit_that_was_set_in_between_stays(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
+    model = torch.compile(Model(broken=True, blocks=3).eval(), backend="afbs", options={"first_call": "dense"})
+    model(drifting(64))
+    assert torch._dynamo.config.recompile_limit == 12
+    torch._dynamo.config.recompile_limit = 10
+    torch._dynamo.reset()
+    assert torch._dynamo.config.recompile_limit == 10

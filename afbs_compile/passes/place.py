@@ -56,28 +56,22 @@ class Owner:
 
     @property
     def has_tensors(self) -> bool:
-        """Whether the module's tensors tell its calls from another's."""
+        """Whether the graph takes parameters or buffers."""
         return bool(self._held)
 
-    def tensors(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """The parameters and buffers that a call brings."""
-        return [inputs[index] for index, _, _ in self._held]
-
     def key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """What tells one module's call from another's: its tensors or, in a graph that has none, the module."""
-        if self._held:
-            return tuple(self.tensors(inputs))
-        return tuple(_running(1))
+        """What tells one module's call from another's: its tensors, which modules may share, and the module."""
+        return (*(inputs[index] for index, _, _ in self._held), *_running(1))
 
     def place(self, inputs: Sequence[Any]) -> Place:
         """The place of the call that is running."""
-        modules = list(_running())[::-1]
+        modules = list(_running())
         if not modules:
             return Place(None, {}, 0)
-        if not self._held:
-            return _place(modules, {}, modules[-1])
-        by_variable = {variable: (inputs[index], path) for index, variable, path in reversed(self._held)}
-        return _place(modules, by_variable, None)
+        held: dict[str, list[tuple[str, Tensor]]] = {}
+        for index, variable, path in self._held:
+            held.setdefault(variable, []).append((path, inputs[index]))
+        return _place(modules, held or {"": []})
 
 
 def _source_of(node: fx.Node) -> str:
@@ -93,7 +87,8 @@ def _running(count: int | None = None) -> Iterator[nn.Module]:
     seen: set[int] = set()
     frame: FrameType | None = sys._getframe()
     while frame is not None and (count is None or len(seen) < count):
-        module = frame.f_locals.get("self")
+        # Before Python 3.13 a frame keeps what it was asked for: others must not hold their variables for us.
+        module = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
         module = getattr(module, "_orig_mod", module) if isinstance(module, eval_frame.OptimizedModule) else module
         if isinstance(module, nn.Module) and not isinstance(module, fx.GraphModule) and id(module) not in seen:
             seen.add(id(module))
@@ -117,52 +112,71 @@ def owner_of(function: Any) -> Any:
     return getattr(function, "__self__", function)
 
 
-def _place(modules: Sequence[nn.Module], held: Mapping[str, tuple[Tensor, str]], of: nn.Module | None) -> Place:
+def running() -> nn.Module | None:
+    """The innermost module whose method is running."""
+    return next(_running(1), None)
+
+
+Held = Mapping[str, Sequence[tuple[str, Tensor]]]
+"""Tensors that a graph takes of the module in each variable, and their paths from there."""
+
+
+def _place(modules: Sequence[nn.Module], held: Held) -> Place:
     """The place in the model that was compiled as a whole or, for a block compiled alone, in the outermost one.
 
     A part that is compiled alone and is no block of several keeps the names that it has as a model of its own.
 
     Args:
-        modules: that are running, the outermost first.
-        held: a tensor of each variable and its path from there; of: the module that makes the calls, without tensors.
+        modules: that are running, the innermost first; held: by the graph.
     """
     itself = None
     compiled = [owner for owner in reversed(callers()) if isinstance(owner, nn.Module)]
-    for outer, whole in [(module, True) for module in compiled] + [(module, False) for module in modules]:
-        prefixes = _prefixes(outer, held) if of is None else _path(outer, of)
+    for outer, whole in [(module, True) for module in compiled] + [(module, False) for module in modules[::-1]]:
+        prefixes = _prefixes(outer, modules, held)
         if prefixes is None:
             continue
         paths = {variable: path for variable, raw in prefixes.items() if (path := clean_path(raw))}
-        alike = min(_alike(outer, path) for path in prefixes.values())
+        alike = max(_alike(outer, path) for path in prefixes.values())
         if paths and (whole or alike > 1):
             return Place(weakref.ref(outer), paths, alike)
         itself = itself or (None if paths else weakref.ref(outer))
     return Place(itself, {}, 0)
 
 
-def _path(outer: nn.Module, module: nn.Module) -> dict[str, str] | None:
-    return next(({"": name} for name, inner in outer.named_modules() if inner is module), None)
+def _prefixes(outer: nn.Module, modules: Sequence[nn.Module], held: Held) -> dict[str, str] | None:
+    """The path of each variable's module, wrappers included; ``None`` where one of them is not part of ``outer``.
 
-
-def _prefixes(outer: nn.Module, held: Mapping[str, tuple[Tensor, str]]) -> dict[str, str] | None:
-    """The path of each variable's module, wrappers included; ``None`` where one of them is not part of ``outer``."""
-    wanted = {id(tensor) for tensor, _ in held.values()}
+    Tensors tell it, and where several modules share them, or there are none, the innermost module that is running.
+    """
+    wanted = {id(tensor) for tensors in held.values() for _, tensor in tensors}
     names: dict[int, list[str]] = {}
+    paths: dict[int, str] = {}
     for name, module in outer.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), name)
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
             if id(tensor) in wanted:
                 names.setdefault(id(tensor), []).append(f"{name}.{own}" if name else own)
+    active = [paths[id(module)] for module in modules if id(module) in paths]
+    innermost = paths.get(id(modules[0]))
     found = {}
-    for variable, (tensor, path) in held.items():
-        steps = path.count(".") + 1
-        ends = [name for name in names.get(id(tensor), ()) if f".{clean_path(name)}".endswith(f".{path}")]
-        if not ends:
+    for variable, tensors in held.items():
+        begun = (_beginnings(names.get(id(tensor), ()), path) for path, tensor in tensors)
+        known = [prefixes for prefixes in begun if prefixes]  # a plain attribute has no place
+        possible = [one for one in known[0] if all(one in other for other in known)] if known else [innermost]
+        prefix = next((path for path in active if path in possible), possible[0] if possible else None)
+        if prefix is None:
             return None
-        found[variable] = _without_last(ends[0], path, steps)
+        found[variable] = prefix
     return found
 
 
-def _without_last(name: str, path: str, steps: int) -> str:
+def _beginnings(names: Sequence[str], path: str) -> list[str]:
+    """What names begin with that end in a path."""
+    steps = path.count(".") + 1
+    return [_without_last(name, steps) for name in names if f".{clean_path(name)}".endswith(f".{path}")]
+
+
+def _without_last(name: str, steps: int) -> str:
     """What a name begins with, wrappers' steps among the last ones not counted."""
     parts = name.split(".")
     while steps:

@@ -172,8 +172,9 @@ def _shared_note(blocks: Sequence[tuple[ServedModel, Sequence[SiteRecipe]]], gra
     calls = sum(len(rows) for _, rows in blocks)
     if not calls:
         return []
-    what = "one compilation" if graphs == 1 else f"{graphs} compilations"
-    return [f"{calls} calls share {what}: their constants are looked up when they run"]
+    if graphs == 1:
+        return [f"{calls} calls share one compilation: their constants are looked up when they run"]
+    return [f"{calls} calls run in {graphs} compilations without constants: these are looked up when they run"]
 
 
 def _original(compiled: Any) -> Any:

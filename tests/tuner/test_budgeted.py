@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch import nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 from afbs_compile import Recipe, calibrate, explain
 from afbs_compile.errors import OptionError
