@@ -62,7 +62,6 @@ def afbs(
     found = FoundGraph.of(gm, example_inputs, settings.min_length, place.prefixes)
     if found.sites and is_shared(found, owner, place, example_inputs, settings):
         shared = SharedGraph(original, owner, found, place, settings)
-        shared.note(example_inputs, place)
         shared.runs(_with_constants_to_come(found, example_inputs, settings, mode))
         return shared
     if found.sites:

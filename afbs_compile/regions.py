@@ -27,7 +27,7 @@ from afbs_compile.kernels.shared_op import attending
 from afbs_compile.match import match
 from afbs_compile.options import Options
 from afbs_compile.passes.build import copied
-from afbs_compile.passes.names import SiteNames, clean_path
+from afbs_compile.passes.names import SiteNames, called_from, clean_path
 from afbs_compile.passes.place import Owner, Place, callers, running
 from afbs_compile.reasons import grouped
 from afbs_compile.recipe import Recipe, SiteRecipe
@@ -154,25 +154,28 @@ class SharedGraph:
         self._run = compiled
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the graph with the constants of the module that is running."""
+        """Run the graph with the constants of the module that is running.
+
+        Which one that is cannot be asked earlier: while Dynamo compiles a method, its module is not on the stack yet.
+        """
         assert self._run is not None
         key = self._owner.key(inputs)
         block = self._blocks.get(tuple(map(id, key)))
         if block is None or not _are(block.owner, key):
-            block = self.note(inputs, self._owner.place(inputs))
+            block = self._note(key, inputs)
         with attending(block.attend):
             out = self._run(*inputs)
         if block.names not in self._told:
             self._tell(block)
         return out
 
-    def note(self, inputs: Sequence[Any], place: Place) -> _Block:
+    def _note(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> _Block:
         """Remember a module that runs the graph.
 
         Raises:
-            RecipeError: the recipe that the user named belongs to another model or device.
+            RecipeError: the recipe that the user named is damaged, or belongs to another model or device.
         """
-        key = self._owner.key(inputs)
+        place = self._owner.place(inputs)
         gone = [ids for ids, block in self._blocks.items() if any(ref() is None for ref in block.owner)]
         for ids in gone:
             del self._blocks[ids]
@@ -245,20 +248,20 @@ class SharedGraph:
 
 @dataclass(frozen=True)
 class _Name:
-    """The name of a call, but for where its module stands: ``.self_attn`` of the frame's variable ``self``."""
+    """The name of a call, but for where its module stands: ``self_attn`` of the frame's variable ``self``."""
 
     variable: str
-    rest: str
+    path: str
+    number: str
 
     @classmethod
     def of(cls, name: str, node: fx.Node, prefixes: Mapping[str, str]) -> _Name:
-        variable = SiteNames(prefixes).variable(node)
-        return cls(variable, name.removeprefix(prefixes.get(variable, "")))
+        variable, path = called_from(node)
+        return cls(variable, path, name.removeprefix(SiteNames(prefixes).path(variable, path)))
 
     def under(self, prefixes: Mapping[str, str]) -> str:
         """The name in a model."""
-        prefix = prefixes.get(self.variable, "")
-        return prefix + self.rest if prefix else self.rest.removeprefix(".")
+        return SiteNames(prefixes).path(self.variable, self.path) + self.number
 
 
 def _own_name(served: ServedModel, name: str, code: str) -> str:

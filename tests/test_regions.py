@@ -15,10 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 import afbs_compile
-from afbs_compile.errors import AfbsWarning
+from afbs_compile.errors import AfbsWarning, RecipeError
 from tests.toy import HEAD_DIM, HEADS, WIDTH, Attention, Toy, drifting, without_a_clock
 
 LENGTH, BLOCKS = 512, 12
@@ -268,7 +267,7 @@ def test_a_foreign_recipe_is_refused(recipe):
     foreign = Model().eval()
     for parameter in foreign.parameters():
         parameter.normal_()
-    with pytest.raises(BackendCompilerFailed, match="the recipe given belongs to another model: same architecture"):
+    with pytest.raises(RecipeError, match="the recipe given belongs to another model: same architecture"):
         by_blocks(foreign, recipe=recipe)(drifting(LENGTH))
 
 
@@ -370,11 +369,60 @@ def test_a_model_is_let_go_of():
 
 
 @torch.no_grad()
-def test_a_limit_that_was_set_in_between_stays(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
-    model = torch.compile(Model(broken=True, blocks=3).eval(), backend="afbs", options={"first_call": "dense"})
-    model(drifting(64))
-    assert torch._dynamo.config.recompile_limit == 12
-    torch._dynamo.config.recompile_limit = 10
+def test_a_limit_that_was_set_in_between_stays():
+    with torch._dynamo.config.patch(recompile_limit=4):
+        model = torch.compile(Model(broken=True, blocks=3).eval(), backend="afbs", options={"first_call": "dense"})
+        model(drifting(64))
+        assert torch._dynamo.config.recompile_limit == 12
+        torch._dynamo.config.recompile_limit = 10
+        torch._dynamo.reset()
+        assert torch._dynamo.config.recompile_limit == 10
+
+
+class Methodical(nn.Module):
+    """A block whose attention is a method of a part, without parameters, which is not called as a module."""
+
+    def __init__(self, sharper: float) -> None:
+        super().__init__()
+        self.inner, self.part, self.sharper = Attention(), Part(), sharper
+
+    def forward(self, x):
+        q, k, v = of_heads(self.inner, x, self.sharper)
+        torch._dynamo.graph_break()
+        return x + 0.1 * self.inner.out(self.part.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Part(nn.Module):
+    def attend(self, q, k, v):
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@torch.no_grad()
+def test_a_graph_without_tensors_of_a_method(compilations):
+    torch.manual_seed(0)
+    model, x = with_blocks(*(Methodical(sharper) for sharper in (4.0, 1.0, 4.0))), drifting(LENGTH)
+    compiled = torch.compile(model, backend="afbs", options=OPTIONS)
+    first = compiled(x)
+    explanation = afbs_compile.explain(compiled)
+    assert [row.site for row in explanation.rows] == ["blocks.0.part", "blocks.1.part", "blocks.2.part"]
+    errors = [row.error for row in explanation.rows]
+    assert errors[1] > 10 * max(errors[0], errors[2]), "calibrated on its own inputs"
     torch._dynamo.reset()
-    assert torch._dynamo.config.recompile_limit == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AfbsWarning)
+        again = torch.compile(model, backend="afbs", options={**OPTIONS, "recipe": explanation.recipe})
+        torch.testing.assert_close(again(x), first)
+
+
+@torch.no_grad()
+def test_blocks_that_no_module_calls_share_a_compilation(recipe, compilations, never_calibrates):
+    model, x = by_blocks(Model().eval(), recipe=recipe), drifting(LENGTH)
+    whole = torch.compile(Model().eval(), backend="afbs", fullgraph=True, options={**OPTIONS, "recipe": recipe})
+    expected = whole(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AfbsWarning)  # calls have other names here, and are checked once
+        for block in model.blocks:
+            x = block(x)
+    assert len(compilations) == 1 + 3
+    torch.testing.assert_close(x, expected)

@@ -46,25 +46,28 @@ class SiteNames:
 
     def name(self, node: fx.Node) -> str:
         """Path of the module that makes the call; a second call of the same module ends in ``#2``."""
-        path = self._path(node)
+        path = self.path(*called_from(node))
         self._seen[path] += 1
         return path if self._seen[path] == 1 else f"{path}#{self._seen[path]}"
 
-    def _path(self, node: fx.Node) -> str:
-        """Path of the innermost module on a node's module stack, e.g. ``model.layers.0.self_attn``."""
-        stack = node.meta.get("nn_module_stack") or {}
-        source = next(reversed(stack.values()))[0] if stack else ""
-        prefix = self._prefixes.get(self.variable(node), "")
-        return ".".join(part for part in (prefix, clean_path(source)) if part) or UNNAMED
+    def path(self, variable: str, rest: str) -> str:
+        """Path of a module in the model, e.g. ``model.layers.0.self_attn``.
 
-    def variable(self, node: fx.Node) -> str:
-        """The frame's variable that holds the module a call's name begins with, as in the prefixes."""
-        stack = node.meta.get("nn_module_stack") or {}
-        variable = variable_of(next(reversed(stack.values()))[0]) if stack else ""
-        if variable in self._prefixes:
-            return variable
-        # Without a stack the module that the graph is of makes the call itself.
-        return next(iter(self._prefixes)) if not stack and len(self._prefixes) == 1 else ""
+        Args:
+            variable, rest: as of :func:`called_from`.
+        """
+        if not variable and len(self._prefixes) == 1:  # the module that the graph is of makes the call itself
+            (prefix,) = self._prefixes.values()
+        else:
+            prefix = self._prefixes.get(variable, self._prefixes.get("", ""))
+        return ".".join(part for part in (prefix, rest) if part) or UNNAMED
+
+
+def called_from(node: fx.Node) -> tuple[str, str]:
+    """The innermost module on a node's module stack: the frame's variable that it is found from, and its path there."""
+    stack = node.meta.get("nn_module_stack") or {}
+    source = next(reversed(stack.values()))[0] if stack else ""
+    return variable_of(source), clean_path(source)
 
 
 def variable_of(source: str) -> str:
