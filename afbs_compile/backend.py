@@ -61,9 +61,8 @@ def afbs(
     place = owner.place(example_inputs)
     found = FoundGraph.of(gm, example_inputs, settings.min_length, place.prefixes)
     if found.sites and is_shared(found, owner, place, example_inputs, settings):
-        shared = SharedGraph(original, owner, found, place, settings)
-        shared.runs(_with_constants_to_come(found, example_inputs, settings, mode))
-        return shared
+        compiled = _with_constants_to_come(found, example_inputs, settings, mode)
+        return SharedGraph(compiled, original, owner, found, settings)
     if found.sites:
         recipe, plan = _planned(found, example_inputs, settings)
         guard_parameters(gm, example_inputs)

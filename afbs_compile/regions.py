@@ -72,9 +72,11 @@ def is_shared(found: FoundGraph, owner: Owner, place: Place, inputs: Sequence[An
         earlier.append(tuple(map(weakref.ref, key)))
     if place.repeated and len(earlier) > 1:
         _make_room(place.alike)
+    if not owner.has_parameters:  # nothing can be guarded to keep other modules from running it
+        return place.repeated
     if settings.samples is not None or settings.budget is not None or settings.outside == "recalibrate":
         return False
-    return place.repeated or (owner.has_tensors and len(earlier) > OWN_GRAPHS)
+    return place.repeated or len(earlier) > OWN_GRAPHS
 
 
 def make_room_for_blocks(gm: fx.GraphModule) -> None:
@@ -131,34 +133,33 @@ class SharedGraph:
     """A compiled graph that runs for many modules.
 
     Args:
-        original: the graph as Dynamo captured it; owner: of it.
-        found, place: what was made of it for the module that it was compiled for.
+        compiled: what runs; original: the graph as Dynamo captured it; owner: of it.
+        found: what was made of it for the module that it was compiled for.
         settings: options.
     """
 
     def __init__(
-        self, original: fx.GraphModule, owner: Owner, found: FoundGraph, place: Place, settings: Options
+        self,
+        compiled: Callable[..., Any],
+        original: fx.GraphModule,
+        owner: Owner,
+        found: FoundGraph,
+        settings: Options,
     ) -> None:
-        self._original, self._owner, self._settings = original, owner, settings
+        self._run, self._original, self._owner, self._settings = compiled, original, owner, settings
         self._device = found.sites[0].device
-        self._names = [_Name.of(site.name, site.node, place.prefixes) for site in found.sites]
+        self._names = [_Name.of(site.name, site.node, found.prefixes) for site in found.sites]
         self._code = [str(site.node.meta.get("stack_trace")) for site in found.sites]
-        self._refusals = [(_Name.of(r.name, r.node, place.prefixes), r.reason) for r in found.refusals]
-        self._run: Callable[..., Any] | None = None
+        self._refusals = [(_Name.of(r.name, r.node, found.prefixes), r.reason) for r in found.refusals]
         self._blocks: dict[tuple[int, ...], _Block] = {}
         self._said: set[str] = set()
         self._told: set[tuple[str, ...]] = set()
-
-    def runs(self, compiled: Callable[..., Any]) -> None:
-        """Take the compiled form."""
-        self._run = compiled
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph with the constants of the module that is running.
 
         Which one that is cannot be asked earlier: while Dynamo compiles a method, its module is not on the stack yet.
         """
-        assert self._run is not None
         key = self._owner.key(inputs)
         block = self._blocks.get(tuple(map(id, key)))
         if block is None or not _are(block.owner, key):

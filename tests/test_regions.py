@@ -211,9 +211,9 @@ def test_a_second_process_calibrates_nothing(recipe, tmp_path):
 @torch.no_grad()
 def test_other_lengths_and_dtypes_of_a_block(recipe, compilations, never_calibrates):
     model, plain = by_blocks(Model().eval(), recipe=recipe), Model().eval()
-    for length in (LENGTH, 448, 576, 64):
+    for length in (LENGTH, 448, 576):
         x = drifting(length)
-        assert relative_l1(model(x), plain(x)) < 0.05
+        assert 1e-6 < relative_l1(model(x), plain(x)) < 0.05, "compiled again, and as sparse"
     torch.testing.assert_close(model(drifting(64)), plain(drifting(64)))
     x = drifting(LENGTH).bfloat16()
     model.bfloat16(), plain.bfloat16()

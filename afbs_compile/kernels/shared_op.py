@@ -29,7 +29,7 @@ Attend = Callable[[int, Operands], Tensor | None]
 _attend: ContextVar[Attend | None] = ContextVar("afbs_attend", default=None)
 
 # What it computes depends on more than its operands: no recording of its kernels holds for another block.
-TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 @contextmanager

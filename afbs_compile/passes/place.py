@@ -45,19 +45,18 @@ class Owner:
 
     Args:
         gm, example_inputs: the graph, as Dynamo captured it, and values of its placeholders.
+
+    Attributes:
+        has_parameters: whether the graph takes any, so that it can be guarded to run for one module alone.
     """
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self._held: list[tuple[int, str, str]] = []  # input, variable, path from there
+        self.has_parameters = any(isinstance(value, nn.Parameter) for value in example_inputs)
         for index, (node, value) in enumerate(placeholders(gm, example_inputs)):
             source = _source_of(node)
             if source and belongs_to_module(node, value):
                 self._held.append((index, variable_of(source), clean_path(source)))
-
-    @property
-    def has_tensors(self) -> bool:
-        """Whether the graph takes parameters or buffers."""
-        return bool(self._held)
 
     def key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """What tells one module's call from another's: its tensors, which modules may share, and the module."""
