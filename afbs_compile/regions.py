@@ -3,7 +3,8 @@
 A graph of one module has its constants written into it, and guards on its parameters: twelve blocks would be twelve
 compilations, and Dynamo stops at eight. Where a model has several modules like the one that a graph is of, the graph
 holds ``afbs::shared_attention`` instead and has no such guards. Which block runs it is known from the tensors that it
-comes with; what was calibrated for that block is looked up then, as for models that are served without a graph.
+comes with and the module that is running; what was calibrated for that block is looked up then, as for models that are
+served without a graph.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
     tensors, compiled = [tensor for _, tensor in found.tensors], callers()
     mine = [graph for graph in _graphs if graph.belongs_to({id(owner) for owner in (*tensors, *compiled)})]
     if plan.rows:
-        answered = plan.is_expected and any(row.outcome == "sparse" for graph in mine for row in graph.rows)
+        rewritten_too = any(graph.shared or any(row.outcome == "sparse" for row in graph.rows) for graph in mine)
+        answered = plan.is_expected and rewritten_too
     else:
         ended_by = getattr(found.gm, "compile_subgraph_reason", None)
         owned = any(any(True for _ in owner.parameters()) for owner in compiled if isinstance(owner, torch.nn.Module))
