@@ -20,19 +20,22 @@ from afbs_compile.generation import take_part_in_generation
 from afbs_compile.guards import guard_parameters
 from afbs_compile.kernels.compilations import forget_compilations, note_compilation
 from afbs_compile.options import Options
+from afbs_compile.passes.build import copied
 from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.lower import lower
-from afbs_compile.passes.rewrite import dump, rewrite
+from afbs_compile.passes.place import Owner
+from afbs_compile.passes.rewrite import dump, rewrite, rewrite_shared
 from afbs_compile.plan import NO_RECIPE, Plan
 from afbs_compile.reasons import NO_MEMORY
 from afbs_compile.recipe import Recipe
+from afbs_compile.regions import SharedGraph, forget_blocks, is_shared, make_room_for_blocks
 from afbs_compile.report import registry
 from afbs_compile.retime import decided_again
 from afbs_compile.revalidate import revalidated
 from afbs_compile.samples import bind, forget_samples, materialised, tensors_of
 from afbs_compile.sketch import all_read
 from afbs_compile.tuner.graph import Source, calibrate_graph
-from afbs_compile.watch import Watched, copied
+from afbs_compile.watch import Watched
 
 
 def afbs(
@@ -55,8 +58,13 @@ def afbs(
     """
     note_compilation()
     settings = Options.parse(options)
-    original = copied(gm)
-    found = FoundGraph.of(gm, example_inputs, settings.min_length)
+    make_room_for_blocks(gm)
+    original, owner = copied(gm), Owner(gm, example_inputs)
+    place = owner.place(example_inputs)
+    found = FoundGraph.of(gm, example_inputs, settings.min_length, place.prefixes)
+    if found.sites and is_shared(found, owner, place, example_inputs, settings):
+        compiled = _with_constants_to_come(found, example_inputs, settings, mode)
+        return SharedGraph(compiled, original, owner, found, settings)
     if found.sites:
         recipe, plan = _planned(found, example_inputs, settings)
         guard_parameters(gm, example_inputs)
@@ -75,9 +83,21 @@ def afbs(
     return Watched(compiled, original, example_inputs, found, recipe, plan, settings)
 
 
+def _with_constants_to_come(
+    found: FoundGraph, example_inputs: Sequence[Any], settings: Options, mode: str | None
+) -> Callable[..., Any]:
+    """The compiled graph, whose constants are looked up when it runs."""
+    rewritten = rewrite_shared(found.gm, found.sites)
+    if settings.dump is not None:
+        dump(rewritten, settings.dump, f"graph_{registry.compile_id()}")
+    registry.record_shared(found, rewritten)
+    return lower(found.gm, example_inputs, mode=mode)
+
+
 def _reset() -> None:
     """Let go of everything that compilations left; ``torch._dynamo.reset()`` calls it."""
     registry.clear()
+    forget_blocks()
     forget_samples()
     forget_compilations()
 

@@ -14,6 +14,7 @@ from afbs_compile.options import Options, accepts_options, of_calibration
 from afbs_compile.passes.record import record_graphs
 from afbs_compile.reasons import NONE_FOUND, grouped
 from afbs_compile.recipe import Recipe
+from afbs_compile.sketch import sketched
 from afbs_compile.tuner.graph import calibrate_graph
 
 RESHARDS = "set_reshard_after_forward"
@@ -53,10 +54,12 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
             "fully_shard."
         )
     graphs = [
-        (FoundGraph.of(graph.gm, graph.samples[0], settings.min_length), graph.samples)
+        (FoundGraph.of(graph.gm, graph.samples[0], settings.min_length, graph.prefixes), graph.samples)
         for graph in record_graphs(model, inputs)
     ]
     with_sites = {found.graph for found, _ in graphs if found.sites}
+    # A model that breaks elsewhere, or nowhere, has them in graphs with calls: they must not look new there.
+    elsewhere = {id(pair[1]): pair for found, _ in graphs if not found.sites for pair in found.tensors}.values()
     graphs = [
         (found, inputs) for found, inputs in graphs if found.sites or (found.refusals and found.graph not in with_sites)
     ]
@@ -78,7 +81,8 @@ def calibrate(model: Callable[..., Any], samples: Iterable[Any], **options: Any)
                 raise
             raise CalibrationError("out of memory: calibrate on fewer or shorter samples.") from error
     by_weight = sorted(recipes, key=lambda recipe: not recipe.graphs[0].weights)  # one with sites leads
-    return replace(by_weight[0], graphs=tuple(recipe.graphs[0] for recipe in recipes))
+    first, *others = (recipe.graphs[0] for recipe in recipes)
+    return replace(by_weight[0], graphs=(replace(first, tensors=(*first.tensors, *sketched(elsewhere))), *others))
 
 
 def _nothing(refusals: Iterable[str]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -26,6 +26,7 @@ class FoundGraph:
         tensors: names and values of parameters and buffers.
         graph: digest of the calls' names and the tensors' shapes; source: digest of the code that makes the calls.
         sketches: what tells the tensors' values; none where there is no site to calibrate.
+        prefixes: that the calls' names were given, as in :class:`afbs_compile.passes.names.SiteNames`.
     """
 
     gm: fx.GraphModule
@@ -35,19 +36,31 @@ class FoundGraph:
     graph: str
     source: str
     sketches: tuple[TensorSketch, ...]
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], min_length: int) -> FoundGraph:
-        """Open fused modules, find the attention calls, and fingerprint the graph, which is changed in place."""
+    def of(
+        cls,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        min_length: int,
+        prefixes: Mapping[str, str] | None = None,
+    ) -> FoundGraph:
+        """Open fused modules, find the attention calls, and fingerprint the graph, which is changed in place.
+
+        Args:
+            gm, example_inputs: the graph and values of its placeholders; min_length: shorter calls are refused.
+            prefixes: of names, as in :class:`afbs_compile.passes.names.SiteNames`.
+        """
         expand(gm)
         mark_calls(gm)
-        sites, refusals = find(gm, min_length=min_length)
+        sites, refusals = find(gm, min_length=min_length, prefixes=prefixes)
         tensors = module_tensors(gm, example_inputs)
         # Sorted, because a call may be a site at one length and refused at another.
         names = sorted([site.name for site in sites] + [refusal.name for refusal in refusals])
         source = source_digest(site.node for site in sites)
         sketches = sketched(tensors) if sites else ()
-        return cls(gm, sites, refusals, tensors, graph_digest(names, tensors), source, sketches)
+        return cls(gm, sites, refusals, tensors, graph_digest(names, tensors), source, sketches, dict(prefixes or {}))
 
     @property
     def peers(self) -> Peers:

@@ -194,7 +194,8 @@ def _first_graph(recipe: Recipe, renamed: Mapping[str, str]) -> int:
 def _renamings(sites: Sequence[AttentionSite], recorded: Sequence[SiteRecipe]) -> Iterator[dict[str, str]]:
     """Ways to name some calls as others are, all by the same change; the calls are alike in heads and sizes.
 
-    The change is of what names begin with or, where that does not do, of anything but their numbers, in order.
+    The change is none, if names do as they are; of what names begin with; or, where that does not do, of anything but
+    their numbers, in order.
     """
     there = {site.name: site for site in recorded if site.heads}
 
@@ -202,6 +203,10 @@ def _renamings(sites: Sequence[AttentionSite], recorded: Sequence[SiteRecipe]) -
         other = there.get(name)
         return other is not None and fits(other, _heads(site))
 
+    own = {site.name: site.name for site in sites if alike(site, site.name)}
+    if len(own) == len(sites):
+        yield own
+        return
     seen: set[tuple[str, str]] = set()
     whole = False
     for name in sorted(there, key=lambda name: name != sites[0].name):  # the same name first

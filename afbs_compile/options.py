@@ -260,6 +260,11 @@ class Options:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = dict(values)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Options) and self._values == other._values
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["_values"][name]

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -483,6 +483,18 @@ class Recipe:
 def _digest(data: Mapping[str, Any]) -> str:
     """Of what a file says, in whatever order and layout."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def merged(recipes: Sequence[Recipe]) -> Recipe | None:
+    """One recipe of all graphs, each once; the first recipe says all else, ``None`` of none.
+
+    Args:
+        recipes: of the graphs of one model, made under the same options.
+    """
+    if not recipes:
+        return None
+    graphs = [graph for recipe in recipes for graph in recipe.graphs]
+    return replace(recipes[0], graphs=tuple(g for i, g in enumerate(graphs) if g not in graphs[:i]))
 
 
 def _head_record(site: SiteRecipe, index: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ same compiled code runs, with thresholds that were never measured on the new val
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from afbs_compile.errors import AfbsWarning, RecipeError
 from afbs_compile.fingerprint import placeholders
 from afbs_compile.found import FoundGraph
 from afbs_compile.options import Options
+from afbs_compile.passes.build import copied
 from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.plan import Plan
@@ -27,11 +27,6 @@ from afbs_compile.revalidate import revalidated
 from afbs_compile.sketch import version_of
 
 UNTIL = "it runs operator by operator until torch._dynamo.reset()"
-
-
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph once more, over the same tensors."""
-    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
 
 class Watched:
@@ -57,7 +52,7 @@ class Watched:
         self._run, self._original, self._recipe = compiled, original, recipe
         self._settings = settings
         self._id = registry.compile_id()
-        self._weights = found.weights
+        self._weights, self._prefixes = found.weights, found.prefixes
         self._calls = {site.name: call for site, call in plan.calls.items()}
         pairs = enumerate(placeholders(original, example_inputs))
         self._places = [place for place, (_, value) in pairs if isinstance(value, torch.nn.Parameter)]
@@ -76,7 +71,7 @@ class Watched:
 
     def _look(self, inputs: Sequence[Any]) -> None:
         """Check the thresholds on the inputs at hand, if any value changed."""
-        found = FoundGraph.of(copied(self._original), inputs, self._settings.min_length)
+        found = FoundGraph.of(copied(self._original), inputs, self._settings.min_length, self._prefixes)
         if found.weights == self._weights:
             return
         self._weights = found.weights

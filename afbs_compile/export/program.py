@@ -124,7 +124,7 @@ def _captured(module: nn.Module, example: Example) -> list[Captured]:
         recorded = record_graphs(module, [example])
     except Exception as error:  # whatever the user's model raises on an input that does not fit it
         raise OptionError(f"example: the model does not run on it: {first_line(error)}") from error
-    return [(FoundGraph.of(graph.gm, graph.samples[0], 1), graph.samples[0]) for graph in recorded]
+    return [(FoundGraph.of(graph.gm, graph.samples[0], 1, graph.prefixes), graph.samples[0]) for graph in recorded]
 
 
 def _trace(module: nn.Module, inputs: ExportInputs, dynamic: bool) -> ExportedProgram:

@@ -10,7 +10,7 @@ import logging
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from afbs_compile.errors import AfbsWarning, RecipeError, first_line, is_out_of_
 from afbs_compile.fingerprint import digest_of
 from afbs_compile.integrations.offload import device_of, values_of
 from afbs_compile.kernels.attend import machine
-from afbs_compile.kernels.attend.engines import family_on
+from afbs_compile.kernels.attend.engines import family_on, precision_refusal
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
@@ -79,6 +79,22 @@ def serve_with(model: nn.Module, settings: Options) -> ServedModel:
     Raises:
         RecipeError: as :class:`ServedModel`.
     """
+    served = of_modules(model, settings)
+    serve(model, served)
+    return served
+
+
+def of_modules(
+    model: nn.Module, settings: Options, *, device: torch.device | None = None, by_graph: bool = False
+) -> ServedModel:
+    """What serves a model's calls by the names of its modules; the model may be let go of all the same.
+
+    Args:
+        model: the model; settings, device, by_graph: as of :class:`ServedModel`.
+
+    Raises:
+        RecipeError: as :class:`ServedModel`.
+    """
     alone = weakref.ref(model)
 
     def names() -> Iterator[str]:
@@ -90,9 +106,8 @@ def serve_with(model: nn.Module, settings: Options) -> ServedModel:
         if alive is not None:
             yield from values_of(alive, inside)
 
-    served = ServedModel(tensors, names, settings, device_of(model))
-    serve(model, served)
-    return served
+    where = device_of(model) if device is None else device
+    return ServedModel(tensors, names, settings, device=where, by_graph=by_graph)
 
 
 def is_served(model: Any) -> bool:
@@ -114,6 +129,8 @@ class ServedModel:
         names: of every module that may make a call.
         settings: options; where a recipe is named nothing is calibrated.
         device: where it computes, by default that of its first tensor.
+        by_graph: whether calls are found in graphs, which say what a recipe named has of them (:meth:`adopt`), instead
+            of by the names of modules.
 
     Raises:
         RecipeError: the recipe named was made for another model, device or predictor.
@@ -124,7 +141,9 @@ class ServedModel:
         tensors: Callable[..., Iterable[tuple[str, Tensor]]],
         names: Callable[[], Iterable[str]],
         settings: Options,
+        *,
         device: torch.device | None = None,
+        by_graph: bool = False,
     ) -> None:
         self.settings = settings
         self._tensors, self._names = tensors, names
@@ -132,16 +151,18 @@ class ServedModel:
         self._refused: dict[str, str] = {}
         self._first: str | None = None
         now = list(tensors())
-        self._weights = [tensor for _, tensor in now]
-        self._peers = Peers.of(self._weights)
+        self._sketches = sketched(now)
+        # Weights that are elsewhere come as other tensors at each call: holding these would keep them here.
+        self._weights = [tensor for _, tensor in now] if all_read(self._sketches) else []
+        self._peers = Peers.of([tensor for _, tensor in now])
         self._stopwatches: dict[Part, Stopwatch] = {}
         self._versions, self._held = self._version(), held(now)
-        self._sketches = sketched(now)
         self._recorded: dict[str, SiteRecipe] = {}
         self._other_weights = False  # than those of what is recorded
+        self._differing: set[str] = set()  # calls whose module is not quite the calibrated one
         self._device = device or (now[0][1].device if now else torch.device("cpu"))
         self._path: Path | None = None
-        self.recipe = self._found_recipe()
+        self.recipe = _named(settings) if by_graph and settings.recipe is not None else self._found_recipe()
 
     def leaves(self, name: str, q_len: int, k_len: int) -> bool:
         """Whether it is known already that a call stays dense, so that nobody needs to put its operands together.
@@ -168,6 +189,19 @@ class ServedModel:
         call = self._call(name, operands)
         return None if call is None else run(without_idle_parts(operands), call)[0]
 
+    def adopt(self, recorded: Mapping[str, SiteRecipe], *, differs: bool) -> None:
+        """Take over what the recipe that is named recorded of some calls.
+
+        Args:
+            recorded: by the calls' names here; differs: whether thresholds are to be checked first.
+        """
+        self._recorded.update(recorded)
+        self._differing |= set(recorded) if differs else set()
+
+    def knows(self, names: Iterable[str]) -> bool:
+        """Whether it is recorded, or decided, what becomes of some calls."""
+        return all(name in self._recorded or name in self._sites for name in names)
+
     def refuse(self, name: str, reason: str) -> None:
         """Remember why a call stays dense that the interface did not hand over."""
         self._refused[name] = reason
@@ -188,7 +222,7 @@ class ServedModel:
         """The recipe the user named, else a cached one."""
         named = self.settings.recipe
         if named is not None:
-            recipe = named if isinstance(named, Recipe) else Recipe.load(named)
+            recipe = _named(self.settings)
             name = "the recipe given" if isinstance(named, Recipe) else f"recipe {named}"
             try:
                 self._adopt(recipe, name)
@@ -252,6 +286,8 @@ class ServedModel:
         row = applied(sizes, recorded, self.settings.outside, None if self.recipe is None else self.recipe.tolerance)
         if row.outcome != "sparse" or row.calibrated.dense_at(operands.q_len, operands.k_len):
             return None
+        if "fp8" in row.calibrated.precision and precision_refusal(operands, row.calibrated, "fp8") is not None:
+            return row.calibrated.in_own_precision().rounded()
         return row.calibrated.rounded()
 
     def _decided(self, name: str, operands: Operands) -> _Site:
@@ -264,7 +300,7 @@ class ServedModel:
             if self._is_open(mine, operands):
                 mine = timed_again(mine, operands, self._stopwatches.setdefault(Part(), Stopwatch()))
                 self._write_down(mine)
-            return _Site(mine, unchecked=self._other_weights)
+            return _Site(mine, unchecked=self._other_weights or name in self._differing)
         if self.settings.recipe is not None:
             return _Site(SiteRecipe(name, "refused", NOT_CALIBRATED))
         if self.settings.first_call == "dense":
@@ -384,3 +420,9 @@ class ServedModel:
 
 def _heads(operands: Operands) -> Heads:
     return Heads(operands.heads, operands.k.shape[1], operands.q.shape[3])
+
+
+def _named(settings: Options) -> Recipe:
+    """The recipe that the user named."""
+    named: Any = settings.recipe
+    return named if isinstance(named, Recipe) else Recipe.load(named)

@@ -34,8 +34,11 @@ def arguments_of(call: SparseCall, mask: Mask, scale: Any) -> dict[str, Any]:
     return {**call.arguments(), "mask": str(mask), "scale": scale}
 
 
-def checked(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> tuple[Operands, SparseCall]:
-    """The operator's arguments as operands and call.
+def operands_of(q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Any]) -> Operands:
+    """What an operator is called on.
+
+    Args:
+        q, k, v, given: its arguments, all but the first three by name; those that are no operands are not looked at.
 
     Raises:
         ValueError: naming the argument, what came and what is accepted.
@@ -49,6 +52,16 @@ def checked(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> tuple[Ope
         extras["attn_mask"] = attn_mask.expand(-1, -1, -1, k.shape[2])
     operands = Operands(q, k, v, mask_of(given["mask"]), scale, **extras)
     check_operands(operands)
+    return operands
+
+
+def checked(q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Any]) -> tuple[Operands, SparseCall]:
+    """The operator's arguments as operands and call.
+
+    Raises:
+        ValueError: naming the argument, what came and what is accepted.
+    """
+    operands = operands_of(q, k, v, given)
     call = SparseCall.of_arguments(int(q.shape[1]), given)  # a number, also where its graph is dynamic
     call.check_operands(operands)
     return operands, call
@@ -111,10 +124,13 @@ def sparse_attention(
     if q.numel() == 0 or k.numel() == 0:
         return empty_output(q, v).zero_()
     operands = without_idle_parts(operands)
-    if not call.dense_at(operands.q_len, operands.k_len):
-        return run(operands, call)[0]
+    return densely(operands) if call.dense_at(operands.q_len, operands.k_len) else run(operands, call)[0]
+
+
+def densely(operands: Operands) -> Tensor:
+    """Dense attention that lies in memory as the operators' results do."""
     with without_autocast(operands.device):
-        out, result = dense_attention(operands), empty_output(q, v)
+        out, result = dense_attention(operands), empty_output(operands.q, operands.v)
     return out if out.stride() == result.stride() else result.copy_(out)
 
 
@@ -132,16 +148,16 @@ def by_name(arguments: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any
     return given | dict(zip((argument.name for argument in schema), arguments, strict=False)) | dict(named)
 
 
-def _refuse_gradient(*_: object, **__: object) -> None:
+def refuse_gradient(*_: object, **__: object) -> None:
     """Called, after the forward, when an operand requires grad and gradients are recorded.
 
     Raises:
         RuntimeError: always.
     """
     raise RuntimeError(
-        "afbs::sparse_attention has no gradient: run the model under torch.no_grad() or torch.inference_mode(), "
+        "block-sparse attention (afbs) has no gradient: run the model under torch.no_grad() or torch.inference_mode(), "
         "or detach q, k and v"
     )
 
 
-sparse_attention.register_autograd(_refuse_gradient, setup_context=_refuse_gradient)
+sparse_attention.register_autograd(refuse_gradient, setup_context=refuse_gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,11 @@ STRIDE_READERS = frozenset({"view", "view_as", "_unsafe_view", "as_strided", "as
 """Functions whose result depends on how their argument lies in memory; ``reshape`` adapts by a copy."""
 
 aten = torch.ops.aten
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph once more, over the same tensors."""
+    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
 
 class NodeBuilder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 
 from torch import fx
@@ -20,7 +20,9 @@ from afbs_compile.passes.site import AttentionSite, Refusal
 from afbs_compile.passes.sizes import Size, fixed, holds
 
 
-def find(gm: fx.GraphModule, *, min_length: int) -> tuple[list[AttentionSite], list[Refusal]]:
+def find(
+    gm: fx.GraphModule, *, min_length: int, prefixes: Mapping[str, str] | None = None
+) -> tuple[list[AttentionSite], list[Refusal]]:
     """Every attention call of a graph, accepted or refused, each in graph order. The graph is not changed.
 
     Inside a Dynamo backend the answer may rest on symbolic sizes; each such condition becomes a guard, so the graph is
@@ -32,15 +34,16 @@ def find(gm: fx.GraphModule, *, min_length: int) -> tuple[list[AttentionSite], l
     Args:
         gm: a graph from Dynamo, before AOTAutograd, or from torch.export, before decompositions.
         min_length: shortest sequence worth rewriting.
+        prefixes: of names, as in :class:`afbs_compile.passes.names.SiteNames`.
     """
-    return _Finder(gm, min_length).find()
+    return _Finder(gm, min_length, prefixes).find()
 
 
 class _Finder:
-    def __init__(self, gm: fx.GraphModule, min_length: int) -> None:
+    def __init__(self, gm: fx.GraphModule, min_length: int, prefixes: Mapping[str, str] | None) -> None:
         self._gm = gm
         self._min_length = min_length
-        self._names = SiteNames()
+        self._names = SiteNames(prefixes)
         self._constants = ConstantTensors(gm)
         self._masks = MaskReader(self._constants)
         self._sites: list[AttentionSite] = []

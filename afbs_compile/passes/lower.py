@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from afbs_compile.kernels.op import sparse_attention
+from afbs_compile.kernels.shared_op import shared_attention
 from afbs_compile.version import __version__
 
 
@@ -37,8 +38,8 @@ def _cache_key_tag() -> str:
     Its keys hold the operator's name, but its compiled code every argument of the operator and the strides of its
     results: another version of this package must not find it.
     """
-    schema = sparse_attention._opoverload._schema
-    return f"{torch.compiler.config.cache_key_tag} afbs_compile {__version__} {schema}"
+    schemas = [op._opoverload._schema for op in (sparse_attention, shared_attention)]
+    return f"{torch.compiler.config.cache_key_tag} afbs_compile {__version__} {schemas}"
 
 
 def _patches(mode: str | None) -> dict[str, Any]:

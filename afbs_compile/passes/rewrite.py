@@ -1,4 +1,6 @@
-"""Replace attention calls by ``afbs::sparse_attention`` with each head's constants written into the call."""
+"""Replace attention calls: by ``afbs::sparse_attention`` with each head's constants written into the call or, in a
+graph that several blocks share, by ``afbs::shared_attention``, which is told them when it runs.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from afbs_compile.files import write_whole
 from afbs_compile.kernels.call import KEEP_ALL, SparseCall
@@ -61,14 +64,30 @@ def rewrite(
         return Rewrite(0, before, before)
     here: dict[fx.Node, fx.Node] = {}
     for site, call in calls.items():
-        here[site.node] = _replace(gm, site, call.rounded(), here)
+        here[site.node] = _replace_by_call(gm, site, call, here)
     by_operator = [site for site in unmasked if has_mask_of_valid_keys(site)]
     for site in by_operator:
-        here[site.node] = _replace(gm, site, SparseCall.uniform(site.heads, KEEP_ALL), here)
+        here[site.node] = _replace_by_call(gm, site, SparseCall.uniform(site.heads, KEEP_ALL), here)
     unmask(gm, [site for site in unmasked if site not in by_operator])
     gm.graph.lint()
     gm.recompile()
     return Rewrite(len(calls), before, _text(gm))
+
+
+def rewrite_shared(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> Rewrite:
+    """Replace sites of a graph that several blocks run by ``afbs::shared_attention``, in place; constants come later.
+
+    Args:
+        gm: the graph in which ``find`` found the sites; sites: in the order of their numbers.
+    """
+    before = _text(gm)
+    here: dict[fx.Node, fx.Node] = {}
+    for number, site in enumerate(sites):
+        arguments = {"call": number, "mask": str(site.mask), "scale": site.scale}
+        here[site.node] = _replace(gm, site, torch.ops.afbs.shared_attention.default, arguments, here)
+    gm.graph.lint()
+    gm.recompile()
+    return Rewrite(len(sites), before, _text(gm))
 
 
 def dump(rewrite: Rewrite, folder: str | os.PathLike[str], name: str) -> None:
@@ -88,19 +107,33 @@ def _text(gm: fx.GraphModule) -> str:
     return gm.print_readable(print_output=False)
 
 
-def _replace(gm: fx.GraphModule, site: AttentionSite, call: SparseCall, here: Mapping[fx.Node, fx.Node]) -> fx.Node:
+def _replace_by_call(
+    gm: fx.GraphModule, site: AttentionSite, call: SparseCall, here: Mapping[fx.Node, fx.Node]
+) -> fx.Node:
+    arguments = arguments_of(call.rounded(), site.mask, site.scale)
+    return _replace(gm, site, torch.ops.afbs.sparse_attention.default, arguments, here)
+
+
+def _replace(
+    gm: fx.GraphModule,
+    site: AttentionSite,
+    operator: OpOverload,
+    arguments: Mapping[str, Any],
+    here: Mapping[fx.Node, fx.Node],
+) -> fx.Node:
     """Rewrite one site; what stands for its node from now on.
 
     Args:
+        operator: that takes its place; arguments: of it, beside the operands.
         here: what stands for the nodes that were rewritten before, for one of them may be an operand.
     """
     operands = site.node.all_input_nodes
     build = NodeBuilder(site.node)
     q, k, v = (_in_dtype(build, here.get(node, node), site.dtype) for node in (site.q, site.k, site.v))
     sparse = build.call(
-        torch.ops.afbs.sparse_attention.default,
+        operator,
         tuple(_four_d(build, node, site.rank) for node in (q, k, v)),
-        {**arguments_of(call, site.mask, site.scale), **_extras(build, site, here)},
+        {**arguments, **_extras(build, site, here)},
     )
     if site.rank < 4:
         sparse = build.call(aten.squeeze.dims, (sparse, [1] if site.rank == 3 else [0, 1]))

@@ -13,7 +13,9 @@ from torch import fx
 from afbs_compile.errors import OptionError, RecipeError
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.operands import Operands
+from afbs_compile.passes.build import copied
 from afbs_compile.passes.capture import SampleRun, capture
+from afbs_compile.passes.place import Owner
 from afbs_compile.passes.record import record_graphs
 from afbs_compile.passes.rewrite import rewrite
 from afbs_compile.plan import Plan
@@ -64,7 +66,7 @@ def apply(
     """
     applied = []
     for graph in record_graphs(model, list(samples)):
-        found = FoundGraph.of(graph.gm, graph.samples[0], min_length)
+        found = FoundGraph.of(graph.gm, graph.samples[0], min_length, graph.prefixes)
         if found.sites or found.refusals:
             applied.append(AppliedGraph(found, matched(found, recipe, name, graph.samples), graph.samples))
     if not applied:
@@ -104,9 +106,21 @@ def rewritten(model: Callable[..., Any], recipe: Recipe, *, name: str = "the rec
     """The model with its attention calls rewritten, run operator by operator: what every compiled form must equal."""
 
     def backend(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        found = FoundGraph.of(gm, example_inputs, ANY_LENGTH)
-        rewrite(gm, matched(found, recipe, name, [example_inputs]).calls)
-        return gm
+        owner = Owner(gm, example_inputs)
+        made: dict[tuple[int, ...], tuple[object, fx.GraphModule]] = {}
+
+        def run(*inputs: Any) -> Any:
+            """The graph of the module that is running: blocks that are alike share what Dynamo captured."""
+            of = owner.key(inputs)
+            key = tuple(map(id, of))
+            if key not in made:
+                mine = copied(gm)
+                found = FoundGraph.of(mine, inputs, ANY_LENGTH, owner.place(inputs).prefixes)
+                rewrite(mine, matched(found, recipe, name, [inputs]).calls)
+                made[key] = (of, mine)
+            return made[key][1](*inputs)
+
+        return run
 
     compiled: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=False)
     return compiled

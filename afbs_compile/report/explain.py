@@ -17,11 +17,13 @@ from rich.text import Text
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.resume_execution import ContinueExecutionCache
 
-from afbs_compile.integrations.served import served_model
+from afbs_compile.integrations.served import ServedModel, served_model
 from afbs_compile.kernels.attend.engines import kernel_of
 from afbs_compile.kernels.masks.registry import mask_of
+from afbs_compile.passes.place import owner_of
 from afbs_compile.reasons import NONE_FOUND
-from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe
+from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe, merged
+from afbs_compile.regions import rows_of
 from afbs_compile.report import registry
 
 WIDTH = 150
@@ -71,12 +73,14 @@ class Explanation:
         rows: one per attention call.
         notes: what the thresholds were calibrated on, one line per recipe, and why calls are not on a quicker kernel.
         before, after: text of each compiled graph before and after the rewrite; empty for a recipe.
+        recipe: what all of it was rewritten with, as one recipe, e.g. to ``save``; ``None`` where nothing was.
     """
 
     rows: tuple[ExplainRow, ...]
     notes: tuple[str, ...]
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    recipe: Recipe | None = None
 
     def to_records(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries."""
@@ -138,37 +142,62 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     if isinstance(compiled_or_recipe, Recipe):
         recipe = compiled_or_recipe
         rows = [_row(index, site) for index, graph in enumerate(recipe.graphs) for site in graph.sites]
-        return Explanation(tuple(rows), (_note(recipe), *_kernel_notes(rows), *_unsure_note(recipe.sites)))
+        notes = (_note(recipe), *_kernel_notes(rows), *_unsure_note(recipe.sites))
+        return Explanation(tuple(rows), notes, recipe=recipe)
     served = served_model(compiled_or_recipe)
     if served is not None:
         rows = [_row(0, site) for site in served.rows]
         noted = () if served.recipe is None else (_note(served.recipe),)
         notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows))
-        return Explanation(tuple(rows), notes if rows else (NO_LONG_CALL,))
+        return Explanation(tuple(rows), notes if rows else (NO_LONG_CALL,), recipe=served.recipe)
     graphs = _compiled_graphs(compiled_or_recipe)
-    rows = [_row(index, _served(site, graph)) for index, graph in enumerate(graphs) for site in graph.rows]
-    recipes = dict.fromkeys(_note(graph.recipe) for graph in graphs if graph.recipe is not None)
+    own = [graph for graph in graphs if not graph.shared]
+    rows = [_row(index, _served(site, graph)) for index, graph in enumerate(own) for site in graph.rows]
+    blocks = rows_of(owner_of(_original(compiled_or_recipe)))
+    rows += [_row(len(own), site) for _, decided in blocks for site in decided]
+    recipes = [graph.recipe for graph in own] + [served.recipe for served, _ in blocks]
+    whole = merged([recipe for recipe in recipes if recipe is not None])
+    noted = () if whole is None else (_note(whole),)
+    recorded = [row for graph in own for row in graph.rows] + [row for _, decided in blocks for row in decided]
+    notes = (*noted, *_shared_note(blocks, len(graphs) - len(own)), *_kernel_notes(rows), *_unsure_note(recorded))
     said = "nothing is compiled yet: call the model once" if not graphs else NONE_FOUND
     return Explanation(
         tuple(rows),
-        (*recipes, *_kernel_notes(rows), *_unsure_note([row for graph in graphs for row in graph.rows]))
-        if rows
-        else (said,),
+        notes if rows else (said,),
         tuple(graph.before for graph in graphs),
         tuple(graph.after for graph in graphs),
+        whole,
     )
 
 
-def _compiled_graphs(compiled: Any) -> Sequence[registry.CompiledGraph]:
+def _shared_note(blocks: Sequence[tuple[ServedModel, Sequence[SiteRecipe]]], graphs: int) -> list[str]:
+    """What calls share that have no graph of their own."""
+    calls = sum(len(rows) for _, rows in blocks)
+    if not calls:
+        return []
+    if graphs == 1:
+        return [f"{calls} calls share one compilation: their constants are looked up when they run"]
+    return [f"{calls} calls run in {graphs} compilations without constants: these are looked up when they run"]
+
+
+def _original(compiled: Any) -> Any:
+    """What the user compiled: a module or a function."""
     original = getattr(compiled, "_orig_mod", None) or getattr(compiled, "_torchdynamo_orig_callable", None)
-    if original is None and getattr(compiled, "_compiled_call_impl", None) is not None:
-        original = compiled  # module.compile() works in place
+    if original is None and isinstance(compiled, torch.nn.Module):
+        # module.compile() works in place, on a model or on its blocks
+        parts = (getattr(part, "_compiled_call_impl", None) for part in compiled.modules())
+        original = compiled if any(part is not None for part in parts) else None
     if original is None:
         raise TypeError(
             f"compiled_or_recipe: got {type(compiled).__name__}; accepted: a Recipe, what torch.compile returned, or a "
             'model with attn_implementation="afbs"'
         )
-    owner = registry.owner_of(original)
+    return original
+
+
+def _compiled_graphs(compiled: Any) -> Sequence[registry.CompiledGraph]:
+    original = _original(compiled)
+    owner = owner_of(original)
     tensors = [*owner.parameters(), *owner.buffers()] if isinstance(owner, torch.nn.Module) else []
     return registry.graphs_of([owner, *tensors], _compile_ids(original))
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any
 
 import torch
-from torch._dynamo import eval_frame
 
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.passes.place import callers
 from afbs_compile.passes.rewrite import Rewrite
 from afbs_compile.passes.site import OperandShapes
 from afbs_compile.plan import Plan
@@ -32,6 +30,7 @@ class CompiledGraph:
         before, after: text of the graph.
         parameters: tensors that it uses; callers: the compiled modules or functions that ran when it was compiled. A
             graph break may leave graphs without parameters.
+        shared: whether it runs for several modules, each with constants of its own that are not in the rows.
     """
 
     compile_id: str
@@ -42,6 +41,7 @@ class CompiledGraph:
     after: str
     parameters: tuple[weakref.ref[torch.Tensor], ...]
     callers: tuple[weakref.ref[Any], ...]
+    shared: bool = False
 
     def belongs_to(self, ids: set[int]) -> bool:
         """Whether one of the graph's parameters or callers is among these (by ``id``)."""
@@ -54,6 +54,8 @@ class CompiledGraph:
         owners = (*self.parameters, *self.callers)
         return bool(owners) and all(ref() is None for ref in owners)
 
+
+SHARED = "decided for each module that runs this graph"
 
 _graphs: list[CompiledGraph] = []
 _said: set[tuple[str, str]] = set()
@@ -73,13 +75,17 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
         same answer before; where another graph of the model was rewritten and this one stays dense by design, as a
         decoding step does; or, for a graph without attention, where another one has some or is yet to come.
     """
-    tensors, callers = [tensor for _, tensor in found.tensors], _callers()
-    mine = [graph for graph in _graphs if graph.belongs_to({id(owner) for owner in (*tensors, *callers)})]
+    tensors, compiled = [tensor for _, tensor in found.tensors], callers()
+    mine = [graph for graph in _graphs if graph.belongs_to({id(owner) for owner in (*tensors, *compiled)})]
     if plan.rows:
-        answered = plan.is_expected and any(row.outcome == "sparse" for graph in mine for row in graph.rows)
+        rewritten_too = any(graph.shared or any(row.outcome == "sparse" for row in graph.rows) for graph in mine)
+        answered = plan.is_expected and rewritten_too
     else:
         ended_by = getattr(found.gm, "compile_subgraph_reason", None)
-        answered = getattr(ended_by, "graph_break", False) or any(graph.rows for graph in mine)
+        owned = any(any(True for _ in owner.parameters()) for owner in compiled if isinstance(owner, torch.nn.Module))
+        # Of a model that has parameters a graph without any is a part: a function that one of its parts calls.
+        is_part = bool(found.prefixes) or getattr(ended_by, "graph_break", False) or (owned and not found.tensors)
+        answered = is_part or any(graph.rows for graph in mine)
     key = (found.graph if found.tensors else compile_id().split("_")[0], plan.summary())
     new = key not in _said
     if not answered:
@@ -94,10 +100,28 @@ def record(found: FoundGraph, plan: Plan, rewritten: Rewrite, recipe: Recipe | N
             before=rewritten.before,
             after=rewritten.after,
             parameters=tuple(map(weakref.ref, tensors)),
-            callers=tuple(map(weakref.ref, callers)),
+            callers=tuple(map(weakref.ref, compiled)),
         )
     )
     return new and not answered
+
+
+def record_shared(found: FoundGraph, rewritten: Rewrite) -> None:
+    """Remember a graph that runs for several modules: its calls are decided module by module, elsewhere."""
+    rows = tuple(SiteRecipe(site.name, "dense", SHARED) for site in found.sites)
+    _graphs.append(
+        CompiledGraph(
+            compile_id=compile_id(),
+            rows=rows,
+            calls={},
+            recipe=None,
+            before=rewritten.before,
+            after=rewritten.after,
+            parameters=tuple(weakref.ref(tensor) for _, tensor in found.tensors),
+            callers=tuple(map(weakref.ref, callers())),
+            shared=True,
+        )
+    )
 
 
 def changed(compile_id: str, plan: Plan) -> None:
@@ -107,22 +131,6 @@ def changed(compile_id: str, plan: Plan) -> None:
         compile_id: of the graph; plan: what holds from now on.
     """
     _graphs[:] = [replace(graph, rows=plan.rows) if graph.compile_id == compile_id else graph for graph in _graphs]
-
-
-def _callers() -> list[Any]:
-    """The modules and functions given to ``torch.compile`` that are running, the innermost first."""
-    found: list[Any] = []
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_filename == eval_frame.__file__ and (function := frame.f_locals.get("fn")) is not None:
-            found.append(owner_of(function))
-        frame = frame.f_back
-    return [owner for owner in found if type(owner).__weakrefoffset__]
-
-
-def owner_of(function: Any) -> Any:
-    """The module whose method is called, or the function itself."""
-    return getattr(function, "__self__", function)
 
 
 def _sparse_calls(found: FoundGraph, plan: Plan) -> dict[str, tuple[OperandShapes, SparseCall]]:

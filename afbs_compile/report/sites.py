@@ -61,7 +61,7 @@ class GraphText:
 def graph_text(graph: AppliedGraph) -> GraphText:
     """Rewrite a graph as its plan says, in place, and describe both states."""
     rows = {row.name: row for row in graph.plan.rows}
-    calls = {name: node for name, node in _calls(graph.found.gm, SiteNames()) if name in rows}
+    calls = {name: node for name, node in _calls(graph.found.gm, SiteNames(graph.found.prefixes)) if name in rows}
     shapes = {name: _call(node, rows[name]) for name, node in calls.items()}
     marks = {node.name: _mark(rows[name]) for name, node in calls.items()}
     made = {site.name: call for site, call in graph.plan.calls.items()}
