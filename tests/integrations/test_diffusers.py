@@ -366,7 +366,9 @@ def test_thresholds_that_fail_at_a_later_step_are_raised() -> None:
     assert served is not None
     assert served.recipe is not None
     for site in served._sites.values():  # as if the first step had let through far more than others can bear
-        site.row = dataclasses.replace(site.row, call=site.row.calibrated.with_tau(torch.tensor([0.3, KEEP_ALL])))
+        dense = dataclasses.replace(site.row.heads[1], outcome="dense", sparsity=0.0, error=0.0)
+        call = site.row.calibrated.with_tau(torch.tensor([0.3, KEEP_ALL]))
+        site.row = dataclasses.replace(site.row, call=call, heads=(site.row.heads[0], dense))
         site.calls.clear()
     output(model, inputs)
     assert 2 in CHECKED_STEPS
