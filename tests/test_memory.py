@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses import FakeTensor
 
 import afbs_compile
-from afbs_compile import samples
+from afbs_compile import Recipe, samples
+from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
 from tests.test_recipe import OLD, Old
 from tests.toy import drifting
 
@@ -28,8 +30,9 @@ def fake_tensors() -> int:
 @pytest.mark.slow
 def test_no_fake_tensor_outlives_a_reset(fresh_dynamo, dynamic):
     model, x, alive = Old().eval(), drifting(1024), []
+    recipe = replace(Recipe.load(OLD), predictor_version=PREDICTOR_VERSION)
     for _ in range(1 + ROUNDS):  # the first round leaves what PyTorch keeps once and for all
-        sparse = torch.compile(model, backend="afbs", dynamic=dynamic, options={"min_length": 128, "recipe": OLD})
+        sparse = torch.compile(model, backend="afbs", dynamic=dynamic, options={"min_length": 128, "recipe": recipe})
         sparse(x)
         explanation = afbs_compile.explain(sparse)
         assert [row.outcome for row in explanation.rows] == ["sparse", "sparse", "refused"]
