@@ -8,6 +8,7 @@ from afbs_compile.calibration import calibrate
 from afbs_compile.gather import gather
 from afbs_compile.recipe import Recipe
 from afbs_compile.report.explain import explain
+from afbs_compile.report.monitors import monitors
 from afbs_compile.version import __version__
 
-__all__ = ["Recipe", "__version__", "calibrate", "explain", "gather"]
+__all__ = ["Recipe", "__version__", "calibrate", "explain", "gather", "monitors"]

@@ -19,6 +19,7 @@ from afbs_compile.found import FoundGraph
 from afbs_compile.generation import take_part_in_generation
 from afbs_compile.guards import guard_parameters
 from afbs_compile.kernels.compilations import forget_compilations, note_compilation
+from afbs_compile.monitor.graph import MonitoredGraph
 from afbs_compile.options import Options
 from afbs_compile.passes.build import copied
 from afbs_compile.passes.capture import SampleRun
@@ -71,7 +72,8 @@ def afbs(
     else:
         recipe, plan = None, Plan.of(found, None)
     plan = plan.without_masks(found)
-    rewritten = rewrite(gm, plan.calls, plan.unmasked)
+    how = settings.watching
+    rewritten = rewrite(gm, plan.calls, plan.unmasked, with_constants=how is None)
     if settings.dump is not None:
         dump(rewritten, settings.dump, f"graph_{registry.compile_id()}")
     if registry.record(found, plan, rewritten, recipe) and not rewritten.changed:
@@ -80,7 +82,20 @@ def afbs(
     compiled = lower(gm, example_inputs, mode=mode)
     if recipe is None or not plan.calls:
         return compiled
-    return Watched(compiled, original, example_inputs, found, recipe, plan, settings)
+    if how is None:
+        return Watched(compiled, original, example_inputs, found, recipe, plan, settings)
+    beside = _place_of_recipe(found, example_inputs, settings)
+    watched = MonitoredGraph(compiled, original, example_inputs, found, recipe, plan, settings, how, beside)
+    registry.watch(registry.compile_id(), watched.monitor)
+    return watched
+
+
+def _place_of_recipe(found: FoundGraph, example_inputs: Sequence[Any], settings: Options) -> Path | None:
+    """The file that a graph's recipe has; ``None`` where it was given as an object."""
+    if settings.recipe is None:
+        samples = None if settings.samples is None else materialised(settings.samples)
+        return cache_path(_conditions(found, example_inputs, settings, samples))
+    return None if isinstance(settings.recipe, Recipe) else Path(settings.recipe)
 
 
 def _with_constants_to_come(

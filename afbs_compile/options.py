@@ -17,6 +17,7 @@ from torch import Tensor
 
 from afbs_compile.errors import OptionError
 from afbs_compile.kernels.call import PRECISIONS
+from afbs_compile.monitor.settings import MonitorSettings
 from afbs_compile.recipe import METHODS, Recipe
 from afbs_compile.tuner.budget import QUANTITIES, Budget
 from afbs_compile.tuner.lengths import OUTSIDE
@@ -234,6 +235,16 @@ _DECLARED = (
         flag="",
     ),
     Option(
+        "monitor",
+        None,
+        "Whether quality is watched while the model runs, and how: True, or a mapping of the attributes of "
+        "afbs_compile.monitor.settings.MonitorSettings.",
+        ((lambda value, _: MonitorSettings.parse(value) is None or True, "True, or a mapping"),),
+        calibrates=False,
+        runs=True,
+        flag="",
+    ),
+    Option(
         "dump",
         None,
         "Folder for the text of every graph before and after the rewrite.",
@@ -311,6 +322,11 @@ class Options:
             return None
         ((quantity, limit),) = self.tolerance.items()
         return Budget(quantity, float(limit))
+
+    @property
+    def watching(self) -> MonitorSettings | None:
+        """How quality is watched, where it is."""
+        return MonitorSettings.parse(self.monitor)
 
     @property
     def tuning(self) -> TuneSettings:

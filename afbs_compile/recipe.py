@@ -278,6 +278,20 @@ class GraphRecipe:
 
 
 @dataclass(frozen=True)
+class Change:
+    """One calibration of a model whose recipe was found not to hold any more.
+
+    Attributes:
+        when: ISO 8601, UTC; reason: what the monitor had found, or that it was asked for; heads: those that it had
+            named.
+    """
+
+    when: str
+    reason: str
+    heads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything needed to rewrite a model again without calibrating, and to know when that would be wrong.
 
@@ -290,6 +304,7 @@ class Recipe:
         versions: of afbs_compile, torch, triton and python.
         graphs: one per captured graph that has attention calls.
         budget: of the model's output, where that was given instead of a tolerance.
+        history: what led from the first recipe to this one, where a monitor had a model calibrated again.
     """
 
     options: dict[str, Any]
@@ -299,6 +314,7 @@ class Recipe:
     versions: dict[str, str]
     graphs: tuple[GraphRecipe, ...]
     budget: BudgetRecord | None = None
+    history: tuple[Change, ...] = ()
     format: str = field(default=FORMAT)
     schema_version: int = field(default=SCHEMA_VERSION)
 

@@ -88,8 +88,16 @@ class Watched:
             plan = revalidated(
                 plan, [SampleRun(found.gm, found.sites, inputs)], self._recipe, "the recipe of this graph"
             )
-            calls = {site.name: call for site, call in plan.calls.items()}
-            if calls != self._calls:
-                rewrite(found.gm, plan.calls)
-                self._calls, self._run = calls, found.gm
+            self._take(found, plan)
         registry.changed(self._id, plan)
+
+    def _take(self, found: FoundGraph, plan: Plan) -> None:
+        """Run with other constants from now on.
+
+        Args:
+            found: the graph, not rewritten yet; plan: for it.
+        """
+        calls = {site.name: call for site, call in plan.calls.items()}
+        if calls != self._calls:
+            rewrite(found.gm, plan.calls)
+            self._calls, self._run = calls, found.gm

@@ -120,8 +120,8 @@ def _updated(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) 
 
 
 def _running() -> list[Option]:
-    """The options of what runs; lengths are the command's own, so ``min_length`` is not among them."""
-    return [option for option in OPTIONS.values() if option.runs and not option.calibrates]
+    """The options of what runs that have a flag; lengths are the command's own, so ``min_length`` is not among them."""
+    return [option for option in OPTIONS.values() if option.runs and not option.calibrates and option.flag]
 
 
 def _samples(arguments: argparse.Namespace, model: LoadedModel, recipe: Recipe) -> list[tuple[int | None, Sample]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from afbs_compile.cache import cache_path, read_cached, write_cached
 from afbs_compile.conditions import conditions
-from afbs_compile.errors import AfbsWarning, RecipeError, first_line, is_out_of_memory
+from afbs_compile.errors import AfbsWarning, CalibrationError, RecipeError, first_line, is_out_of_memory
 from afbs_compile.fingerprint import digest_of
 from afbs_compile.integrations.offload import device_of, values_of
 from afbs_compile.kernels.attend import machine
@@ -30,10 +30,13 @@ from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.sight import without_idle_parts
 from afbs_compile.match import check_device, placed, renamed_as, weight_differences
+from afbs_compile.monitor.monitor import Monitor
+from afbs_compile.monitor.promised import Promised
+from afbs_compile.monitor.successors import change_after, place_beside, save_successor
 from afbs_compile.options import Options
 from afbs_compile.peers import Part, Peers, part_of
 from afbs_compile.plan import NO_RECIPE, NOT_CALIBRATED, Sizes, applied
-from afbs_compile.recipe import GraphRecipe, Recipe, SampleRecord, SiteRecipe
+from afbs_compile.recipe import Change, GraphRecipe, Recipe, SampleRecord, SiteRecipe
 from afbs_compile.retime import timed_again
 from afbs_compile.revalidate import checked, raised
 from afbs_compile.shards import Heads, joined, of_part
@@ -162,6 +165,13 @@ class ServedModel:
         self._differing: set[str] = set()  # calls whose module is not quite the calibrated one
         self._device = device or (now[0][1].device if now else torch.device("cpu"))
         self._path: Path | None = None
+        how = settings.watching
+        self.monitor = None if how is None else Monitor(how, None, self._calibrate_again, self._calibrate_again)
+        self._tuning = settings.tuning
+        self._again: set[str] = set()  # calls that are calibrated again, on the inputs that come next
+        self._begins_another = False
+        self._history: tuple[Change, ...] = ()
+        self._successor: Path | None = None
         self.recipe = _named(settings) if by_graph and settings.recipe is not None else self._found_recipe()
 
     def leaves(self, name: str, q_len: int, k_len: int) -> bool:
@@ -187,7 +197,13 @@ class ServedModel:
             self._notice_other_weights()
         self._first = self._first or name
         call = self._call(name, operands)
-        return None if call is None else run(without_idle_parts(operands), call)[0]
+        if call is None:
+            return None
+        if self.monitor is None:
+            return run(without_idle_parts(operands), call)[0]
+        if not self.monitor.watches(name):
+            self._watch(self.monitor, name)
+        return self.monitor.attend(name, operands, call)
 
     def adopt(self, recorded: Mapping[str, SiteRecipe], *, differs: bool) -> None:
         """Take over what the recipe that is named recorded of some calls.
@@ -217,6 +233,35 @@ class ServedModel:
         """Every call that came, with its outcome."""
         refused = (SiteRecipe(name, "refused", why) for name, why in self._refused.items() if name not in self._sites)
         return (*(site.row for site in self._sites.values()), *refused)
+
+    def _watch(self, monitor: Monitor, name: str) -> None:
+        """Begin to watch a call that has thresholds."""
+        assert self.recipe is not None, "thresholds are of a recipe"
+        monitor.recipe = self.recipe
+        monitor.watch(name, Promised.by(self.recipe, self._sites[name].row, monitor.settings.rate))
+
+    def _calibrate_again(self) -> None:
+        """Have every call calibrated again on the inputs that reach it next.
+
+        Raises:
+            CalibrationError: processes share the model, or the recipe has a budget.
+        """
+        if not self._peers.are_alone:
+            raise CalibrationError("monitor: several processes share the model, and would have to begin at once.")
+        recipe = self.recipe
+        if recipe is None:
+            return
+        if recipe.budget is not None:
+            raise CalibrationError(
+                "monitor: the recipe has a budget on the output, which is not seen here: make another one with "
+                "afbs_compile.calibrate(model, samples)."
+            )
+        named = self.settings.recipe
+        path = self._path if named is None else None if isinstance(named, Recipe) else Path(named)
+        self._successor = None if path is None else place_beside(path)
+        self._tuning = replace(Options.parse(recipe.options).tuning, reduced=True)
+        self._history = (*recipe.history, change_after(() if self.monitor is None else self.monitor.alarms))
+        self._again, self._begins_another = set(self._sites), True
 
     def _found_recipe(self) -> Recipe | None:
         """The recipe the user named, else a cached one."""
@@ -272,6 +317,8 @@ class ServedModel:
         site = self._sites.get(name)
         if site is None:
             site = self._sites[name] = self._decided(name, operands)
+        elif name in self._again:
+            site = self._sites[name] = self._calibrated_again(name, operands)
         if site.unchecked:
             self._check(site, operands)
         length = (operands.q_len, operands.k_len)
@@ -327,7 +374,7 @@ class ServedModel:
         stopwatch = self._stopwatches.setdefault(part, Stopwatch(peers))
         try:
             with peers.together():
-                result = tune_site([operands], self.settings.tuning, stopwatch=stopwatch)
+                result = tune_site([operands], self._tuning, stopwatch=stopwatch)
                 row = joined(peers.gathered((part, site_recipe(name, operands, result))))
         except (RuntimeError, ValueError, MemoryError) as error:  # an engine's refusal: the model runs all the same
             reason = "out of memory" if is_out_of_memory(error) else first_line(error)
@@ -335,18 +382,30 @@ class ServedModel:
         self._recorded[name] = row
         _log.info("calibrated %s: %s, sparsity %.3f", name, row.outcome, row.sparsity)
         self.recipe = self._with(row, operands, int(result.measured.error.shape[0]))
-        if self._path is not None and self._peers.is_first:
+        if self._history:
+            if self._successor is not None:
+                save_successor(self.recipe, self._successor)
+        elif self._path is not None and self._peers.is_first:
             write_cached(self._path, self.recipe)
         return of_part(name, row, _heads(operands), part.number)
 
+    def _calibrated_again(self, name: str, operands: Operands) -> _Site:
+        """Calibrate a call whose thresholds are said not to hold any more."""
+        self._again.discard(name)
+        site = _Site(self._calibrated(name, operands))
+        if self.monitor is not None and self.recipe is not None and site.row.heads:
+            self._watch(self.monitor, name)
+        return site
+
     def _with(self, row: SiteRecipe, operands: Operands, inputs: int) -> Recipe:
         """The recipe with one more call; it is whole after each, so that a process may end at any time."""
-        if self.recipe is not None:
+        if self.recipe is not None and not self._begins_another:
             (graph,) = self.recipe.graphs
             return replace(self.recipe, graphs=(replace(graph, sites=(*graph.sites, row)),))
+        self._begins_another = False
         record = SampleRecord("first call", operands.q.shape[0], inputs, (operands.k_len, operands.k_len), "")
         graph = GraphRecipe("", self._digest(), "", record, 0.0, 0.0, (row,), promise(0, 0), self._sketches)
-        return recipe_of(graph, self.settings.tuning, self._device)
+        return replace(recipe_of(graph, self._tuning, self._device), history=self._history)
 
     def _check(self, site: _Site, operands: Operands) -> None:
         """Look whether the thresholds of another form of the model hold in this one."""

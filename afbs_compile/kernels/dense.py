@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from afbs_compile.kernels.blocks import chunks
 from afbs_compile.kernels.operands import Operands, empty_output
 from afbs_compile.kernels.sight import ROWS_AT_ONCE, allowed_by_rows, changed, product, weights
+
+SCORES_AT_ONCE = 2**26
+"""Elements: 256 MiB in fp32."""
 
 
 def dense_attention(operands: Operands) -> Tensor:
@@ -52,9 +56,35 @@ def _as_sdpa_takes(mask: Tensor, operands: Operands) -> Tensor:
 def _by_rows(operands: Operands) -> Tensor:
     """Attention by its definition, a few hundred rows at a time."""
     out = empty_output(operands.q, operands.v)
-    k, v = (x.float().repeat_interleave(operands.groups, 1) for x in (operands.k, operands.v))
     for rows in chunks(operands.q_len, ROWS_AT_ONCE):
-        scores = changed(operands, operands.q[:, :, rows].float() @ k.mT * operands.scale, rows)
-        scores = scores.masked_fill(~allowed_by_rows(operands, rows), -torch.inf)
-        out[:, :, rows] = product(weights(scores, operands.sinks), v).to(out.dtype)
+        out[:, :, rows] = dense_rows(operands, rows).to(out.dtype)
     return out
+
+
+def dense_rows(
+    operands: Operands, rows: slice | Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = product
+) -> Tensor:
+    """Some rows of the output, in fp32, a few heads at a time.
+
+    Args:
+        operands: of the call; rows: from where to where, or int64 ``[rows]``.
+        multiply: weights ``[.., rows, keys]`` and values ``[.., keys, D_v]``; by default such that values without
+            weight have no effect whatever they are, for which the host waits for the device.
+
+    Returns:
+        ``[B, H, rows, D_v]`` fp32.
+    """
+    groups, kv_heads = operands.groups, operands.k.shape[1]
+    taken = operands.q[:, :, rows]
+    step = max(1, SCORES_AT_ONCE // max(1, taken[:, :groups, :, 0].numel() * operands.k_len))
+    parts = []
+    for first in range(0, kv_heads, step):
+        last = min(first + step, kv_heads)
+        part = operands.grouped(first * groups, last * groups)
+        # Query heads that share a key head are rows of one product.
+        q = part.q[:, :, rows].float().unflatten(1, (-1, groups)).flatten(2, 3)
+        scores = (q @ part.k.float().mT).unflatten(2, (groups, -1)).flatten(1, 2) * part.scale
+        scores = changed(part, scores, rows).masked_fill(~allowed_by_rows(part, rows), -torch.inf)
+        shares = weights(scores, part.sinks).unflatten(1, (-1, groups)).flatten(2, 3)
+        parts.append(multiply(shares, part.v.float()).unflatten(2, (groups, -1)).flatten(1, 2))
+    return torch.cat(parts, 1)

@@ -95,7 +95,7 @@ def of_rows(mask: Tensor, rows: slice | Tensor) -> Tensor:
     return mask if mask.shape[2] == 1 else mask[:, :, rows]
 
 
-def changed(operands: Operands, scores: Tensor, rows: slice) -> Tensor:
+def changed(operands: Operands, scores: Tensor, rows: slice | Tensor) -> Tensor:
     """Scores ``[B, H, rows, k_len]`` of some rows, capped, and with what the mask adds to them."""
     scores = capped(scores, operands.softcap)
     if operands.attn_mask is not None and operands.has_bias:

@@ -9,6 +9,7 @@ state: samples that walk side by side would otherwise leave it for each other, a
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from afbs_compile.kernels.attend.machine import autocast_kept, indices
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.passes.build import laid_out_like
-from afbs_compile.passes.effects import value_of
+from afbs_compile.passes.effects import may_draw, value_of
 from afbs_compile.passes.site import AttentionSite
 
 
@@ -51,7 +52,7 @@ def capture(
     names = [site.name for site in runs[0].sites] if runs else []
     if not runs or any([site.name for site in run.sites] != names for run in runs):
         raise ValueError(f"runs must all have the same attention sites, at least one run; got {len(runs)} runs")
-    with torch.random.fork_rng(indices(value for run in runs for value in run.inputs)):
+    with _random_state_kept(runs):
         walks = [_walk(run, attention) for run in runs]
         for name in names:
             operands = [next(walk) for walk in walks]
@@ -69,7 +70,7 @@ def run_with(run: SampleRun, attention: Attention) -> Any:
     interpreter = _Walker(run)
     sites = {site.node: site for site in run.sites}
     nodes = iter(run.gm.graph.nodes)
-    with torch.random.fork_rng(indices(run.inputs)):
+    with _random_state_kept([run]):
         try:
             for node in nodes:
                 if node.op == "output":
@@ -97,6 +98,29 @@ def _walk(run: SampleRun, attention: Attention | None) -> Iterator[Operands]:
                 interpreter.step(node, result)
     finally:
         interpreter.leave_contexts(nodes)
+
+
+def draws_random(gm: fx.GraphModule, sites: Iterable[str]) -> bool:
+    """Whether running a graph may draw random numbers.
+
+    Args:
+        gm: the graph; sites: names of the nodes of its attention calls, which drop nothing.
+    """
+    known = set(sites)
+    return any(may_draw(node) and node.name not in known and not _drops_nothing(node) for node in gm.graph.nodes)
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether it is dropout outside training."""
+    given = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
+    return node.target is torch.nn.functional.dropout and given.get("training") is False
+
+
+def _random_state_kept(runs: Sequence[SampleRun]) -> AbstractContextManager[None]:
+    """The random state as it was at the end; where nothing draws it is not touched, for other threads may use it."""
+    if not any(draws_random(run.gm, [site.node.name for site in run.sites]) for run in runs):
+        return nullcontext()
+    return torch.random.fork_rng(indices(value for run in runs for value in run.inputs))
 
 
 class _Walker(fx.Interpreter):

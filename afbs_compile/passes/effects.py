@@ -162,6 +162,13 @@ def has_effect(node: fx.Node) -> bool:
         return True
     if node.op == "call_function" and not isinstance(node.target, OpOverload) and not is_trusted(node.target):
         return True
+    return may_draw(node)
+
+
+def may_draw(node: fx.Node) -> bool:
+    """Whether a node may draw random numbers; attention that drops nothing cannot be told from other attention."""
+    if isinstance(node.target, HigherOrderOperator) or node.op == "call_module":
+        return True
     return any(word in str(node.target) for word in RANDOM_WORDS)
 
 

@@ -40,7 +40,11 @@ class Rewrite:
 
 
 def rewrite(
-    gm: fx.GraphModule, calls: Mapping[AttentionSite, SparseCall], unmasked: Sequence[AttentionSite] = ()
+    gm: fx.GraphModule,
+    calls: Mapping[AttentionSite, SparseCall],
+    unmasked: Sequence[AttentionSite] = (),
+    *,
+    with_constants: bool = True,
 ) -> Rewrite:
     """Replace the planned sites of a graph, in place, and erase what only they used.
 
@@ -52,6 +56,8 @@ def rewrite(
         calls: constants of each site to replace; other calls stay as they are.
         unmasked: other sites, whose mask :func:`afbs_compile.passes.unmask.unmask` drops, or which the operator
             computes densely, with valid keys for a mask.
+        with_constants: whether they are written into the graph; else ``afbs::shared_attention`` is told them when it
+            runs, by the number of the call in ``calls``.
 
     Raises:
         ValueError: a site's constants do not match its heads; the graph is then unchanged.
@@ -63,8 +69,11 @@ def rewrite(
     if not calls and not unmasked:
         return Rewrite(0, before, before)
     here: dict[fx.Node, fx.Node] = {}
-    for site, call in calls.items():
-        here[site.node] = _replace_by_call(gm, site, call, here)
+    for number, (site, call) in enumerate(calls.items()):
+        if with_constants:
+            here[site.node] = _replace_by_call(gm, site, call, here)
+        else:
+            here[site.node] = _replace_by_number(gm, site, number, here)
     by_operator = [site for site in unmasked if has_mask_of_valid_keys(site)]
     for site in by_operator:
         here[site.node] = _replace_by_call(gm, site, SparseCall.uniform(site.heads, KEEP_ALL), here)
@@ -83,8 +92,7 @@ def rewrite_shared(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> Rewrit
     before = _text(gm)
     here: dict[fx.Node, fx.Node] = {}
     for number, site in enumerate(sites):
-        arguments = {"call": number, "mask": str(site.mask), "scale": site.scale}
-        here[site.node] = _replace(gm, site, torch.ops.afbs.shared_attention.default, arguments, here)
+        here[site.node] = _replace_by_number(gm, site, number, here)
     gm.graph.lint()
     gm.recompile()
     return Rewrite(len(sites), before, _text(gm))
@@ -112,6 +120,13 @@ def _replace_by_call(
 ) -> fx.Node:
     arguments = arguments_of(call.rounded(), site.mask, site.scale)
     return _replace(gm, site, torch.ops.afbs.sparse_attention.default, arguments, here)
+
+
+def _replace_by_number(
+    gm: fx.GraphModule, site: AttentionSite, number: int, here: Mapping[fx.Node, fx.Node]
+) -> fx.Node:
+    arguments = {"call": number, "mask": str(site.mask), "scale": site.scale}
+    return _replace(gm, site, torch.ops.afbs.shared_attention.default, arguments, here)
 
 
 def _replace(

@@ -10,12 +10,9 @@ from html import escape
 from io import StringIO
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo.resume_execution import ContinueExecutionCache
 
 from afbs_compile.integrations.served import ServedModel, served_model
 from afbs_compile.kernels.attend.engines import kernel_of
@@ -25,6 +22,7 @@ from afbs_compile.reasons import NONE_FOUND
 from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe, merged
 from afbs_compile.regions import rows_of
 from afbs_compile.report import registry
+from afbs_compile.report.compiled import graphs_compiled_of, original_of
 
 WIDTH = 150
 NUMBERS = ("heads", "sparsity", "error", "dense ms", "sparse ms")
@@ -142,24 +140,32 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     if isinstance(compiled_or_recipe, Recipe):
         recipe = compiled_or_recipe
         rows = [_row(index, site) for index, graph in enumerate(recipe.graphs) for site in graph.sites]
-        notes = (_note(recipe), *_kernel_notes(rows), *_unsure_note(recipe.sites))
+        notes = (_note(recipe), *_kernel_notes(rows), *_unsure_note(recipe.sites), *_history_notes(recipe))
         return Explanation(tuple(rows), notes, recipe=recipe)
     served = served_model(compiled_or_recipe)
     if served is not None:
         rows = [_row(0, site) for site in served.rows]
         noted = () if served.recipe is None else (_note(served.recipe),)
-        notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows))
+        watching = [] if served.monitor is None else [served.monitor.note]
+        notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows), *watching)
         return Explanation(tuple(rows), notes if rows else (NO_LONG_CALL,), recipe=served.recipe)
-    graphs = _compiled_graphs(compiled_or_recipe)
+    graphs = graphs_compiled_of(compiled_or_recipe)
     own = [graph for graph in graphs if not graph.shared]
     rows = [_row(index, _served(site, graph)) for index, graph in enumerate(own) for site in graph.rows]
-    blocks = rows_of(owner_of(_original(compiled_or_recipe)))
+    blocks = rows_of(owner_of(original_of(compiled_or_recipe)))
     rows += [_row(len(own), site) for _, decided in blocks for site in decided]
     recipes = [graph.recipe for graph in own] + [served.recipe for served, _ in blocks]
     whole = merged([recipe for recipe in recipes if recipe is not None])
     noted = () if whole is None else (_note(whole),)
     recorded = [row for graph in own for row in graph.rows] + [row for _, decided in blocks for row in decided]
-    notes = (*noted, *_shared_note(blocks, len(graphs) - len(own)), *_kernel_notes(rows), *_unsure_note(recorded))
+    found = [graph.monitor for graph in graphs] + [served.monitor for served, _ in blocks]
+    notes = (
+        *noted,
+        *_shared_note(blocks, sum(graph.shared for graph in graphs)),
+        *_kernel_notes(rows),
+        *_unsure_note(recorded),
+        *dict.fromkeys(monitor.note for monitor in found if monitor is not None),
+    )
     said = "nothing is compiled yet: call the model once" if not graphs else NONE_FOUND
     return Explanation(
         tuple(rows),
@@ -178,39 +184,6 @@ def _shared_note(blocks: Sequence[tuple[ServedModel, Sequence[SiteRecipe]]], gra
     if graphs == 1:
         return [f"{calls} calls share one compilation: their constants are looked up when they run"]
     return [f"{calls} calls run in {graphs} compilations without constants: these are looked up when they run"]
-
-
-def _original(compiled: Any) -> Any:
-    """What the user compiled: a module or a function."""
-    original = getattr(compiled, "_orig_mod", None) or getattr(compiled, "_torchdynamo_orig_callable", None)
-    if original is None and isinstance(compiled, torch.nn.Module):
-        # module.compile() works in place, on a model or on its blocks
-        parts = (getattr(part, "_compiled_call_impl", None) for part in compiled.modules())
-        original = compiled if any(part is not None for part in parts) else None
-    if original is None:
-        raise TypeError(
-            f"compiled_or_recipe: got {type(compiled).__name__}; accepted: a Recipe, what torch.compile returned, or a "
-            'model with attn_implementation="afbs"'
-        )
-    return original
-
-
-def _compiled_graphs(compiled: Any) -> Sequence[registry.CompiledGraph]:
-    original = _original(compiled)
-    owner = owner_of(original)
-    tensors = [*owner.parameters(), *owner.buffers()] if isinstance(owner, torch.nn.Module) else []
-    return registry.graphs_of([owner, *tensors], _compile_ids(original))
-
-
-def _compile_ids(original: Any) -> set[str]:
-    """Dynamo's ids of what was compiled from a function and from what it resumes after graph breaks."""
-    function = getattr(original, "forward", original)
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if code is None:
-        return set()
-    resumed = ContinueExecutionCache.cache[code].values() if code in ContinueExecutionCache.cache else ()
-    entries = [entry for part in (code, *resumed) for entry in _debug_get_cache_entry_list(part)]
-    return {f"{entry.compile_id.frame_id}_{entry.compile_id.frame_compile_id}" for entry in entries}
 
 
 def _served(site: SiteRecipe, graph: registry.CompiledGraph) -> SiteRecipe:
@@ -242,6 +215,11 @@ def _unsure_note(rows: Sequence[SiteRecipe]) -> list[str]:
         f"{unsure} of {len(rows)} calls were timed on a busy machine, too close to tell which way is faster on a quiet "
         "one: the next process times them again, and so does afbs-compile bench --update"
     ]
+
+
+def _history_notes(recipe: Recipe) -> list[str]:
+    """What led to the recipe, where it is not the first one of its model."""
+    return [f"calibrated again {change.when}: {change.reason}" for change in recipe.history]
 
 
 def _row(graph: int, site: SiteRecipe) -> ExplainRow:

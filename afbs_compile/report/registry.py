@@ -11,6 +11,7 @@ import torch
 
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.monitor.monitor import Monitor
 from afbs_compile.passes.place import callers
 from afbs_compile.passes.rewrite import Rewrite
 from afbs_compile.passes.site import OperandShapes
@@ -31,6 +32,7 @@ class CompiledGraph:
         parameters: tensors that it uses; callers: the compiled modules or functions that ran when it was compiled. A
             graph break may leave graphs without parameters.
         shared: whether it runs for several modules, each with constants of its own that are not in the rows.
+        monitor: what watches it, if anything does.
     """
 
     compile_id: str
@@ -42,6 +44,7 @@ class CompiledGraph:
     parameters: tuple[weakref.ref[torch.Tensor], ...]
     callers: tuple[weakref.ref[Any], ...]
     shared: bool = False
+    monitor: Monitor | None = None
 
     def belongs_to(self, ids: set[int]) -> bool:
         """Whether one of the graph's parameters or callers is among these (by ``id``)."""
@@ -124,13 +127,22 @@ def record_shared(found: FoundGraph, rewritten: Rewrite) -> None:
     )
 
 
-def changed(compile_id: str, plan: Plan) -> None:
+def changed(compile_id: str, plan: Plan, recipe: Recipe | None = None) -> None:
     """Remember another outcome of a graph's calls.
 
     Args:
-        compile_id: of the graph; plan: what holds from now on.
+        compile_id: of the graph; plan: what holds from now on; recipe: that it is of, where it is another one.
     """
-    _graphs[:] = [replace(graph, rows=plan.rows) if graph.compile_id == compile_id else graph for graph in _graphs]
+    for place, graph in enumerate(_graphs):
+        if graph.compile_id == compile_id:
+            _graphs[place] = replace(graph, rows=plan.rows, recipe=recipe or graph.recipe)
+
+
+def watch(compile_id: str, monitor: Monitor) -> None:
+    """Remember what watches a graph."""
+    for place, graph in enumerate(_graphs):
+        if graph.compile_id == compile_id:
+            _graphs[place] = replace(graph, monitor=monitor)
 
 
 def _sparse_calls(found: FoundGraph, plan: Plan) -> dict[str, tuple[OperandShapes, SparseCall]]:

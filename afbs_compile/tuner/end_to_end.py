@@ -173,6 +173,20 @@ def _fits(value: Tensor, logits: Tensor, node: fx.Node) -> bool:
     return value.shape == logits.shape[:-1] and bool(node.users)
 
 
+def cost_of_output(run: SampleRun, dense: Any, sparse: Any, quantity: str) -> float:
+    """What sparse attention cost of a budget on one sample.
+
+    Args:
+        run: the sample; dense, sparse: the graph's outputs on it.
+        quantity: of the budget: ``"perplexity"`` is the rise of the cross entropy; 0 where the tokens are not known.
+    """
+    if quantity == "output":
+        return output_errors(find_output(dense), find_output(sparse), None, 1)[0].output
+    logits = find_logits(dense)
+    change = output_change(logits, find_logits(sparse), next_tokens(run, logits))
+    return change.kl if quantity == "kl" else change.loss
+
+
 def output_change(dense: Tensor, sparse: Tensor, targets: Tensor | None) -> OutputChange:
     """Compare two logits ``[..., positions, classes]``; targets ``[..., positions - 1]``."""
     return output_changes(dense, sparse, targets, 1)[0]

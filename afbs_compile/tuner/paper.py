@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,21 @@ from afbs_compile.tuner.measure import Measurement, Meter
 from afbs_compile.tuner.space import Parameterization, at_latent
 
 INITIAL = (0.2, 0.5, 0.8)
-EI_STEPS, WARM_EI_STEPS = 12, 5  # 15 and 8 evaluations with the three initial ones
-BINARY_STEPS, WARM_BINARY_STEPS = 4, 3
+
+
+class Steps(NamedTuple):
+    """How many evaluations a site takes: by expected improvement after the initial ones, and by binary search."""
+
+    improvement: int
+    binary: int
+
+
+COLD, WARM = Steps(12, 4), Steps(5, 3)
+"""15 and 8 evaluations with the three initial ones."""
+
+AGAIN = Steps(5, 2)
+"""The "reduced search budget (8 BO iterations, 2 binary iterations)" of a re-tuning cycle, section III-D."""
+
 REGIONS = 2
 BAND_SHARE = 0.045 / 0.055
 """eps_low as a share of eps_high: the printed band is [0.045, 0.055]."""
@@ -88,19 +102,22 @@ class PaperResult:
     trials: tuple[Trial, ...]
 
 
-def algorithm_1(low: Meter, high: Meter, space: Space, earlier: gp.Posterior | None) -> PaperResult:
+def algorithm_1(
+    low: Meter, high: Meter, space: Space, earlier: gp.Posterior | None, steps: Steps | None = None
+) -> PaperResult:
     """Stages 1 to 3.
 
     Args:
         low, high: meters at low and high fidelity; ``high`` holds the validation inputs, its first sample is searched.
         space: what is searched.
         earlier: the previous site's landscape; with it, fewer steps are made (warm start).
+        steps: how many are made, if not so many.
     """
     trials: list[Trial] = []
-    posterior = stage_1(low.heads, _Logged(low, "explore", space, trials), space.tolerance, earlier)
-    steps = BINARY_STEPS if earlier is None else WARM_BINARY_STEPS
+    steps = steps or (COLD if earlier is None else WARM)
+    posterior = stage_1(low.heads, _Logged(low, "explore", space, trials), steps.improvement, earlier)
     search = high.prefix(high.length, samples=1, windows=1)
-    s = stage_2(_Logged(search, "refine", space, trials), posterior, space.tolerance, steps)
+    s = stage_2(_Logged(search, "refine", space, trials), posterior, space.tolerance, steps.binary)
     high.calls += search.calls
     high.evaluations += search.evaluations
     s, measured = stage_3(_Logged(high, "validate", space, trials), s, space.tolerance)
@@ -108,7 +125,7 @@ def algorithm_1(low: Meter, high: Meter, space: Space, earlier: gp.Posterior | N
 
 
 def stage_1(
-    heads: int, measure: Callable[[Tensor], Measurement], tolerance: float, earlier: gp.Posterior | None
+    heads: int, measure: Callable[[Tensor], Measurement], steps: int, earlier: gp.Posterior | None
 ) -> gp.Posterior:
     """Bayesian optimisation of the error at low fidelity (lines 1 to 14); ``measure`` takes ``s [H]``."""
     prior = torch.zeros(heads, len(GRID), dtype=torch.float64)
@@ -116,7 +133,7 @@ def stage_1(
         prior = earlier.mean if earlier.mean.shape[0] == heads else earlier.mean.mean(0).expand(heads, -1)
     points = [torch.full((heads,), s) for s in INITIAL]
     errors = [measure(s).worst for s in points]
-    for _ in range(EI_STEPS if earlier is None else WARM_EI_STEPS):
+    for _ in range(steps):
         posterior = gp.fit(torch.stack(points, -1), torch.stack(errors, -1), GRID, prior)
         improvement = gp.expected_improvement(posterior, torch.stack(errors, -1).amin(-1))
         points.append(GRID[improvement.argmax(-1)])

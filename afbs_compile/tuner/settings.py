@@ -27,6 +27,7 @@ class TuneSettings:
         budget: of the output, instead of the tolerance.
         automatic: whether a graph that returns the logits of its tokens gets :data:`AUTOMATIC` instead.
         shapes: block shapes to compare, those of the device's engines by default; ``method="paper"`` takes the first.
+        reduced: whether a model is calibrated again, for which ``method="paper"`` has a smaller budget of evaluations.
         asked: what the recipe records of the user's options.
     """
 
@@ -37,6 +38,7 @@ class TuneSettings:
     automatic: bool = False
     precision: str = "own"
     shapes: tuple[BlockShape, ...] | None = None
+    reduced: bool = False
     asked: Mapping[str, Any] = field(default_factory=dict)
 
     def shapes_on(self, device: torch.device) -> tuple[BlockShape, ...]:

@@ -28,7 +28,7 @@ from afbs_compile.tuner.measure import (
     nothing_to_skip,
     relative_l1,
 )
-from afbs_compile.tuner.paper import Space, algorithm_1
+from afbs_compile.tuner.paper import AGAIN, Space, algorithm_1
 from afbs_compile.tuner.result import SiteResult
 from afbs_compile.tuner.settings import TuneSettings
 from afbs_compile.tuner.space import all_dense, dense_heads
@@ -123,7 +123,7 @@ def _paper(samples: Sequence[Operands], settings: TuneSettings, earlier: gp.Post
     call = SparseCall.uniform(meter.heads, KEEP_ALL, policy=PAPER_POLICY, shape=shape)
     low = low_fidelity(meter, shape.q, windows=1)
     space = Space(call, settings.tolerance, settings.parameterization)
-    result = algorithm_1(low, meter, space, earlier)
+    result = algorithm_1(low, meter, space, earlier, AGAIN if settings.reduced else None)
     finite = result.measured.error.isfinite().all(0)  # a head whose activations overflow has no error to hold
     return SiteResult(
         result.call.where(finite.tolist(), all_dense(call)),

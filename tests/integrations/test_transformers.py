@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 import afbs_compile
-from afbs_compile.errors import AfbsWarning, OptionError, RecipeError
+from afbs_compile.errors import AfbsWarning, CalibrationError, OptionError, RecipeError
 from afbs_compile.integrations.served import ServedModel, served_model
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
+from afbs_compile.monitor.rows import RowErrors
 from afbs_compile.revalidate import checked
 from tests.toy import without_a_clock
 
@@ -476,3 +477,72 @@ def test_models_are_let_go_of(every_block):
     every_block.clear()
     gc.collect()
     assert len(list(alive())) == before
+
+
+class TestMonitor:
+    """A served model that is watched."""
+
+    @pytest.fixture
+    def broken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every look finds every head far off."""
+
+        def far_off(operands: Operands, out: torch.Tensor, *_: Any) -> RowErrors:
+            return RowErrors(torch.ones(operands.heads), torch.zeros(operands.heads))
+
+        monkeypatch.setattr("afbs_compile.monitor.monitor.row_errors", far_off)
+
+    @torch.no_grad()
+    def test_inputs_like_the_first_raise_no_alarm_and_change_nothing(self):
+        plain = afbs.use(sharp(), **ASKED)(ids(length=512)).logits
+        model = afbs.use(sharp(), **ASKED, monitor={"share": 1.0})
+        for seed in range(20):
+            model(ids(length=512, seed=seed))
+        (monitor,) = afbs_compile.monitors(model)
+        assert monitor.alarms == ()
+        assert {row["calls"] for row in monitor.to_records()} == {20}
+        assert "monitor: 20 looks at a head" in str(afbs_compile.explain(model))
+        assert torch.equal(model(ids(length=512)).logits, plain)
+
+    @torch.no_grad()
+    @pytest.mark.usefixtures("broken")
+    def test_alarmed_heads_are_dense_and_the_next_inputs_calibrate_them_again(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("AFBS_CACHE_DIR", str(tmp_path))
+        model = afbs.use(sharp(), **ASKED, monitor={"share": 1.0, "look_every": 1})
+        x = ids(length=512)
+        with pytest.warns(AfbsWarning, match="afbs monitor: .*dense from now on"):
+            [model(x) for _ in range(10)]
+        (monitor,) = afbs_compile.monitors(model)
+        assert any(row["dense"] for row in monitor.to_records())
+        own = copy.deepcopy(model)
+        own.set_attn_implementation("sdpa")
+        torch.testing.assert_close(model(x).logits, own(x).logits, rtol=1e-3, atol=1e-3)
+        (cached,) = tmp_path.glob("*.json")
+        before = cached.read_bytes()
+        assert monitor.recalibrate() is None
+        model(x)
+        recipe = served_model(model).recipe
+        assert [site.outcome for site in recipe.sites] == ["sparse", "sparse"]
+        assert recipe.history[0].heads
+        assert afbs_compile.Recipe.load(cached.with_name(f"{cached.stem}.1.json")) == recipe
+        assert cached.read_bytes() == before
+        assert not any(row["dense"] for row in monitor.to_records())
+
+    @torch.no_grad()
+    @pytest.mark.usefixtures("broken")
+    def test_by_itself_where_that_is_asked_for(self):
+        model = afbs.use(sharp(), **ASKED, monitor={"share": 1.0, "look_every": 1, "recalibrate": "automatically"})
+        with pytest.warns(AfbsWarning, match="afbs monitor"):
+            [model(ids(length=512)) for _ in range(10)]
+        assert served_model(model).recipe.history
+
+    @torch.no_grad()
+    @pytest.mark.usefixtures("broken")
+    def test_a_budget_cannot_be_spent_again_here(self, fresh_dynamo):
+        recipe = afbs_compile.calibrate(
+            sharp(), [{"input_ids": ids(length=512)}], min_length=128, tolerance={"kl": 0.5}
+        )
+        model = afbs.use(sharp(), recipe=recipe, min_length=128, monitor={"share": 1.0, "look_every": 1})
+        with pytest.warns(AfbsWarning, match="afbs monitor"):
+            [model(ids(length=512)) for _ in range(20)]
+        with pytest.raises(CalibrationError, match="monitor: the recipe has a budget on the output, which is not seen"):
+            afbs_compile.monitors(model)[0].recalibrate()

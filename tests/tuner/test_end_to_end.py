@@ -14,7 +14,7 @@ from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes.capture import SampleRun, capture, run_with
 from afbs_compile.passes.find import find
 from afbs_compile.passes.record import record_graphs
-from afbs_compile.tuner.end_to_end import EndToEnd, find_logits, next_tokens, output_change
+from afbs_compile.tuner.end_to_end import EndToEnd, cost_of_output, find_logits, next_tokens, output_change
 from afbs_compile.tuner.measure import LOCAL_KEPT, attend_sparsely
 from afbs_compile.tuner.site import tune_site
 from tests.toy import HEADS, TOKENS, LanguageToy, always_faster, token_ids
@@ -152,3 +152,15 @@ def test_a_calibration_captures_later_sites_on_what_sparse_earlier_ones_make(run
     torch.testing.assert_close(second.q, expected[names(samples)[1]].q)
     dense = {name: operands[0] for name, operands in capture(samples[:1])}
     assert not torch.allclose(second.q, dense[names(samples)[1]].q)
+
+
+@pytest.mark.parametrize("quantity", ["kl", "perplexity", "output"])
+def test_the_cost_of_one_output_is_what_calibration_would_measure(runs, quantity):
+    run = runs[1][0]
+    calls = {name: at(0.3) for name in names(runs[1])}
+    (expected,) = EndToEnd([run], quantity)(calls)
+    dense = run_with(run, lambda *_: None)
+    sparse = run_with(run, lambda name, operands: attend_sparsely(operands, calls[name]))
+    found = cost_of_output(run, dense, sparse, quantity)
+    assert found == pytest.approx(getattr(expected, "loss" if quantity == "perplexity" else quantity))
+    assert found != 0

@@ -70,6 +70,11 @@ def indices(values: Iterable[Any]) -> list[int]:
     return sorted({value.device.index or 0 for value in values if isinstance(value, Tensor) and value.is_cuda})
 
 
+def is_recording(device: torch.device) -> bool:
+    """Whether what is launched there is recorded into a CUDA graph, where the host has no say at a replay."""
+    return runs_triton(device) and torch.cuda.is_current_stream_capturing()
+
+
 def wait(values: Any) -> None:
     """Return once the tensors among the values are there."""
     for leaf in pytree.tree_leaves(values):

@@ -1,0 +1,40 @@
+"""Recipes that follow others: why they do, and where they are kept."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+
+from afbs_compile.errors import AfbsWarning
+from afbs_compile.monitor.monitor import Alarm
+from afbs_compile.recipe import Change, Recipe
+
+_log = logging.getLogger("afbs_compile")
+
+
+def change_after(alarms: Sequence[Alarm]) -> Change:
+    """What led to another calibration now."""
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    if not alarms:
+        return Change(when, "asked for", ())
+    return Change(when, alarms[-1].reason, tuple(f"{name} head {head}" for name, head in alarms[-1].heads))
+
+
+def place_beside(path: Path) -> Path:
+    """A file beside a recipe's that is not there yet: ``recipe.1.json`` for ``recipe.json``."""
+    free = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+    return next(place for place in free if not place.exists())
+
+
+def save_successor(recipe: Recipe, place: Path) -> None:
+    """Write it; what fails is said, and the model goes on."""
+    try:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        recipe.save(place)
+        _log.info("saved %s", place)
+    except OSError as error:
+        warnings.warn(f"afbs monitor: the new recipe was not saved: {error.strerror}", AfbsWarning, stacklevel=2)
