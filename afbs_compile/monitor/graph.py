@@ -105,13 +105,16 @@ class MonitoredGraph(Watched):
     def _begin(self, plan: Plan) -> None:
         """Watch the calls of a plan, from now on."""
         self._calls = {name: call.rounded() for name, call in self._calls.items()}
+        self._rows = [row for row in plan.rows if row.name in self._calls]
         budget = self._recipe.budget
-        for row in plan.rows:
-            if row.name in self._calls:
-                promised = Promised.by(self._recipe, row, self._how.rate)
-                self.monitor.watch(row.name, replace(promised, is_tested=budget is None))
-        if budget is not None:  # what a head may cost of it nobody said
+        self._watch_heads(are_tested=budget is None)  # what a head may cost of a budget nobody said
+        if budget is not None:
             self.monitor.watch(OUTPUT, Promised((budget.limit,), OUTPUT_RATE))
+
+    def _watch_heads(self, *, are_tested: bool) -> None:
+        for row in self._rows:
+            promised = Promised.by(self._recipe, row, self._how.rate)
+            self.monitor.watch(row.name, replace(promised, is_tested=are_tested))
 
     @torch.no_grad()
     def _compare(self, inputs: Sequence[Any], out: Any) -> None:
@@ -124,7 +127,9 @@ class MonitoredGraph(Watched):
             cost = cost_of_output(run, dense, out, budget.quantity)
         except OptionError as error:
             self.monitor.forget(OUTPUT)
-            warnings.warn(f"afbs monitor: the output is not watched: {first_line(error)}", AfbsWarning, stacklevel=3)
+            self._watch_heads(are_tested=True)
+            why = f"the output is not watched, but each head: {first_line(error)}"
+            warnings.warn(f"afbs monitor: {why}", AfbsWarning, stacklevel=3)
         else:
             self.monitor.see_output(cost / budget.limit)
 

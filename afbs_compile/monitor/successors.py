@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from afbs_compile.errors import AfbsWarning
+from afbs_compile.files import write_whole
 from afbs_compile.monitor.monitor import Alarm
 from afbs_compile.recipe import Change, Recipe
 
@@ -34,7 +35,7 @@ def save_successor(recipe: Recipe, place: Path) -> None:
     """Write it; what fails is said, and the model goes on."""
     try:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        recipe.save(place)
+        write_whole(place, recipe.to_json(), private=True)
         _log.info("saved %s", place)
     except OSError as error:
         warnings.warn(f"afbs monitor: the new recipe was not saved: {error.strerror}", AfbsWarning, stacklevel=2)

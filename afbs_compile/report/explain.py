@@ -72,6 +72,7 @@ class Explanation:
         notes: what the thresholds were calibrated on, one line per recipe, and why calls are not on a quicker kernel.
         before, after: text of each compiled graph before and after the rewrite; empty for a recipe.
         recipe: what all of it was rewritten with, as one recipe, e.g. to ``save``; ``None`` where nothing was.
+        watched: what the monitors know, as :meth:`afbs_compile.monitor.monitor.Monitor.to_dict` has it.
     """
 
     rows: tuple[ExplainRow, ...]
@@ -79,6 +80,7 @@ class Explanation:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     recipe: Recipe | None = None
+    watched: tuple[dict[str, Any], ...] = ()
 
     def to_records(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries."""
@@ -146,9 +148,10 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     if served is not None:
         rows = [_row(0, site) for site in served.rows]
         noted = () if served.recipe is None else (_note(served.recipe),)
-        watching = [] if served.monitor is None else [served.monitor.note]
-        notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows), *watching)
-        return Explanation(tuple(rows), notes if rows else (NO_LONG_CALL,), recipe=served.recipe)
+        monitors = [] if served.monitor is None else [served.monitor]
+        notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows), *(monitor.note for monitor in monitors))
+        watched = tuple(monitor.to_dict() for monitor in monitors)
+        return Explanation(tuple(rows), notes if rows else (NO_LONG_CALL,), recipe=served.recipe, watched=watched)
     graphs = graphs_compiled_of(compiled_or_recipe)
     own = [graph for graph in graphs if not graph.shared]
     rows = [_row(index, _served(site, graph)) for index, graph in enumerate(own) for site in graph.rows]
@@ -159,12 +162,13 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     noted = () if whole is None else (_note(whole),)
     recorded = [row for graph in own for row in graph.rows] + [row for _, decided in blocks for row in decided]
     found = [graph.monitor for graph in graphs] + [served.monitor for served, _ in blocks]
+    monitors = dict.fromkeys(monitor for monitor in found if monitor is not None)
     notes = (
         *noted,
         *_shared_note(blocks, sum(graph.shared for graph in graphs)),
         *_kernel_notes(rows),
         *_unsure_note(recorded),
-        *dict.fromkeys(monitor.note for monitor in found if monitor is not None),
+        *(monitor.note for monitor in monitors),
     )
     said = "nothing is compiled yet: call the model once" if not graphs else NONE_FOUND
     return Explanation(
@@ -173,6 +177,7 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
         tuple(graph.before for graph in graphs),
         tuple(graph.after for graph in graphs),
         whole,
+        tuple(monitor.to_dict() for monitor in monitors),
     )
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import afbs_compile
-from afbs_compile.errors import AfbsWarning, CalibrationError
+from afbs_compile.errors import AfbsWarning, CalibrationError, OptionError
 from afbs_compile.monitor.monitor import OUTPUT
+from afbs_compile.monitor.rows import RowErrors
 from tests.toy import WIDTH, LanguageToy, Toy, drifting, token_ids, without_a_clock
 
 LENGTH = 512
@@ -145,6 +146,7 @@ def test_what_is_known_is_told(recipe):
     told = monitor.to_dict()
     assert told["alarms"][0]["heads"][0] == (site, head)
     assert len(told["heads"]) == 8
+    assert afbs_compile.explain(model).watched == (told,)
 
 
 @torch.no_grad()
@@ -164,6 +166,7 @@ def test_calibrated_again_on_demand_on_what_was_kept(recipe, tmp_path):
     assert new.history[0].heads
     torch.testing.assert_close(found, Toy().eval()(x), rtol=0.2, atol=0.02)
     assert not any(row["dense"] for row in monitor.to_records())
+    assert (tmp_path / "recipe.1.json").stat().st_mode & 0o077 == 0
     saved = afbs_compile.Recipe.load(tmp_path / "recipe.1.json")
     assert saved == new == monitor.recipe == afbs_compile.explain(model).recipe
     assert path.read_bytes() == original
@@ -247,3 +250,51 @@ def test_a_budget_that_is_overspent_makes_every_call_dense(monkeypatch):
     assert monitor.alarms[0].heads == ((OUTPUT, 0),)
     assert any("the output changes by more than the budget" in str(warning.message) for warning in said)
     torch.testing.assert_close(model(x), toy(x), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_an_output_that_cannot_be_compared_leaves_the_heads_watched(monkeypatch):
+    def refuses(*_):
+        raise OptionError("tolerance: a budget on the output needs logits")
+
+    monkeypatch.setattr("afbs_compile.monitor.graph.OUTPUT_SHARE", 1.0)
+    monkeypatch.setattr("afbs_compile.monitor.graph.cost_of_output", refuses)
+    toy = LanguageToy(LENGTH).eval()
+    recipe = afbs_compile.calibrate(toy, [token_ids(LENGTH)], tolerance={"kl": 0.2}, min_length=128)
+    model = watched(toy, recipe)
+    with pytest.warns(AfbsWarning, match="the output is not watched, but each head: tolerance: a budget"):
+        model(token_ids(LENGTH))
+    model(token_ids(LENGTH, 1))
+    rows = only_monitor(model).to_records()
+    assert OUTPUT not in {row["site"] for row in rows}
+    assert max(row["sampled"] for row in rows) == 1
+    sites = {site.name: site for site in recipe.sites}
+    assert all(row["limit"] == 1.5 * sites[row["site"]].heads[row["head"]].error for row in rows)
+
+
+@torch.no_grad()
+def test_the_paper_s_recipes_are_watched_by_the_paper_s_rule(monkeypatch):
+    far_off = True
+
+    def looked(operands, *_):
+        return RowErrors(torch.full((operands.heads,), float(far_off)), torch.zeros(operands.heads))
+
+    monkeypatch.setattr("afbs_compile.monitor.betting.STREAK", 12)
+    monkeypatch.setattr("afbs_compile.monitor.monitor.row_errors", looked)
+    recipe = afbs_compile.calibrate(Toy().eval(), CALIBRATED[:5], method="paper", tolerance=0.05, min_length=128)
+    model = watched(Toy().eval(), recipe, keep=2)
+    for seed in range(11):
+        model(drifting(LENGTH, seed=seed))
+    monitor = only_monitor(model)
+    assert monitor.alarms == ()
+    with pytest.warns(AfbsWarning, match="beyond the tolerance in 100 looks in a row"):
+        model(drifting(LENGTH))
+    assert monitor.alarms[0].evidence == 12
+    new = monitor.recalibrate()
+    assert new.method == "paper"
+    explored = [len(path.tau) for site in new.sites for path in site.heads[0].search if path.stage == "explore"]
+    assert explored == [8, 8]  # "a reduced search budget (8 BO iterations, ...)"
+    model(drifting(LENGTH))
+    far_off = False
+    model(drifting(LENGTH))
+    assert max(row["evidence"] for row in monitor.to_records()) == 0

@@ -320,6 +320,16 @@ def test_paper_spends_what_algorithm_1_prints_and_less_after_a_warm_start():
     assert warm_high in {5 + 3, 5 + 6, 10 + 3, 10 + 6, 5, 10}
 
 
+def test_paper_calibrates_again_with_the_budget_that_it_prints():
+    samples = [operands(seed) for seed in range(5)]
+    meter = Meter(samples)
+    low = low_fidelity(meter, 64, windows=1)
+    space = paper.Space(SparseCall.uniform(HEADS, KEEP_ALL), 0.055, "corrected")
+    paper.algorithm_1(low, meter, space, None, paper.AGAIN)
+    assert low.calls == 8
+    assert meter.calls in {5 + 2, 5 + 4, 10 + 2, 10 + 4, 5, 10}
+
+
 def test_regions_are_the_two_rightmost_runs_under_the_bound():
     mean = torch.full((2, len(paper.GRID)), 1.0).double()
     for low, high in ((20, 40), (80, 90), (120, 160)):
