@@ -298,3 +298,31 @@ def test_the_paper_s_recipes_are_watched_by_the_paper_s_rule(monkeypatch):
     far_off = False
     model(drifting(LENGTH))
     assert max(row["evidence"] for row in monitor.to_records()) == 0
+
+
+@torch.no_grad()
+def test_one_graph_for_all_lengths_has_one_monitor(recipe):
+    model = torch.compile(
+        Toy().eval(),
+        backend="afbs",
+        dynamic=True,
+        options={"recipe": recipe, "min_length": 128, "monitor": {"share": 1.0}},
+    )
+    for length in (512, 768, 640):
+        x = drifting(length)
+        torch.testing.assert_close(model(x), Toy().eval()(x), rtol=0.1, atol=0.05)
+    assert max(row["sampled"] for row in only_monitor(model).to_records()) == 3
+    model(drifting(100))  # shorter than min_length: another graph, which has nothing to watch
+    assert len(afbs_compile.monitors(model)) == 1
+
+
+@torch.no_grad()
+def test_blocks_that_share_a_compilation_are_watched_by_the_model_s_monitor(recipe):
+    model = Toy().eval()
+    for layer in model.layers:
+        layer.compile(backend="afbs", options={"recipe": recipe, "min_length": 128, "monitor": {"share": 1.0}})
+    for seed in range(3):
+        model(drifting(LENGTH, seed=seed))
+    rows = only_monitor(model).to_records()
+    assert {row["site"] for row in rows} == {"layers.0", "layers.1"}
+    assert max(row["sampled"] for row in rows) == 3
