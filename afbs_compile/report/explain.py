@@ -148,9 +148,9 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     if served is not None:
         rows = [_row(0, site) for site in served.rows]
         noted = () if served.recipe is None else (_note(served.recipe),)
-        monitors = [] if served.monitor is None else [served.monitor]
-        notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows), *(monitor.note for monitor in monitors))
-        watched = tuple(monitor.to_dict() for monitor in monitors)
+        mine = [] if served.monitor is None else [served.monitor]
+        notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows), *(monitor.note for monitor in mine))
+        watched = tuple(monitor.to_dict() for monitor in mine)
         return Explanation(tuple(rows), notes if rows else (NO_LONG_CALL,), recipe=served.recipe, watched=watched)
     graphs = graphs_compiled_of(compiled_or_recipe)
     own = [graph for graph in graphs if not graph.shared]

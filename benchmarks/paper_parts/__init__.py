@@ -1,0 +1,1 @@
+"""The tables and figures of the paper on a real model; ``benchmarks/paper.py`` runs them."""

@@ -1,0 +1,85 @@
+"""What every table is measured on: model, texts, windows."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import load, sample_runs, settings, text_windows
+from torch import Tensor
+
+import afbs_compile
+from afbs_compile import Recipe
+from afbs_compile.passes.capture import SampleRun
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """As the command line says.
+
+    Attributes:
+        arguments: of the command line.
+    """
+
+    arguments: argparse.Namespace
+
+    @property
+    def device(self) -> str:
+        """Where everything runs."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @functools.cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """Model and tokenizer."""
+        return load(self.arguments.model, self.device, getattr(torch, self.arguments.dtype))
+
+    @property
+    def model(self) -> Any:
+        """The model, dense."""
+        return self.loaded[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return int(self.arguments.length)
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts by name; the first is the one that is calibrated on."""
+        return [Path(text).stem for text in self.arguments.texts]
+
+    def windows(self, text: str, length: int, count: int) -> list[Tensor]:
+        """``count`` windows ``[1, length]`` spread over a text, of one stride."""
+        source = self.arguments.texts[self.texts.index(text)]
+        return [w[0][None] for w in text_windows(self.loaded[1], source, length, count, self.device)]
+
+    def calibration_windows(self) -> list[Tensor]:
+        """Windows of the first text that no table tests on: every other one of twice as many."""
+        return self.windows(self.texts[0], self.length, 2 * self.arguments.samples)[1::2]
+
+    @functools.cache  # noqa: B019 (one setting lives as long as the process)
+    def tested(self, text: str, length: int) -> tuple[SampleRun, ...]:
+        """Windows of a text to test on, as the graph sees them; of the first text others than it is calibrated on."""
+        count = self.arguments.windows
+        if text == self.texts[0]:
+            windows = self.windows(text, length, 2 * max(count, self.arguments.samples))[::2][:count]
+        else:
+            windows = self.windows(text, length, count)
+        return tuple(sample_runs(self.model, windows))
+
+    @functools.cache  # noqa: B019
+    def recipe(self, **options: Any) -> Recipe:
+        """Calibrated on the first text; the options as given, a budget as ``budget=("kl", 0.01)``."""
+        asked = {key: value for key, value in options.items() if key != "budget"}
+        if "budget" in options:
+            quantity, limit = options["budget"]
+            asked["tolerance"] = {quantity: limit}
+        return afbs_compile.calibrate(self.model, self.calibration_windows(), **asked)
+
+    def describe(self) -> dict[str, str]:
+        """For a result file."""
+        return settings(self.arguments)
