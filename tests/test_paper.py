@@ -121,7 +121,7 @@ def test_a_width_for_every_share(parts):
 def test_a_sparsity_is_matched_on_the_shipped_model(parts, fresh_dynamo):
     import argparse
 
-    from paper_parts.bench import EXACT, at, matched
+    from paper_parts.bench import EXACT, Matcher, at
     from paper_parts.setting import Setting
 
     given = {"model": BENCHMARKS.parent / "examples" / "model-7m", "dtype": "float32", "texts": ["topics"]}
@@ -132,6 +132,6 @@ def test_a_sparsity_is_matched_on_the_shipped_model(parts, fresh_dynamo):
     dense = at(by_name["dense"], setting, runs, 0.0)
     assert dense.sparsity == 0.0
     for name in ("window", "top-k tokens, oracle", "XAttention", "Reformer"):
-        point = matched(by_name[name], setting, runs, 0.7)
+        point = Matcher(by_name[name], setting, runs).matched(0.7)
         assert abs(point.sparsity - 0.7) <= EXACT, name
-        assert point.perplexity == matched(by_name[name], setting, runs, 0.7).perplexity, name
+        assert point.perplexity == Matcher(by_name[name], setting, runs).matched(0.7).perplexity, name

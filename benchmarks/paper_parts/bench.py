@@ -100,15 +100,36 @@ def loss(run: SampleRun, logits: Tensor) -> float:
     return float(F.cross_entropy(logits[0, half:-1].float(), tokens[0, half:]))
 
 
-def matched(method: Method, setting: Setting, runs: Sequence[SampleRun], sparsity: float) -> Point:
-    """A method at a sparsity, found by bisection on its knob; the nearest point where it cannot be reached."""
-    low, high = 0.0, 1.0
-    t = sparsity if method.t_first is None else method.t_first
-    points = []
-    for _ in range(TRIES):
-        points.append(at(method, setting, runs, t))
-        if abs(points[-1].sparsity - sparsity) <= EXACT:
-            break
-        low, high = (t, high) if points[-1].sparsity < sparsity else (low, t)
-        t = (low + high) / 2
-    return min(points, key=lambda point: abs(point.sparsity - sparsity))
+class Matcher:
+    """Finds the knob of a method at which it leaves out a given share, on one text; earlier points help later ones."""
+
+    def __init__(self, method: Method, setting: Setting, runs: Sequence[SampleRun]) -> None:
+        self._method, self._setting, self._runs = method, setting, runs
+        self._points: dict[float, Point] = {}
+
+    def at(self, t: float) -> Point:
+        """The method at a setting of its knob."""
+        if t not in self._points:
+            self._points[t] = at(self._method, self._setting, self._runs, t)
+        return self._points[t]
+
+    def matched(self, sparsity: float) -> Point:
+        """The point nearest to a sparsity, within :data:`EXACT` of it where the method reaches it."""
+        t = sparsity
+        for _ in range(TRIES):
+            if abs(self.at(t).sparsity - sparsity) <= EXACT:
+                break
+            below = max((p for p in self._points.values() if p.sparsity < sparsity), key=lambda p: p.t, default=ALL)
+            above = min((p for p in self._points.values() if p.sparsity >= sparsity), key=lambda p: p.t, default=None)
+            if above is None:
+                if below.t >= 1:  # turned as far as it goes
+                    break
+                t = 1.0
+                continue
+            share = (sparsity - below.sparsity) / max(above.sparsity - below.sparsity, 1e-9)
+            t = below.t + min(max(share, 0.1), 0.9) * (above.t - below.t)
+        return min(self._points.values(), key=lambda point: abs(point.sparsity - sparsity))
+
+
+ALL = Point(0.0, 0.0, 0.0)
+"""Where every knob begins."""

@@ -66,9 +66,9 @@ def _trusts_pooling(operands: Operands) -> list[bool]:
 
 
 def of_recipe(recipe: Recipe) -> Calls:
-    """A calibrated recipe; the knob moves ``1 - tau`` of every head by one factor, 1 in the middle.
+    """A calibrated recipe, as it is in the middle; the knob moves ``1 - tau`` of every head by one factor.
 
-    Heads that calibration made DENSE stay so.
+    Beyond the middle theta falls to 0. Heads that calibration made DENSE stay so.
     """
     calls: Mapping[str, SparseCall] = {site.name: site.calibrated for site in recipe.sites if site.heads}
 
@@ -77,6 +77,7 @@ def of_recipe(recipe: Recipe) -> Calls:
             return SparseCall.uniform(operands.heads, KEEP_ALL)
         factor = 2 ** (STEEPNESS * (t - 0.5))
         tau = tuple(max(0.0, 1 - (1 - x) * factor) for x in calls[name].tau)
-        return replace(calls[name], tau=tau, min_length=0)
+        theta = tuple(x * min(1.0, 2 * (1 - t)) if x > 0 else x for x in calls[name].theta)
+        return replace(calls[name], tau=tau, theta=theta, min_length=0)
 
     return call

@@ -107,6 +107,12 @@ def top_blocks(head: Head, t: float) -> Tensor:
     return largest(head.mass, t)
 
 
+def pooled_blocks(head: Head, t: float) -> Tensor:
+    """The blocks whose means of queries and keys have the largest product, and a row's own."""
+    q, k = (x.unflatten(0, (-1, BLOCK)).mean(1) for x in (head.q, head.k))
+    return largest((q @ k.T * head.scale).fill_diagonal_(torch.inf), t)
+
+
 def anchor(head: Head, t: float) -> Tensor:
     """Keys whose score comes near the best of the first and the nearest block (AnchorAttention, 2025), by stripes.
 

@@ -1,4 +1,4 @@
-"""Fig. 3: memory by length, measured: what a prefill allocates for its attention, and what a cache holds after it.
+"""Fig. 3: memory by length, measured: what attention takes in a prefill, and what a cache holds after it.
 
 A mask over a prefill frees no cache: every key is still there for the rows to come. H2O's eviction frees it. What
 block-sparse attention saves against masks that are tensors is the mask, of N x N.
@@ -7,14 +7,13 @@ block-sparse attention saves against masks that are tensors is the mask, of N x 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from common import save
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
@@ -25,22 +24,11 @@ from paper_parts.head import width_for
 from paper_parts.setting import Setting
 
 NAME = "figure3"
+SHORTEST = 1024
 SPARSITY = 0.707
+"""The paper's."""
 
-
-class _Allocations(TorchDispatchMode):
-    """Bytes of the largest tensor that any operator returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.untyped_storage().nbytes())
-        return out
+FORMS = ("a mask of N x N", "block lists", "dense")
 
 
 def run(setting: Setting) -> None:
@@ -48,42 +36,73 @@ def run(setting: Setting) -> None:
     config = setting.model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    dtype = setting.model.dtype
     rows: list[dict[str, int]] = []
-    length = 1024
+    length = SHORTEST
     while length <= setting.arguments.longest:
-        q, k, v = (
-            torch.randn(1, n, length, dim, dtype=dtype, device=setting.device) for n in (heads, kv_heads, kv_heads)
-        )
-        operands = Operands(q, k, v, mask_of("causal"), dim**-0.5)
-        call = SparseCall.uniform(heads, 0.5, policy="sink_window", shape=BlockShape(64, 64))
-        forms: dict[str, Callable[[], Any]] = {
-            "a mask of N x N": partial(_by_mask, q, k, v),
-            "block lists": partial(measure.run, operands, call),
-        }
-        cache = 2 * config.num_hidden_layers * kv_heads * length * dim * q.element_size()
+        cache = 2 * config.num_hidden_layers * kv_heads * length * dim * setting.model.dtype.itemsize
         kept = width_for(length, SPARSITY)
-        row = {
-            "length": length,
-            "cache, dense or masked": cache,
-            "cache, H2O evicting": cache * kept // length,
-        }
-        for name, form in forms.items():
-            form()  # what is compiled once is not counted
-            with _Allocations() as seen:
-                form()
-            row[f"largest tensor, {name}"] = seen.largest
+        row = {"length": length, "cache, dense or masked": cache, "cache, H2O evicting": cache * kept // length}
+        for form in FORMS:
+            row[f"one call, {form}"] = in_a_process(form, (heads, kv_heads, length, dim), setting)
         rows.append(row)
         sizes = {name: f"{value / 2**20:.1f} MiB" for name, value in row.items() if name != "length"}
         print(length, sizes, flush=True)
         length *= 2
     last, before = rows[-1], rows[-2]
-    exponents = {name: round(math.log2(last[name] / before[name]), 2) for name in last if name != "length"}
-    print("growth, as a power of the length:", exponents)
-    result = {"settings": setting.describe(), "rows": rows, "exponents": exponents}
+    names = [name for name in last if name != "length" and min(last[name], before[name]) > 0]
+    growth = {name: round(math.log2(last[name] / before[name]), 2) for name in names}
+    print("growth, as a power of the length:", growth)
+    result = {"settings": setting.describe(), "rows": rows, "growth": growth}
     save(f"paper_figure3_{setting.arguments.name}", setting.arguments.out, result)
 
 
-def _by_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] > k.shape[1])
+def in_a_process(form: str, sizes: tuple[int, int, int, int], setting: Setting) -> int:
+    """:func:`peak`, in a process of its own: the most that one has taken never falls."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak, form, sizes, setting.device, setting.arguments.dtype).result()
+
+
+@torch.no_grad()
+def peak(form: str, sizes: tuple[int, int, int, int], device: str, dtype: str) -> int:
+    """Bytes that one call takes at most, its operands not counted.
+
+    Args:
+        form: one of :data:`FORMS`; sizes: query heads, key heads, length, head_dim; device, dtype: of the operands.
+    """
+    heads, kv_heads, length, dim = sizes
+    attend(form, heads, kv_heads, SHORTEST, dim, device, dtype)  # what is compiled once is not counted
+    return attend(form, heads, kv_heads, length, dim, device, dtype)
+
+
+def attend(form: str, heads: int, kv_heads: int, length: int, dim: int, device: str, dtype: str) -> int:
+    """Run one call; the bytes by which it raised what the process takes at most."""
+    counts = (heads, kv_heads, kv_heads)
+    q, k, v = (torch.ones(1, n, length, dim, dtype=getattr(torch, dtype), device=device) for n in counts)
+    before = _forget_the_most(device)
+    if form == "a mask of N x N":
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=heads > kv_heads)
+    elif form == "dense":
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads > kv_heads)
+    else:
+        call = SparseCall.uniform(heads, 0.5, policy="meansim", shape=BlockShape(64, 64))
+        measure.run(Operands(q, k, v, mask_of("causal"), dim**-0.5), call)
+    return max(0, _most(device) - before)
+
+
+def _forget_the_most(device: str) -> int:
+    """Begin anew to note the most that the process takes; what it takes now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # see proc_pid_clear_refs(5)
+    return _most(device)
+
+
+def _most(device: str) -> int:
+    """Bytes: the most since the last :func:`_forget_the_most`."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024

@@ -28,7 +28,7 @@ from paper_parts.methods import Method
 from paper_parts.setting import Setting
 
 NAME = "gate"
-STEPS, RATE = 300, 2e-3
+STEPS, RATE = 100, 1e-3
 """Of Adam, at each site."""
 
 SPARSITIES = (0.6, 0.7, 0.8, 0.9)
@@ -110,7 +110,7 @@ def trained(samples: list[Operands]) -> tuple[Tensor, Tensor, tuple[float, float
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return of_queries.detach(), of_keys.detach(), (losses[0], losses[-1])
 
 

@@ -19,7 +19,6 @@ class Method:
         keep: what a head keeps, for those that are simulated; calls: the constants of a call, for those that run as
             kernels. One of the two.
         recommended: settings of the knob that its authors recommend, by what they call them.
-        t_first: where the search for a sparsity begins; the sparsity itself by default.
     """
 
     name: str
@@ -28,7 +27,6 @@ class Method:
     keep: Keep | None = None
     calls: Callable[[Setting], by_policy.Calls] | None = None
     recommended: tuple[tuple[str, float], ...] = ()
-    t_first: float | None = None
 
     @property
     def runs(self) -> bool:
@@ -55,9 +53,16 @@ METHODS: tuple[Method, ...] = (
     Method("top-k tokens, oracle", "", "", keep=dynamic.top_tokens),
     Method("top-k blocks, oracle", "", "mean weight of a block's rows", keep=dynamic.top_blocks),
     Method(
+        "SpargeAttn, topk",
+        "Zhang et al. 2025",
+        "its interface without thresholds: the blocks of largest pooled scores",
+        keep=dynamic.pooled_blocks,
+        recommended=(("topk 0.5", 0.5),),
+    ),
+    Method(
         "SpargeAttn",
         "Zhang et al. 2025",
-        "theta 0.6 at every tau; lambda off",
+        "theta 0.6 at every tau, which bounds its sparsity; lambda off",
         calls=_shared("meansim", by_policy.THETA),
         recommended=(("tau 0.9, theta 0.6", 0.1), ("tau 0.98, theta 0.6", 0.02)),
     ),
@@ -85,10 +90,9 @@ METHODS: tuple[Method, ...] = (
     Method(
         "AFBS-BO as printed",
         "the paper",
-        "thresholds of Algorithm 1 moved together",
+        "thresholds of Algorithm 1 moved together, theta to 0",
         calls=lambda setting: by_policy.of_recipe(setting.recipe(method="paper", tolerance=0.055)),
         recommended=(("Algorithm 1", 0.5),),
-        t_first=0.5,
     ),
     Method(
         "ours, tolerance",
@@ -96,7 +100,6 @@ METHODS: tuple[Method, ...] = (
         "thresholds of tolerance 0.055 moved together",
         calls=lambda setting: by_policy.of_recipe(setting.recipe(tolerance=0.055)),
         recommended=(("0.055 on every head", 0.5),),
-        t_first=0.5,
     ),
     Method(
         "ours, budget",
@@ -104,6 +107,11 @@ METHODS: tuple[Method, ...] = (
         "one threshold for all heads, moved",
         calls=lambda setting: by_policy.of_recipe(setting.recipe(budget=("kl", 0.01))),
         recommended=(("KL 0.01, the default", 0.5),),
-        t_first=0.5,
+    ),
+    Method(
+        "ours, nothing always kept",
+        "",
+        "policy cumulant, one threshold, without the local keys and last rows that calibration keeps",
+        calls=_shared("cumulant"),
     ),
 )

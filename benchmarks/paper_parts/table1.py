@@ -14,7 +14,7 @@ from timing import times
 from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.passes.capture import capture
 from afbs_compile.tuner import measure
-from paper_parts.bench import EXACT, at, matched
+from paper_parts.bench import EXACT, Matcher, at
 from paper_parts.methods import METHODS, Method
 from paper_parts.setting import Setting
 
@@ -32,8 +32,9 @@ def run(setting: Setting) -> None:
     rows: list[dict[str, Any]] = []
     for method in chosen[1:] if chosen[0].name == "dense" else chosen:
         for text, runs in tested.items():
-            points = [(name, at(method, setting, runs, t)) for name, t in method.recommended]
-            points += [(f"{s:.0%}", matched(method, setting, runs, s)) for s in SPARSITIES]
+            matcher = Matcher(method, setting, runs)
+            points = [(name, matcher.at(t)) for name, t in method.recommended]
+            points += [(f"{sparsity:.0%}", matcher.matched(sparsity)) for sparsity in SPARSITIES]
             for name, point in points:
                 rows.append(
                     {

@@ -13,7 +13,7 @@ from common import sample_runs, save
 from scipy.stats import binomtest
 from torch import Tensor
 
-from afbs_compile.passes.capture import run_with
+from afbs_compile.passes.capture import SampleRun, run_with
 from afbs_compile.tuner.end_to_end import find_logits
 from paper_parts.bench import Replacement
 from paper_parts.methods import METHODS
@@ -75,12 +75,13 @@ def _prompts(task: str, setting: Setting, length: int, places: Sequence[float | 
 def _rows(task: str, setting: Setting, prompts: Sequence[tuple[Tensor, int]]) -> list[dict[str, Any]]:
     """One row for each method; only dense attention's where it does not solve the task."""
     by_name = {method.name: method for method in METHODS}
-    dense = _results(setting, prompts, None)
+    runs = sample_runs(setting.model, [ids for ids, _ in prompts])
+    dense = _results(runs, prompts, None)
     rows = [_row(task, "dense", dense, dense, 0.0)]
     if rows[0]["recall"] >= LEAST:
         for name, knob in COMPARED:
             replacement = Replacement(by_name[name], setting, SPARSITY if knob is None else knob)
-            found = _results(setting, prompts, replacement)
+            found = _results(runs, prompts, replacement)
             rows.append(_row(task, name, found, dense, replacement.sparsity))
     for row in rows:
         low, high = row["interval"]
@@ -94,10 +95,11 @@ def _rows(task: str, setting: Setting, prompts: Sequence[tuple[Tensor, int]]) ->
 
 
 @torch.no_grad()
-def _results(setting: Setting, prompts: Sequence[tuple[Tensor, int]], replacement: Replacement | None) -> Results:
+def _results(
+    runs: Sequence[SampleRun], prompts: Sequence[tuple[Tensor, int]], replacement: Replacement | None
+) -> Results:
     right, likelihood = [], []
-    for ids, count in prompts:
-        (run_,) = sample_runs(setting.model, [ids])
+    for run_, (ids, count) in zip(runs, prompts, strict=True):
         logits = find_logits(run_with(run_, (lambda *_: None) if replacement is None else replacement))
         answer, scores = ids[0, -count:], logits[0, -1 - count : -1].float()
         right.append(bool((scores.argmax(-1) == answer).all()))

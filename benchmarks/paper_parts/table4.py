@@ -6,7 +6,7 @@ from typing import Any
 
 from common import save
 
-from paper_parts.bench import at, matched
+from paper_parts.bench import Matcher, at
 from paper_parts.methods import METHODS
 from paper_parts.setting import Setting
 
@@ -22,7 +22,7 @@ def run(setting: Setting) -> None:
     for text in setting.texts:
         runs = setting.tested(text, setting.length)
         dense = at(by_name["dense"], setting, runs, 0.0).perplexity
-        points = {name: matched(by_name[name], setting, runs, sparsity) for name, sparsity in BASELINES}
+        points = {name: Matcher(by_name[name], setting, runs).matched(sparsity) for name, sparsity in BASELINES}
         points |= {name: at(by_name[name], setting, runs, 0.5) for name in CALIBRATED}
         for name, point in points.items():
             rise = point.perplexity / dense - 1
