@@ -3,8 +3,8 @@
 As in SeerAttention (Gao et al. 2024), which the report follows: queries of a block are pooled by their mean, keys by
 mean, largest and smallest; a linear map of either gives the gate's queries and keys, whose products, softmaxed over
 the blocks, learn the true weights of the blocks by KL divergence. All else is fixed. The maps begin as those under
-which the gate is the product of means. Everything here keeps the same number of blocks in each row, so that
-predictors are compared at equal sparsity.
+which the gate is the product of means. Means, gate and oracle keep the same share of blocks in each row; the policies,
+one threshold for all heads, are matched in sparsity.
 
 Not reproduced: end-to-end training of a model with the gate in it, gates of whole heads, rotary positions of blocks
 inside the gate, other model sizes, and the report's tables, which it has none of.
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.passes.capture import capture
-from paper_parts.bench import at
+from paper_parts.bench import Matcher, at
+from paper_parts.by_policy import one_threshold
 from paper_parts.head import BLOCK, Head, largest
 from paper_parts.methods import Method
 from paper_parts.setting import Setting
@@ -38,10 +39,12 @@ def run(setting: Setting) -> None:
     """Train, measure, print, write ``paper_gate`` and its picture."""
     began = time.perf_counter()
     gates: dict[str, tuple[Tensor, Tensor]] = {}
+    divergence: dict[str, tuple[float, float]] = {}
     for name, operands in capture(sample_runs(setting.model, setting.calibration_windows())):
         queries, keys, losses = trained(operands)
         for head in range(len(queries)):
             gates[f"{name} {head}"] = queries[head], keys[head]
+        divergence[name] = losses
         print(f"{name}: KL {losses[0]:.4f} of pooled means, {losses[1]:.4f} of the gate", flush=True)
     seconds = time.perf_counter() - began
 
@@ -51,6 +54,8 @@ def run(setting: Setting) -> None:
     methods = (
         Method("pooled means", "", "", keep=by_means),
         Method("gate", "", "", keep=learned),
+        Method("policy meanshare", "", "", calls=lambda _: one_threshold("meanshare")),
+        Method("policy cumulant", "", "", calls=lambda _: one_threshold("cumulant")),
         Method("oracle", "", "", keep=lambda head, t: largest(head.mass, t)),
     )
     dense = Method("dense", "", "", keep=lambda head, _: head.visible)
@@ -59,12 +64,13 @@ def run(setting: Setting) -> None:
         runs = setting.tested(text, setting.length)
         perplexity = at(dense, setting, runs, 0.0).perplexity
         for method in methods:
+            matcher = Matcher(method, setting, runs)
             for sparsity in SPARSITIES:
-                point = at(method, setting, runs, sparsity)
+                point = matcher.matched(sparsity)
                 rise = point.perplexity / perplexity - 1
                 rows.append({"text": text, "method": method.name, **vars(point), "rise": rise})
                 print(f"{text:>18} {method.name:>14} {point.sparsity:.1%}: {rise:+.2%}", flush=True)
-    result = {"settings": setting.describe(), "training_seconds": round(seconds, 1), "rows": rows}
+    result = {"settings": setting.describe(), "training_seconds": round(seconds, 1), "kl": divergence, "rows": rows}
     save(f"paper_gate_{setting.arguments.name}", setting.arguments.out, result)
     plot(rows, setting.arguments.out / f"paper_gate_{setting.arguments.name}.png")
 
