@@ -71,7 +71,8 @@ def heavy_hitters(head: Head, t: float) -> Tensor:
     before[0] = 0
     chosen = torch.zeros_like(before, dtype=torch.bool)
     if heavy:
-        old = head.places < (torch.arange(len(before), device=head.device) * BLOCK - (budget - heavy))[:, None]
+        # Older than what the last row of a block has as recent; its first rows have some of these as both.
+        old = head.places < (torch.arange(1, len(before) + 1, device=head.device) * BLOCK - (budget - heavy))[:, None]
         top = before.masked_fill(~old, -1.0).topk(min(heavy, head.length), -1)
         chosen.scatter_(1, top.indices, top.values >= 0)
     return chosen.repeat_interleave(BLOCK, 0) | (head.distance < max(1, budget - heavy))

@@ -1,4 +1,4 @@
-"""Fig. 2: perplexity by length, for dense attention, a window of a quarter of the longest length, and ours."""
+"""Fig. 2: perplexity by length, for dense attention, a window of a quarter of the calibrated length, and ours."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Fig. 3: memory by length, measured: what attention takes in a prefill, and what a cache holds after it.
+"""Fig. 3: memory by length: what attention takes in a prefill, measured, and what a cache holds after it, computed.
 
-A mask over a prefill frees no cache: every key is still there for the rows to come. H2O's eviction frees it. What
-block-sparse attention saves against masks that are tensors is the mask, of N x N.
+On a CPU it is measured by what Linux says of a process. A mask over a prefill frees no cache: every key is still there
+for the rows to come. H2O's eviction frees it. What block-sparse attention saves against masks that are tensors is the
+mask, of N x N.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def run(setting: Setting) -> None:
         sizes = {name: f"{value / 2**20:.1f} MiB" for name, value in row.items() if name != "length"}
         print(length, sizes, flush=True)
         length *= 2
-    last, before = rows[-1], rows[-2]
+    last, before = rows[-1], rows[-2] if len(rows) > 1 else rows[-1]
     names = [name for name in last if name != "length" and min(last[name], before[name]) > 0]
     growth = {name: round(math.log2(last[name] / before[name]), 2) for name in names}
     print("growth, as a power of the length:", growth)

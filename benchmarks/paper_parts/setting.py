@@ -59,14 +59,18 @@ class Setting:
 
     def calibration_windows(self) -> list[Tensor]:
         """Windows of the first text that no table tests on: every other one of twice as many."""
-        return self.windows(self.texts[0], self.length, 2 * self.arguments.samples)[1::2]
+        return self._of_first_text(self.length)[1::2][: self.arguments.samples]
+
+    def _of_first_text(self, length: int) -> list[Tensor]:
+        """Disjoint windows, of which every other one is for calibration."""
+        return self.windows(self.texts[0], length, 2 * max(self.arguments.windows, self.arguments.samples))
 
     @functools.cache  # noqa: B019 (one setting lives as long as the process)
     def tested(self, text: str, length: int) -> tuple[SampleRun, ...]:
         """Windows of a text to test on, as the graph sees them; of the first text others than it is calibrated on."""
         count = self.arguments.windows
         if text == self.texts[0]:
-            windows = self.windows(text, length, 2 * max(count, self.arguments.samples))[::2][:count]
+            windows = self._of_first_text(length)[::2][:count]
         else:
             windows = self.windows(text, length, count)
         return tuple(sample_runs(self.model, windows))
