@@ -51,7 +51,7 @@ def run(setting: Setting) -> None:
         _show(method, rows)
     speeds = timed([m for m in chosen if m.runs], setting, rows)
     result = {"settings": setting.describe(), "dense": dense, "rows": rows, "times_of_dense_attention": speeds}
-    missed = sorted({r["method"] for r in rows if r["at"] in _names() and abs(r["sparsity"] - _wanted(r)) > EXACT})
+    missed = sorted({row["method"] for row in rows if row["at"] in _names() and not _is_matched(row)})
     print("sparsity not matched:", ", ".join(missed) or "none")
     save(_name(setting, "paper_table1"), setting.arguments.out, {**result, "not_matched": missed})
     plot(rows, setting.arguments.out / f"{_name(setting, 'paper_table1')}.png")
@@ -67,6 +67,10 @@ def _names() -> list[str]:
 
 def _wanted(row: dict[str, Any]) -> float:
     return float(row["at"].rstrip("%")) / 100
+
+
+def _is_matched(row: dict[str, Any]) -> bool:
+    return row["at"] in _names() and abs(row["sparsity"] - _wanted(row)) <= EXACT
 
 
 def _show(method: Method, rows: Sequence[dict[str, Any]]) -> None:
@@ -106,11 +110,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     styles = ("-", "--", ":", "-.")
     for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        mine = [row for row in rows if row["method"] == name]
+        mine = [row for row in rows if row["method"] == name and _is_matched(row)]
         points = [
             (100 * mean(r["sparsity"] for r in some), 100 * mean(r["rise"] for r in some))
             for some in ([r for r in mine if r["at"] == at_] for at_ in _names())
+            if some
         ]
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), styles[index // 10], label=name, color=f"C{index % 10}", linewidth=1.4)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_xlabel("sparsity, %")
