@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
+from common import RESULTS, SHIPPED_MODEL, empty_figure, load, save, settings, text_windows
 from timing import times
 from torch import Tensor
 
@@ -130,12 +130,9 @@ def _error(out: Tensor, dense: Tensor) -> Tensor:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Sparsity and speed over block shape."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no PNG: matplotlib is missing, pip install afbs-compile[report]")
+    figure = empty_figure((6, 3.5))
+    if figure is None:
         return
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
     left = figure.subplots()
     names = [row["blocks"] for row in rows]
     left.bar(names, [100 * row["sparsity"] for row in rows], color="tab:blue", alpha=0.5)

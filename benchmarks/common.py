@@ -101,6 +101,16 @@ def settings(arguments: argparse.Namespace) -> dict[str, str]:
     return {key: " ".join(Path(str(value)).name for value in values) for key, values in lists.items()}
 
 
+def empty_figure(size: tuple[float, float]) -> Any:
+    """A matplotlib figure of so many inches; ``None``, with a sentence, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no PNG: matplotlib is missing, pip install afbs-compile[report]")
+        return None
+    return Figure(figsize=size, layout="constrained")
+
+
 def save(name: str, folder: Path, result: dict[str, Any]) -> None:
     """Write ``<folder>/<name>.json`` and print where."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
+from common import RESULTS, SHIPPED_MODEL, empty_figure, load, save, settings, text_windows
 from torch import Tensor
 
 import afbs_compile
@@ -155,12 +155,9 @@ def phases(rows: list[dict[str, Any]], before: int) -> dict[str, Any]:
 
 def plot(rows: list[dict[str, Any]], arguments: argparse.Namespace, path: Path) -> None:
     """What each call cost, heads made dense, and the evidence."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no PNG: matplotlib is missing, pip install afbs-compile[report]")
+    figure = empty_figure((7, 5))
+    if figure is None:
         return
-    figure = Figure(figsize=(7, 5), layout="constrained")
     upper, middle, lower = figure.subplots(3, sharex=True, height_ratios=(2, 1, 1))
     number = range(1, len(rows) + 1)
     upper.axhline(0, color="grey", linewidth=0.8)

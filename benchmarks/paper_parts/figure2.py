@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import save
+from common import empty_figure, save
 from torch import Tensor
 
 from paper_parts.bench import at
@@ -49,12 +49,9 @@ def run(setting: Setting) -> None:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity over length."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no PNG: matplotlib is missing, pip install afbs-compile[report]")
+    figure = empty_figure((6, 3.8))
+    if figure is None:
         return
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == name]

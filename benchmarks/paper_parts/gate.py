@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import sample_runs, save
+from common import empty_figure, sample_runs, save
 from torch import Tensor
 
 from afbs_compile.kernels.operands import Operands
@@ -122,13 +122,10 @@ def trained(samples: list[Operands]) -> tuple[Tensor, Tensor, tuple[float, float
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity over sparsity, one panel for each text."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no PNG: matplotlib is missing, pip install afbs-compile[report]")
-        return
     texts = list(dict.fromkeys(row["text"] for row in rows))
-    figure = Figure(figsize=(3.2 * len(texts), 3.2), layout="constrained")
+    figure = empty_figure((3.2 * len(texts), 3.2))
+    if figure is None:
+        return
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     for axes, text in zip(panels, texts, strict=True):
         for name in dict.fromkeys(row["method"] for row in rows):

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import save
+from common import empty_figure, save
 from timing import times
 
 from afbs_compile.kernels.dense import dense_attention
@@ -101,12 +101,9 @@ def timed(methods: Sequence[Method], setting: Setting, rows: Sequence[dict[str, 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Perplexity over sparsity, mean of the texts."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no PNG: matplotlib is missing, pip install afbs-compile[report]")
+    figure = empty_figure((7.5, 5))
+    if figure is None:
         return
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     styles = ("-", "--", ":", "-.")
     for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
