@@ -50,7 +50,8 @@ def run(setting: Setting) -> None:
         rows += _rows(name, setting, _prompts(name, setting, length, places))
     own, length, depth = PAPERS_OWN
     if length <= setting.arguments.longest * 1.25:
-        rows += _rows(own, setting, _prompts("pass key", setting, length, [depth] * max(1, count // 4)))
+        prompts = _prompts("pass key", setting, length, [depth] * max(1, count // 4))
+        rows += _rows(own, setting, prompts, beside=("window",))
     save(
         f"paper_table2_{setting.arguments.name}", setting.arguments.out, {"settings": setting.describe(), "rows": rows}
     )
@@ -67,7 +68,9 @@ def _prompts(task: str, setting: Setting, length: int, places: Sequence[float | 
     return [(ids.to(setting.device), count) for ids, count in made]
 
 
-def _rows(task: str, setting: Setting, prompts: Sequence[tuple[Tensor, int]]) -> list[dict[str, Any]]:
+def _rows(
+    task: str, setting: Setting, prompts: Sequence[tuple[Tensor, int]], beside: Sequence[str] = AT_EQUAL_SPARSITY
+) -> list[dict[str, Any]]:
     """One row for each method; only dense attention's where it does not solve the task."""
     by_name = {method.name: method for method in METHODS}
     runs = sample_runs(setting.model, [ids for ids, _ in prompts])
@@ -75,7 +78,7 @@ def _rows(task: str, setting: Setting, prompts: Sequence[tuple[Tensor, int]]) ->
     rows = [_row(task, "dense", dense, dense, 0.0)]
     if rows[0]["recall"] >= LEAST:
         knobs = dict.fromkeys(CALIBRATED, 0.5)
-        for name in (*CALIBRATED, *AT_EQUAL_SPARSITY):
+        for name in (*CALIBRATED, *beside):
             if name not in knobs:
                 knobs[name] = Matcher(by_name[name], setting, runs[:1]).matched(rows[1]["sparsity"]).t
             replacement = Replacement(by_name[name], setting, knobs[name])
