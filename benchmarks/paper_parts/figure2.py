@@ -48,17 +48,20 @@ def run(setting: Setting) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity over length."""
+    """Perplexity against dense attention's over length: windows of different lengths are different texts."""
     figure = empty_figure((6, 3.8))
     if figure is None:
         return
     axes = figure.subplots()
-    for name in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == name]
-        axes.plot([row["length"] for row in mine], [row["perplexity"] for row in mine], marker="o", label=name)
+    dense = {row["length"]: row["perplexity"] for row in rows if row["method"] == "dense"}
+    for name in dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"):
+        mine = {row["length"]: row["perplexity"] / dense[row["length"]] for row in rows if row["method"] == name}
+        axes.plot(list(mine), [100 * (ratio - 1) for ratio in mine.values()], marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("perplexity of the second half")
+    axes.set_ylabel("perplexity above dense, %")
+    axes.set_xticks(list(dense), [f"{length:,}" for length in dense])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
