@@ -72,8 +72,7 @@ def afbs(
     else:
         recipe, plan = None, Plan.of(found, None)
     plan = plan.without_masks(found)
-    how = settings.watching
-    rewritten = rewrite(gm, plan.calls, plan.unmasked, with_constants=how is None)
+    rewritten = rewrite(gm, plan.calls, plan.unmasked, with_constants=settings.watching is None)
     if settings.dump is not None:
         dump(rewritten, settings.dump, f"graph_{registry.compile_id()}")
     if registry.record(found, plan, rewritten, recipe) and not rewritten.changed:
@@ -82,10 +81,10 @@ def afbs(
     compiled = lower(gm, example_inputs, mode=mode)
     if recipe is None or not plan.calls:
         return compiled
-    if how is None:
+    if settings.watching is None:
         return Watched(compiled, original, example_inputs, found, recipe, plan, settings)
     beside = _place_of_recipe(found, example_inputs, settings)
-    watched = MonitoredGraph(compiled, original, example_inputs, found, recipe, plan, settings, how, beside)
+    watched = MonitoredGraph(compiled, original, example_inputs, found, recipe, plan, settings, beside)
     registry.watch(registry.compile_id(), watched.monitor)
     return watched
 
@@ -95,7 +94,7 @@ def _place_of_recipe(found: FoundGraph, example_inputs: Sequence[Any], settings:
     if settings.recipe is None:
         samples = None if settings.samples is None else materialised(settings.samples)
         return cache_path(_conditions(found, example_inputs, settings, samples))
-    return None if isinstance(settings.recipe, Recipe) else Path(settings.recipe)
+    return settings.recipe_file
 
 
 def _with_constants_to_come(

@@ -324,6 +324,11 @@ class Options:
         return Budget(quantity, float(limit))
 
     @property
+    def recipe_file(self) -> Path | None:
+        """The file of the recipe that is named; ``None`` where none is, or as an object."""
+        return None if self.recipe is None or isinstance(self.recipe, Recipe) else Path(self.recipe)
+
+    @property
     def watching(self) -> MonitorSettings | None:
         """How quality is watched, where it is."""
         return MonitorSettings.parse(self.monitor)

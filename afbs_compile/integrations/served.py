@@ -32,7 +32,7 @@ from afbs_compile.kernels.sight import without_idle_parts
 from afbs_compile.match import check_device, placed, renamed_as, weight_differences
 from afbs_compile.monitor.monitor import Monitor
 from afbs_compile.monitor.promised import Promised
-from afbs_compile.monitor.successors import change_after, place_beside, save_successor
+from afbs_compile.monitor.successors import change_after, place_beside, save_successor, tuning_again
 from afbs_compile.options import Options
 from afbs_compile.peers import Part, Peers, part_of
 from afbs_compile.plan import NO_RECIPE, NOT_CALIBRATED, Sizes, applied
@@ -256,10 +256,9 @@ class ServedModel:
                 "monitor: the recipe has a budget on the output, which is not seen here: make another one with "
                 "afbs_compile.calibrate(model, samples)."
             )
-        named = self.settings.recipe
-        path = self._path if named is None else None if isinstance(named, Recipe) else Path(named)
+        path = self._path or self.settings.recipe_file  # the cache has no place where a recipe is named
         self._successor = None if path is None else place_beside(path)
-        self._tuning = replace(Options.parse(recipe.options).tuning, reduced=True)
+        self._tuning = tuning_again(recipe)
         self._history = (*recipe.history, change_after(() if self.monitor is None else self.monitor.alarms))
         self._again, self._begins_another = set(self._sites), True
 

@@ -25,7 +25,7 @@ from afbs_compile.kernels.shared_op import attending
 from afbs_compile.monitor.monitor import OUTPUT, OUTPUT_RATE, Monitor
 from afbs_compile.monitor.promised import Promised
 from afbs_compile.monitor.settings import MonitorSettings
-from afbs_compile.monitor.successors import change_after, place_beside, save_successor
+from afbs_compile.monitor.successors import change_after, place_beside, save_successor, tuning_again
 from afbs_compile.options import Options
 from afbs_compile.passes.build import copied
 from afbs_compile.passes.capture import SampleRun, concrete, draws_random, run_with
@@ -46,7 +46,6 @@ class MonitoredGraph(Watched):
     """See the module. Arguments as of :class:`afbs_compile.watch.Watched`, and:
 
     Args:
-        how: the settings of the monitor.
         beside: where the recipe came from, beside which its successors are saved; ``None``: nowhere.
 
     Raises:
@@ -65,10 +64,11 @@ class MonitoredGraph(Watched):
         recipe: Recipe,
         plan: Plan,
         settings: Options,
-        how: MonitorSettings,
         beside: Path | None,
     ) -> None:
         super().__init__(compiled, original, example_inputs, found, recipe, plan, settings)
+        how = settings.watching
+        assert how is not None, "it is monitored because the options say so"
         self._how, self._beside = how, beside
         self._names = list(self._calls)
         self._kept: deque[list[Any]] = deque(maxlen=how.keep)
@@ -145,9 +145,7 @@ class MonitoredGraph(Watched):
                 "monitor: the model is shared by several processes, which would have to calibrate at once: make "
                 "another recipe with afbs_compile.calibrate in all of them."
             )
-        asked = Options.parse(dict(self._recipe.options))
-        tuning = replace(asked.tuning, reduced=True)
-        recipe = calibrate_graph([(found, runs)], tuning, "samples")
+        recipe = calibrate_graph([(found, runs)], tuning_again(self._recipe), "samples")
         recipe = replace(recipe, history=(*self._recipe.history, change_after(self.monitor.alarms)))
         plan = Plan.of(found, recipe, self._settings.outside)
         self._recipe = self.monitor.recipe = recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 from afbs_compile.errors import AfbsWarning
 from afbs_compile.files import write_whole
 from afbs_compile.monitor.monitor import Alarm
+from afbs_compile.options import Options
 from afbs_compile.recipe import Change, Recipe
+from afbs_compile.tuner.settings import TuneSettings
 
 _log = logging.getLogger("afbs_compile")
 
@@ -23,6 +26,11 @@ def change_after(alarms: Sequence[Alarm]) -> Change:
     if not alarms:
         return Change(when, "asked for", ())
     return Change(when, alarms[-1].reason, tuple(f"{name} head {head}" for name, head in alarms[-1].heads))
+
+
+def tuning_again(recipe: Recipe) -> TuneSettings:
+    """How a model is calibrated again: as it was."""
+    return replace(Options.parse(recipe.options).tuning, reduced=True)
 
 
 def place_beside(path: Path) -> Path:

@@ -23,6 +23,7 @@ from afbs_compile.recipe import BudgetRecord, Recipe, SiteRecipe, merged
 from afbs_compile.regions import rows_of
 from afbs_compile.report import registry
 from afbs_compile.report.compiled import graphs_compiled_of, original_of
+from afbs_compile.report.monitors import monitors
 
 WIDTH = 150
 NUMBERS = ("heads", "sparsity", "error", "dense ms", "sparse ms")
@@ -148,9 +149,9 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     if served is not None:
         rows = [_row(0, site) for site in served.rows]
         noted = () if served.recipe is None else (_note(served.recipe),)
-        mine = [] if served.monitor is None else [served.monitor]
-        notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows), *(monitor.note for monitor in mine))
-        watched = tuple(monitor.to_dict() for monitor in mine)
+        watching = monitors(compiled_or_recipe)
+        notes = (*noted, *_kernel_notes(rows), *_unsure_note(served.rows), *(monitor.note for monitor in watching))
+        watched = tuple(monitor.to_dict() for monitor in watching)
         return Explanation(tuple(rows), notes if rows else (NO_LONG_CALL,), recipe=served.recipe, watched=watched)
     graphs = graphs_compiled_of(compiled_or_recipe)
     own = [graph for graph in graphs if not graph.shared]
@@ -161,14 +162,13 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
     whole = merged([recipe for recipe in recipes if recipe is not None])
     noted = () if whole is None else (_note(whole),)
     recorded = [row for graph in own for row in graph.rows] + [row for _, decided in blocks for row in decided]
-    found = [graph.monitor for graph in graphs] + [served.monitor for served, _ in blocks]
-    monitors = dict.fromkeys(monitor for monitor in found if monitor is not None)
+    watching = monitors(compiled_or_recipe)
     notes = (
         *noted,
         *_shared_note(blocks, sum(graph.shared for graph in graphs)),
         *_kernel_notes(rows),
         *_unsure_note(recorded),
-        *(monitor.note for monitor in monitors),
+        *(monitor.note for monitor in watching),
     )
     said = "nothing is compiled yet: call the model once" if not graphs else NONE_FOUND
     return Explanation(
@@ -177,7 +177,7 @@ def explain(compiled_or_recipe: Recipe | Callable[..., Any]) -> Explanation:
         tuple(graph.before for graph in graphs),
         tuple(graph.after for graph in graphs),
         whole,
-        tuple(monitor.to_dict() for monitor in monitors),
+        tuple(monitor.to_dict() for monitor in watching),
     )
 
 

@@ -133,16 +133,16 @@ def changed(compile_id: str, plan: Plan, recipe: Recipe | None = None) -> None:
     Args:
         compile_id: of the graph; plan: what holds from now on; recipe: that it is of, where it is another one.
     """
-    for place, graph in enumerate(_graphs):
-        if graph.compile_id == compile_id:
-            _graphs[place] = replace(graph, rows=plan.rows, recipe=recipe or graph.recipe)
+    _change(compile_id, rows=plan.rows, **({} if recipe is None else {"recipe": recipe}))
 
 
 def watch(compile_id: str, monitor: Monitor) -> None:
     """Remember what watches a graph."""
-    for place, graph in enumerate(_graphs):
-        if graph.compile_id == compile_id:
-            _graphs[place] = replace(graph, monitor=monitor)
+    _change(compile_id, monitor=monitor)
+
+
+def _change(compile_id: str, **fields: Any) -> None:
+    _graphs[:] = [replace(graph, **fields) if graph.compile_id == compile_id else graph for graph in _graphs]
 
 
 def _sparse_calls(found: FoundGraph, plan: Plan) -> dict[str, tuple[OperandShapes, SparseCall]]:

@@ -20,6 +20,11 @@ from afbs_compile.tuner.measure import attend_sparsely
 CHUNK_ELEMENTS = 2**25
 """Logits turned into fp32 probabilities at a time: 128 MiB, whatever the vocabulary."""
 
+NO_TOKENS = (
+    "tolerance: a budget on perplexity needs the tokens, and no integer input is shaped like the positions of the "
+    "logits; accepted: a model of input_ids that returns the logits of every position, or {'kl': nats}"
+)
+
 
 @dataclass(frozen=True)
 class OutputChange:
@@ -59,11 +64,7 @@ class EndToEnd:
         if quantity != "output":
             self._targets = [next_tokens(run, logits) for run, logits in zip(runs, self._dense, strict=True)]
         if quantity == "perplexity" and any(targets is None for targets in self._targets):
-            raise OptionError(
-                "tolerance: a budget on perplexity needs the tokens, and no integer input is shaped like the positions "
-                "of the logits; accepted: a model of input_ids that returns the logits of every position, or "
-                "{'kl': nats}"
-            )
+            raise OptionError(NO_TOKENS)
 
     def pieces_of(self, pieces: int) -> int:
         """Pieces that the first sample's output is compared in where so many are asked for: a row of it at least."""
@@ -178,12 +179,18 @@ def cost_of_output(run: SampleRun, dense: Any, sparse: Any, quantity: str) -> fl
 
     Args:
         run: the sample; dense, sparse: the graph's outputs on it.
-        quantity: of the budget: ``"perplexity"`` is the rise of the cross entropy; 0 where the tokens are not known.
+        quantity: of the budget: ``"perplexity"`` is the rise of the cross entropy.
+
+    Raises:
+        OptionError: as :class:`EndToEnd`.
     """
     if quantity == "output":
         return output_errors(find_output(dense), find_output(sparse), None, 1)[0].output
     logits = find_logits(dense)
-    change = output_change(logits, find_logits(sparse), next_tokens(run, logits))
+    targets = next_tokens(run, logits)
+    if quantity == "perplexity" and targets is None:
+        raise OptionError(NO_TOKENS)
+    change = output_change(logits, find_logits(sparse), targets)
     return change.kl if quantity == "kl" else change.loss
 
 

@@ -164,3 +164,12 @@ def test_the_cost_of_one_output_is_what_calibration_would_measure(runs, quantity
     found = cost_of_output(run, dense, sparse, quantity)
     assert found == pytest.approx(getattr(expected, "loss" if quantity == "perplexity" else quantity))
     assert found != 0
+
+
+def test_a_cost_in_perplexity_without_tokens_is_refused_as_a_budget_is(runs, monkeypatch):
+    run = runs[1][0]
+    dense = run_with(run, lambda *_: None)
+    monkeypatch.setattr("afbs_compile.tuner.end_to_end.next_tokens", lambda *_: None)
+    with pytest.raises(OptionError, match="a budget on perplexity needs the tokens"):
+        cost_of_output(run, dense, dense, "perplexity")
+    assert cost_of_output(run, dense, dense, "kl") == 0
