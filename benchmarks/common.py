@@ -101,6 +101,12 @@ def settings(arguments: argparse.Namespace) -> dict[str, str]:
     return {key: " ".join(Path(str(value)).name for value in values) for key, values in lists.items()}
 
 
+def process_bytes(what: str) -> int:
+    """What Linux says of this process's memory: ``"VmRSS"``, what it has now, ``"VmHWM"``, the most that it had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{what}:")).split()[1]) * 1024
+
+
 def empty_figure(size: tuple[float, float]) -> Any:
     """A matplotlib figure of so many inches; ``None``, with a sentence, where matplotlib is missing."""
     try:

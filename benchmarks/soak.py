@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, save, settings
+from common import RESULTS, process_bytes, save, settings
 from faults_model import LENGTH, OPTIONS, cache_in, compiled, inputs, model, without_clock
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -72,7 +72,7 @@ def readings(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
             step()
             if number % EVERY[part] == 0:
                 gc.collect()
-                found.append(resident())
+                found.append(process_bytes("VmRSS"))
         if part != PARTS[2]:
             (cached,) = map(Recipe.load, Path(folder).glob("*.json"))
             assert cached.sparsity > 0, "what runs was not rewritten"
@@ -100,12 +100,6 @@ def compiled_without_us() -> None:
     with torch.no_grad():
         torch.compile(model())(x)
         torch.compile(partial(flex_attention, q))(q, q)
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ import torch
 
 from afbs_compile import Recipe
 from afbs_compile.kernels.blocks import BlockShape
-from afbs_compile.kernels.call import KEEP_ALL, Kept, SparseCall
+from afbs_compile.kernels.call import KEEP_ALL, SparseCall
 from afbs_compile.kernels.operands import Operands
-from afbs_compile.tuner import measure
 from paper_parts.head import BLOCK
 
 SHAPE = BlockShape(BLOCK, BLOCK)
@@ -30,16 +29,15 @@ STEEPNESS = 12.0
 """Doublings of ``1 - tau`` from one end of the knob to the other."""
 
 
-def one_threshold(policy: str, *, theta: float = -1.0, ours: bool = False) -> Calls:
+def one_threshold(policy: str, *, theta: float = -1.0) -> Calls:
     """All heads alike, as a method without calibration has it.
 
     Args:
-        policy: by name; theta: below which blocks are always kept; ours: whether what calibration always keeps is.
+        policy: by name; theta: below which blocks are always kept.
     """
 
     def call(_: str, operands: Operands, t: float) -> SparseCall:
-        kept = measure.kept_for(operands) if ours else Kept()
-        return SparseCall.uniform(operands.heads, 1 - t, policy=policy, theta=theta, shape=SHAPE, kept=kept)
+        return SparseCall.uniform(operands.heads, 1 - t, policy=policy, theta=theta, shape=SHAPE)
 
     return call
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import empty_figure, save
+from common import empty_figure
 from torch import Tensor
 
 from paper_parts.bench import at
@@ -42,9 +42,8 @@ def run(setting: Setting) -> None:
             point = at(method, setting, runs, t)
             rows.append({"length": length, "method": name, **vars(point)})
             print(f"{length:>6} {name:>16}: {point.perplexity:.3f} at {point.sparsity:.1%}", flush=True)
-    result = {"settings": setting.describe(), "text": text, "calibrated_at": setting.length, "rows": rows}
-    save(f"paper_figure2_{setting.arguments.name}", setting.arguments.out, result)
-    plot(rows, setting.arguments.out / f"paper_figure2_{setting.arguments.name}.png")
+    setting.save(NAME, text=text, calibrated_at=setting.length, rows=rows)
+    plot(rows, setting.picture(NAME))
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import save
+from common import process_bytes
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
@@ -53,8 +53,7 @@ def run(setting: Setting) -> None:
     names = [name for name in last if name != "length" and min(last[name], before[name]) > 0]
     growth = {name: round(math.log2(last[name] / before[name]), 2) for name in names}
     print("growth, as a power of the length:", growth)
-    result = {"settings": setting.describe(), "rows": rows, "growth": growth}
-    save(f"paper_figure3_{setting.arguments.name}", setting.arguments.out, result)
+    setting.save(NAME, rows=rows, growth=growth)
 
 
 def in_a_process(form: str, sizes: tuple[int, int, int, int], setting: Setting) -> int:
@@ -105,5 +104,4 @@ def _most(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    return process_bytes("VmHWM")

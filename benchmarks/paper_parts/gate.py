@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import empty_figure, sample_runs, save
+from common import empty_figure, sample_runs
 from torch import Tensor
 
 from afbs_compile.kernels.operands import Operands
@@ -70,9 +70,8 @@ def run(setting: Setting) -> None:
                 rise = point.perplexity / perplexity - 1
                 rows.append({"text": text, "method": method.name, **vars(point), "rise": rise})
                 print(f"{text:>18} {method.name:>14} {point.sparsity:.1%}: {rise:+.2%}", flush=True)
-    result = {"settings": setting.describe(), "training_seconds": round(seconds, 1), "kl": divergence, "rows": rows}
-    save(f"paper_gate_{setting.arguments.name}", setting.arguments.out, result)
-    plot(rows, setting.arguments.out / f"paper_gate_{setting.arguments.name}.png")
+    setting.save(NAME, training_seconds=round(seconds, 1), kl=divergence, rows=rows)
+    plot(rows, setting.picture(NAME))
 
 
 def pooled(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

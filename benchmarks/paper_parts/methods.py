@@ -34,8 +34,8 @@ class Method:
         return self.calls is not None
 
 
-def _shared(policy: str, theta: float = -1.0, *, ours: bool = False) -> Callable[[Setting], by_policy.Calls]:
-    return lambda _: by_policy.one_threshold(policy, theta=theta, ours=ours)
+def _shared(policy: str, theta: float = -1.0) -> Callable[[Setting], by_policy.Calls]:
+    return lambda _: by_policy.one_threshold(policy, theta=theta)
 
 
 METHODS: tuple[Method, ...] = (

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import save
 from scipy.stats import spearmanr
 
 from afbs_compile.kernels.call import KEEP_ALL, SparseCall
@@ -52,10 +51,10 @@ def run(setting: Setting) -> None:
         earlier = posterior
         layers.append({"site": name, **_of_curves(high_error, low_error), "evaluations": counts, "sparsity": sparsity})
         print(layers[-1], flush=True)
-    result = {"settings": setting.describe(), "lengths": [low.length, length], "layers": layers, **summary(layers)}
-    for key, value in summary(layers).items():
+    found_over_all = summary(layers)
+    for key, value in found_over_all.items():
         print(f"{key}: {value}")
-    save(f"paper_section3_{setting.arguments.name}", setting.arguments.out, result)
+    setting.save(NAME, lengths=[low.length, length], layers=layers, **found_over_all)
 
 
 def _of_curves(high: torch.Tensor, low: torch.Tensor) -> dict[str, Any]:

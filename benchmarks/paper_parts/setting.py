@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import load, sample_runs, settings, text_windows
+from common import load, sample_runs, save, settings, text_windows
 from torch import Tensor
 
 import afbs_compile
@@ -84,6 +84,14 @@ class Setting:
             asked["tolerance"] = {quantity: limit}
         return afbs_compile.calibrate(self.model, self.calibration_windows(), **asked)
 
-    def describe(self) -> dict[str, str]:
-        """For a result file."""
-        return settings(self.arguments)
+    def save(self, part: str, **result: Any) -> None:
+        """Write the result file of a part."""
+        save(self._name(part), self.arguments.out, {"settings": settings(self.arguments), **result})
+
+    def picture(self, part: str) -> Path:
+        """Where the picture of a part lies."""
+        folder: Path = self.arguments.out
+        return folder / f"{self._name(part)}.png"
+
+    def _name(self, part: str) -> str:
+        return f"paper_{part}_{self.arguments.name}"

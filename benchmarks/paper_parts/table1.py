@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import empty_figure, save
+from common import empty_figure
 from timing import times
 
 from afbs_compile.kernels.dense import dense_attention
@@ -25,12 +25,12 @@ TIMED_AT = 0.7
 
 def run(setting: Setting) -> None:
     """Measure, print, write ``paper_table1``."""
-    chosen = [m for m in METHODS if not setting.arguments.methods or m.name in setting.arguments.methods]
+    chosen = [m for m in METHODS[1:] if not setting.arguments.methods or m.name in setting.arguments.methods]
     tested = {text: setting.tested(text, setting.length) for text in setting.texts}
     dense = {text: at(METHODS[0], setting, runs, 0.0).perplexity for text, runs in tested.items()}
     print("dense perplexity:", {text: round(value, 3) for text, value in dense.items()})
     rows: list[dict[str, Any]] = []
-    for method in chosen[1:] if chosen[0].name == "dense" else chosen:
+    for method in chosen:
         for text, runs in tested.items():
             matcher = Matcher(method, setting, runs)
             points = [(name, matcher.at(t)) for name, t in method.recommended]
@@ -50,15 +50,10 @@ def run(setting: Setting) -> None:
                 )
         _show(method, rows)
     speeds = timed([m for m in chosen if m.runs], setting, rows)
-    result = {"settings": setting.describe(), "dense": dense, "rows": rows, "times_of_dense_attention": speeds}
     missed = sorted({row["method"] for row in rows if row["at"] in _names() and not _is_matched(row)})
     print("sparsity not matched:", ", ".join(missed) or "none")
-    save(_name(setting, "paper_table1"), setting.arguments.out, {**result, "not_matched": missed})
-    plot(rows, setting.arguments.out / f"{_name(setting, 'paper_table1')}.png")
-
-
-def _name(setting: Setting, stem: str) -> str:
-    return f"{stem}_{setting.arguments.name}"
+    setting.save(NAME, dense=dense, rows=rows, times_of_dense_attention=speeds, not_matched=missed)
+    plot(rows, setting.picture(NAME))
 
 
 def _names() -> list[str]:

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import sample_runs, save
+from common import sample_runs
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -44,17 +44,14 @@ class Results:
 def run(setting: Setting) -> None:
     """Measure, print, write ``paper_table2``."""
     count = setting.arguments.prompts
-    tasks = {name: (setting.length, [None] * count) for name in TASKS}
     rows: list[dict[str, Any]] = []
-    for name, (length, places) in tasks.items():
-        rows += _rows(name, setting, _prompts(name, setting, length, places))
+    for name in TASKS:
+        rows += _rows(name, setting, _prompts(name, setting, setting.length, [None] * count))
     own, length, depth = PAPERS_OWN
     if length <= setting.arguments.longest * 1.25:
         prompts = _prompts("pass key", setting, length, [depth] * max(1, count // 4))
         rows += _rows(own, setting, prompts, beside=("window",))
-    save(
-        f"paper_table2_{setting.arguments.name}", setting.arguments.out, {"settings": setting.describe(), "rows": rows}
-    )
+    setting.save(NAME, rows=rows)
 
 
 def _prompts(task: str, setting: Setting, length: int, places: Sequence[float | None]) -> list[tuple[Tensor, int]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import save
-
 from paper_parts.bench import Matcher, at
 from paper_parts.methods import METHODS
 from paper_parts.setting import Setting
@@ -30,5 +28,4 @@ def run(setting: Setting) -> None:
             print(
                 f"{text:>18} {name:>20}: {point.sparsity:.1%} sparse, {point.perplexity:.3f} ({rise:+.2%})", flush=True
             )
-    result = {"settings": setting.describe(), "calibrated_on": setting.texts[0], "rows": rows}
-    save(f"paper_table4_{setting.arguments.name}", setting.arguments.out, result)
+    setting.save(NAME, calibrated_on=setting.texts[0], rows=rows)
