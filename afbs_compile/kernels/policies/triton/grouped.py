@@ -60,12 +60,9 @@ def _log_mass_kernel(
     stride_q_head, stride_q_row, stride_q_dim, stride_k_batch, stride_k_head, stride_k_row, stride_k_dim,
     HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, LAST: tl.constexpr,
     GROUP: tl.constexpr, PER_Q: tl.constexpr, PER_K: tl.constexpr, BOUNDED: tl.constexpr, DEPTH: tl.constexpr,
-    CHUNKS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, AVERAGED: tl.constexpr,
+    CHUNKS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The logarithm of the mass of every key block for ``ROWS`` query groups, as the bits of fp32 in int32.
-
-    ``AVERAGED``: of the mean of that mass and the one whose logarithm ``out`` holds.
-    """
+    """The logarithm of the mass of every key block for ``ROWS`` query groups, as the bits of fp32 in int32."""
     tiles = tl.cdiv(groups_q, ROWS)
     program = tl.program_id(0)
     first = program % tiles * ROWS
@@ -118,9 +115,6 @@ def _log_mass_kernel(
             mass = tl.sum(tl.reshape(weights, [ROWS // PER_Q, COLS // PER_K, PER_K]), 2) / size[:, None]
         offsets = blocks_q.to(tl.int64)[:, None] * count_k + blocks_k[None, :]
         inside = (blocks_q < count_q)[:, None] & (blocks_k < count_k)[None, :]
-        if AVERAGED:
-            other = tl.load(base + offsets, mask=inside, other=0).to(tl.float32, bitcast=True)
-            mass = (mass + tl.exp(other)) / 2
         tl.store(base + offsets, tl.log(mass).to(tl.int32, bitcast=True), mask=inside)
 
 
@@ -183,14 +177,11 @@ def moment_rows(x: Tensor, scale: float, *, of_queries: bool) -> Tensor:
     return out
 
 
-def write_log_mass(
-    features: Features, operands: Operands, shape: BlockShape, out: Tensor, *, averaged: bool = False
-) -> None:
+def write_log_mass(features: Features, operands: Operands, shape: BlockShape, out: Tensor) -> None:
     """Write the logarithm of :func:`grouped.block_mass` into ``out``, int32 ``[B, H, n_q, n_k]``, as bits of fp32.
 
     Args:
         features, operands, shape: as there; the mask is a band.
-        averaged: whether ``out`` holds the logarithm of another mass, and gets that of the mean of both.
     """
     q, k, band = features.q, features.k, told(operands)
     batch, heads, rows_q, dim = q.shape
@@ -201,14 +192,14 @@ def write_log_mass(
     precision = "ieee" if q.dtype != torch.float32 else fp32_products(q.device)
     with torch.cuda.device_of(q):
         _log_mass(
-            (layout(q), layout(k), operands.q_len, operands.k_len, averaged, band, shape, features[2:]),
+            (layout(q), layout(k), operands.q_len, operands.k_len, band, shape, features[2:]),
             batch * heads * block_count(groups_q, ROWS),
             *(q, k, out, features.scale),
             *(heads, heads // k.shape[1], rows_q, k.shape[2], groups_q, groups_k, band.upper, *out.shape[2:]),
             *(*q.stride(), *k.stride()),
             *(dim, features.parts, features.reverse, features.span, features.last, GROUP),
             *(shape.q // GROUP, per_k, band.bounded, depth, dim_pad // depth),
-            *(precision, ROWS, max(COLS, per_k), averaged),
+            *(precision, ROWS, max(COLS, per_k)),
             warps=4,
             stages=3,
         )
