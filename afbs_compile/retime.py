@@ -58,7 +58,7 @@ def decided_again(recipe: Recipe, found: FoundGraph, inputs: Sequence[Any]) -> R
         not unsure
         or not found.peers.are_alone
         or any(size_now(site.k_len) != length for site in found.sites)
-        or is_busy()
+        or is_busy(found.sites[0].device)
     ):
         return recipe
     _log.info("timing %d calls again that were timed on a busy machine", len(unsure))

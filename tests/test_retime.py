@@ -29,8 +29,8 @@ def machine(monkeypatch):
 
     def be(speed, *, busy):
         monkeypatch.setattr(SiteSpeed, "measure", staticmethod(lambda *_, **__: speed))
-        monkeypatch.setattr(retime, "is_busy", lambda: busy)
-        monkeypatch.setattr("afbs_compile.integrations.served.is_busy", lambda: busy)
+        monkeypatch.setattr(retime, "is_busy", lambda _: busy)
+        monkeypatch.setattr("afbs_compile.integrations.served.is_busy", lambda _: busy)
 
     monkeypatch.setattr("afbs_compile.tuner.speed.Stopwatch.attention_ms", lambda *_: 1.0)
     monkeypatch.setattr("afbs_compile.tuner.speed.Stopwatch.predictor_ms", lambda *_: 0.0)
@@ -55,7 +55,7 @@ def test_what_a_busy_machine_left_open_is_decided_by_the_first_quiet_process(mac
     machine(CLOSE, busy=True)
     first = next_process()
     assert {row.outcome for row in first.rows} == {"dense"}
-    assert {row.reason for row in first.rows} == {"not faster: 1.95 ms sparse, 2 ms dense, CPU time on a busy machine"}
+    assert {row.reason for row in first.rows} == {"not faster: 1.95 ms sparse, 2 ms dense, on a busy machine"}
     assert "2 of 2 calls were timed on a busy machine, too close to tell" in str(first).replace("\n", "")
     assert all(site.unsure for site in cached().sites)
 

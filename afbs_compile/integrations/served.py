@@ -360,7 +360,7 @@ class ServedModel:
         """Whether a cached decision was taken on a busy machine and can be taken on a quiet one now."""
         if not row.unsure or self._path is None or self.recipe is None or not self._peers.are_alone:
             return False
-        return operands.k_len == self.recipe.graphs[0].samples.lengths[1] and not is_busy()
+        return operands.k_len == self.recipe.graphs[0].samples.lengths[1] and not is_busy(operands.device)
 
     def _calibrated(self, name: str, operands: Operands) -> SiteRecipe:
         """Calibrate a call on its first operands, and write down what came out."""

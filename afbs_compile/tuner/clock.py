@@ -1,10 +1,11 @@
 """Milliseconds of calls, such that other work on the machine does not decide which of them is the faster one.
 
-A GPU is its process's own; a CPU is shared. There every round says how long its threads waited for a processor (Linux
+On a CPU every round says how long its threads waited for a processor (Linux
 counts it: ``/proc/[pid]/task/[tid]/schedstat``). Where even the best round was disturbed, wall-clock times say little:
 a call of many short parallel loops waits at the end of each for the thread that was put off, and burns time while it
 does. What is left is what a call computes: its CPU time in one thread, which nobody can put off and which waits for
-nobody.
+nobody. On a GPU there is no such time: whether another process uses it is asked of equal products in a row
+(:func:`is_busy`), and then what was measured is not final.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.attend.machine import is_shared, round_seconds, rounds
+from afbs_compile.kernels.attend.machine import interruption, is_shared, round_seconds, rounds, runs_triton
 
 BUSY = 0.1
-"""A round is disturbed in which threads waited for a processor for more than this share of it."""
+"""A round is disturbed in which threads waited for a processor for more than this share of it, and so is a GPU that
+makes products in a row wait for more than this share of their time."""
 
 PROBE_SECONDS = 0.02
 """What it takes to see whether a machine is busy."""
@@ -59,8 +61,10 @@ def timed(calls: Sequence[Call]) -> Times:
     return Times(tuple(each.seconds * 1e3 for each in best), busy=False)
 
 
-def is_busy() -> bool:
-    """Whether threads have to wait for a processor at the moment; false where the system does not say."""
+def is_busy(device: torch.device) -> bool:
+    """Whether calls have to wait for other work on a device at the moment; false where the system does not say."""
+    if runs_triton(device):
+        return interruption(device) > BUSY
     x = torch.ones(256, 256)
     began, waited = time.perf_counter(), _waited_seconds()
     while (gone := time.perf_counter() - began) < PROBE_SECONDS:

@@ -111,7 +111,7 @@ def too_slow(speed: SiteSpeed) -> str | None:
     """Why a call with this speed stays dense; ``None`` where it is worthwhile."""
     if speed.min_length is not None:
         return None
-    busy = ", CPU time on a busy machine" if speed.busy else ""
+    busy = ", on a busy machine" if speed.busy else ""
     return f"not faster: {speed.sparse_ms:.3g} ms sparse, {speed.dense_ms:.3g} ms dense{busy}"
 
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from afbs_compile.kernels.attend.engines import engines_on
-from afbs_compile.kernels.attend.machine import clocked
+from afbs_compile.kernels.attend.machine import clocked, is_shared
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.peers import Peers
-from afbs_compile.tuner.clock import timed
+from afbs_compile.tuner.clock import is_busy, timed
 from afbs_compile.tuner.measure import visible_count
 
 WORTHWHILE = 0.97
@@ -179,7 +179,7 @@ class SiteSpeed:
         dense_ms: plain scaled_dot_product_attention; sparse_ms: predictor and block-sparse attention together.
         min_length: shortest length at which sparse was measured to be worthwhile, here or, with what that says about
             this one, at other sites; ``None`` if at none.
-        busy: whether the machine had other work, so that both are CPU times.
+        busy: whether the machine had other work: both are CPU times, or those of a GPU that others use too.
     """
 
     dense_ms: float
@@ -218,6 +218,8 @@ class SiteSpeed:
             dense_ms, sparse_ms, busy = stopwatch.dense_and_sparse_ms(sample, call)
         elif sparse_ms is None or sparse_ms > CLEAR * dense_ms:
             sparse_ms = clocked(sparse_call(sample, call), sample.device)[1]()
+        if not is_shared(sample.device):  # else the times know it
+            busy = is_busy(sample.device)
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None, busy)
         earliest, latest = stopwatch.crossover_bounds(sample, call, sparsity)

@@ -92,11 +92,11 @@ def test_what_is_computed_is_computed_by_one_thread(fails):
 
 
 def test_a_machine_is_busy_while_threads_wait(threads_always_wait):
-    assert is_busy()
+    assert is_busy(HERE.device)
 
 
 def test_a_machine_is_not_busy_while_none_waits(nobody_waits):
-    assert not is_busy()
+    assert not is_busy(HERE.device)
 
 
 @pytest.mark.skipif(clock._waited_seconds() == 0.0, reason="this system does not say how long threads wait")

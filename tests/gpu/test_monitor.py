@@ -1,0 +1,63 @@
+"""The monitor on a real GPU: beside CUDA graphs, and on a machine that others use too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import afbs_compile
+from afbs_compile.tuner.clock import is_busy
+from tests.monitor.test_monitor import diffuse
+from tests.toy import Toy, drifting
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")]
+
+LENGTH = 4096
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings("ignore:afbs monitor")
+def test_a_compiled_model_is_watched_and_its_heads_become_dense_without_a_compilation(mode):
+    model = Toy().eval().to("cuda", torch.bfloat16)
+    samples = [drifting(LENGTH, seed=seed).to("cuda", torch.bfloat16) for seed in range(30)]
+    recipe = afbs_compile.calibrate(model, samples, tolerance=0.05)
+    options = {"recipe": recipe, "monitor": {"share": 1.0, "look_every": 1}}
+    sparse = torch.compile(model, backend="afbs", mode=mode, options=options, fullgraph=True)
+    for seed in range(100, 110):
+        x = drifting(LENGTH, seed=seed).to("cuda", torch.bfloat16)
+        torch.testing.assert_close(sparse(x).clone(), model(x), atol=0.1, rtol=0.1)
+    (monitor,) = afbs_compile.monitors(sparse)
+    assert monitor.alarms == ()
+    assert max(row["sampled"] for row in monitor.to_records()) == 10
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed in range(100):
+            x = diffuse(seed, LENGTH).to("cuda", torch.bfloat16)
+            sparse(x)
+            if monitor.alarms and all(row["dense"] for row in monitor.to_records() if row["sampled"]):
+                break
+        else:
+            raise AssertionError(monitor.note)
+        out = sparse(x).clone()
+    error = float((out - model(x)).abs().sum() / model(x).abs().sum())
+    assert error < 0.02, "the heads that were looked at are dense"
+
+
+def test_another_process_on_the_gpu_is_recognised():
+    device = torch.device("cuda")
+    assert not is_busy(device)
+    work = (
+        "import torch; x = torch.ones(4096, 4096, device='cuda'); print(flush=True)\n"
+        "while True: x @ x; torch.cuda.synchronize()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert any(is_busy(device) for _ in range(3))
+    finally:
+        other.kill()
+        other.wait()
