@@ -1,7 +1,7 @@
 """Does a busy machine decide as an idle one: calibrations of a model beside processes that compute.
 
-    python benchmarks/busy.py                  the shipped model, 4,096 tokens: 3 calibrations alone, 10 beside 4 processes
-    python benchmarks/busy.py --model M --length 32768 --dtype bfloat16 --name busy_40m_32k_h100      on a GPU
+    python benchmarks/busy.py               the shipped model, 4,096 tokens: 3 calibrations alone, 10 beside 4 processes
+    python benchmarks/busy.py --model M --length 32768 --dtype bfloat16 --name busy_40m_32k_h100   on a GPU
 
 The others compute where the model does: on the GPU where there is one. Each calibration runs in a process of its own,
 with an empty cache. A call counts as decided alike if it is sparse, or dense, in all idle calibrations and in a busy

@@ -5,13 +5,15 @@
 
 The simulation draws losses of one head at the promised rate, 2,000 times as many as are looked at, and at larger
 rates, for the delay. The model's part times one attention call of each layer as it runs in a compiled model, with and
-without a look, in turns: the monitor's cost at its default share is the look's share of it. Calls without a
-look are timed with a monitor and without one.
+without a look, in turns: the monitor's cost is the look's share of it, times the share of calls that are looked at by
+default, which is less where that is more than 1 %. Calls without a look are timed with a monitor and without one. With
+--calls many calls of the middle layer are timed, watched as by default and not watched.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings, te
 from timing import times
 
 import afbs_compile
+from afbs_compile.kernels.attend.machine import wait
 from afbs_compile.kernels.attend.run import run
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
@@ -30,7 +33,7 @@ from afbs_compile.kernels.sight import without_idle_parts
 from afbs_compile.monitor.betting import Wealth, exceeding
 from afbs_compile.monitor.monitor import Monitor
 from afbs_compile.monitor.promised import Promised
-from afbs_compile.monitor.settings import MonitorSettings
+from afbs_compile.monitor.settings import COST, SHARE, MonitorSettings
 from afbs_compile.passes.capture import capture
 
 PROMISED = 0.098
@@ -38,6 +41,7 @@ PROMISED = 0.098
 
 RATES = (0.15, 0.2, 0.3, 0.5)
 DELTA = MonitorSettings.delta
+ROUNDS = 5
 
 
 def main() -> None:
@@ -48,6 +52,7 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.055)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--runs", type=int, default=2000, help="of the simulation")
+    parser.add_argument("--calls", type=int, default=0, help="of one layer, watched as by default; 0 for none")
     parser.add_argument("--no-model", action="store_true", help="the simulation alone")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -120,21 +125,25 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
     windows = text_windows(tokenizer, arguments.text, arguments.length, 2, device)
     recipe = afbs_compile.calibrate(model, windows[:1], tolerance=arguments.tolerance)
-    sites = {site.name: site for site in recipe.sites if site.outcome == "sparse"}
-    rows = []
+    sites = {site.name: site for site in recipe.sites if site.heads}  # also where dense is the faster one
+    rows, many = [], {}
     for name, (operands,) in capture(sample_runs(model, windows[1:])):
-        if name in sites:
+        if name in sites and not sites[name].calibrated.is_dense:
             call = sites[name].calibrated.rounded()
             rows.append(
                 {"site": name, **timed(operands, call, Promised.by(recipe, sites[name], None), arguments.rounds)}
             )
             print(rows[-1], flush=True)
+        if arguments.calls and len(rows) == len(sites) // 2:
+            many = watched_calls(operands, call, Promised.by(recipe, sites[name], None), arguments.calls)
     looked = [row["look_ms"] / row["plain_ms"] for row in rows]
     idle = [row["idle_ms"] / row["plain_ms"] - 1 for row in rows]
     summary = {
         "a look, in calls": [min(looked), median(looked), max(looked)],
-        "cost at the default share": MonitorSettings.share * median(looked),
+        "looks by default, of calls": median(min(SHARE, COST / ratio) for ratio in looked),
+        "cost by default": median(min(SHARE * ratio, COST) for ratio in looked),
         "a call that is not looked at, against one without a monitor": [min(idle), median(idle), max(idle)],
+        **many,
     }
     print(summary)
     return {"calls": rows, **summary}
@@ -153,6 +162,27 @@ def timed(operands: Operands, call: SparseCall, promised: Promised, rounds: int)
     }
     found = {name: each.median for name, each in times(forms, rounds).items()}
     return {"plain_ms": found["plain"], "idle_ms": found["idle"], "look_ms": found["looking"] - found["idle"]}
+
+
+@torch.no_grad()
+def watched_calls(operands: Operands, call: SparseCall, promised: Promised, count: int) -> dict[str, list[float]]:
+    """What watching as by default adds to so many calls one after another, over rounds in turns."""
+    monitor = Monitor(MonitorSettings(), None, lambda: None, lambda: None)
+    monitor.watch("call", promised)
+
+    def seconds(attend: Callable[[], object]) -> float:
+        wait(operands.q)
+        began = time.perf_counter()
+        for _ in range(count):
+            attend()
+        wait(operands.q)
+        return time.perf_counter() - began
+
+    watched = partial(monitor.attend, "call", operands, call)
+    seconds(watched)  # what a look costs becomes known
+    pairs = [(seconds(watched), seconds(lambda: run(without_idle_parts(operands), call)[0])) for _ in range(ROUNDS)]
+    added = [one / other - 1 for one, other in pairs]
+    return {f"{count} calls watched by default, against as many that are not": [min(added), median(added), max(added)]}
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class MonitoredGraph(Watched):
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph, and now and then look at what comes out."""
-        looked_at = self.monitor.draws(self._how.share)
+        looked_at = self.monitor.draws(self._how.chance)
         compared = looked_at and self.monitor.watches(OUTPUT) and self.monitor.draws(OUTPUT_SHARE)
         kept = [concrete(value) for value in inputs] if compared or (looked_at and self._how.keep) else []
         if looked_at and self._how.keep:

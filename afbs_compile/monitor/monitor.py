@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,13 +25,16 @@ from afbs_compile.monitor.betting import STREAK, Streak, Wealth, enduring, excee
 from afbs_compile.monitor.metrics import prometheus_text
 from afbs_compile.monitor.promised import Promised
 from afbs_compile.monitor.rows import row_errors
-from afbs_compile.monitor.settings import MonitorSettings
+from afbs_compile.monitor.settings import COST, SHARE, MonitorSettings
 from afbs_compile.recipe import Recipe
 from afbs_compile.tuner.space import all_dense
 
 MARGIN = 2.0
 """Standard errors that the error of the sampled rows must exceed the tolerance by: a head that keeps just within it,
 as calibrated heads do, would else exceed it in half of all samples."""
+
+SHORTEST_MS = 1e-6
+"""So much a call takes at least: clocks have ticks."""
 
 SHOWN = 8
 """Heads that an alarm's sentence names."""
@@ -41,6 +45,9 @@ OUTPUT = "output"
 OUTPUT_RATE = 0.25
 """Of a budget. What one call costs is cut at its inverse, four times the budget, and counted as a share of that: the
 promise that the mean is within the budget is the promise that the mean share is at most this."""
+
+
+Milliseconds = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,10 @@ class Alarm:
 
 @dataclass
 class _Watched:
-    """A call: what was promised of it, and what is known."""
+    """A call: what was promised of it, how often it is looked at, what is known, and what recent looks took."""
 
     promised: Promised
+    share: float
     calls: int = 0
     sampled: int = 0
     dense: list[bool] = field(default_factory=list)
@@ -73,6 +81,7 @@ class _Watched:
     losses: Tensor | None = None
     judged: Tensor | None = None
     with_dense: dict[SparseCall, SparseCall] = field(default_factory=dict)
+    took: list[tuple[Milliseconds, Milliseconds]] = field(default_factory=list)
 
     def in_force(self, call: SparseCall) -> SparseCall:
         """The call with alarmed heads DENSE."""
@@ -81,6 +90,13 @@ class _Watched:
         if call not in self.with_dense:
             self.with_dense[call] = call.where([not dense for dense in self.dense], all_dense(call))
         return self.with_dense[call]
+
+    def look_less(self) -> None:
+        """Let looks cost :data:`COST` of the calls at most, by what recent ones took; the device is waited for."""
+        if self.took:
+            ratio = median(look() / max(call(), SHORTEST_MS) for call, look in self.took)
+            self.share = min(SHARE, COST / max(ratio, COST))
+            self.took.clear()
 
     def note(self, loss: Tensor) -> None:
         """Take one look's losses ``[H]`` into account, NaN for heads that were not judged."""
@@ -129,7 +145,7 @@ class Monitor:
     def watch(self, name: str, promised: Promised) -> None:
         """Begin to watch a call, or begin again: it has other thresholds now."""
         with self._lock:
-            self._watched[name] = _Watched(promised, dense=[False] * len(promised.limits))
+            self._watched[name] = _Watched(promised, self.settings.chance, dense=[False] * len(promised.limits))
 
     def forget(self, name: str) -> None:
         """Watch a call, or the output, no more."""
@@ -147,11 +163,15 @@ class Monitor:
         call = watched.in_force(call)
         if call.dense_at(operands.q_len, operands.k_len):
             return None
-        operands = without_idle_parts(operands)
-        out = run(operands, call)[0]
-        looked_at = watched.promised.is_tested and self.draws(self.settings.share)
-        if looked_at and not machine.is_recording(operands.device):
-            self._look(watched, operands, call, out)
+        operands, device = without_idle_parts(operands), operands.device
+        looked_at = watched.promised.is_tested and self.draws(watched.share)
+        if not looked_at or machine.is_recording(device):
+            return run(operands, call)[0]
+        (out, _), call_ms = machine.clocked(lambda: run(operands, call), device)
+        _, look_ms = machine.clocked(lambda: self._look(watched, operands, call, out), device)
+        if self.settings.share is None:
+            watched.took.append((call_ms, look_ms))
+        self._count_look()
         return out
 
     def draws(self, share: float) -> bool:
@@ -181,7 +201,6 @@ class Monitor:
             left_out = device_constants(tuple(map(float, call.dense_heads)), device).bool() | found.error.isnan()
             holds = found.error - MARGIN * found.deviation <= limits
             watched.note((~holds).double().masked_fill(left_out, torch.nan))
-        self._count_look()
 
     def _count_look(self) -> None:
         self._looks += 1
@@ -193,6 +212,8 @@ class Monitor:
         """Read the evidence off the device, and react to it; it is done by itself every few looks."""
         with self._lock:
             alarm = self._alarm()
+            for watched in self._watched.values():
+                watched.look_less()
         if alarm is None:
             return
         self.alarms = (*self.alarms, alarm)

@@ -11,6 +11,9 @@ from afbs_compile.errors import OptionError, shown
 
 WHEN = ("on demand", "automatically")
 
+SHARE, COST = 0.01, 0.01
+"""By default: calls that are looked at, and what looks may take of the time of calls."""
+
 
 @dataclass(frozen=True)
 class MonitorSettings:
@@ -18,7 +21,8 @@ class MonitorSettings:
 
     Attributes:
         share: chance that a call is looked at; of a budget on the output a quarter of it, for there a look is a dense
-            pass of the model.
+            pass of the model. ``None`` for :data:`SHARE`, and for attention calls less where their looks would take
+            more than :data:`COST` of their time.
         rows: query rows that are computed densely when a call is looked at.
         delta: chance of a false alarm, over all heads and all time.
         rate: the share of inputs on which a head may exceed its tolerance; ``None`` for what the recipe promised.
@@ -29,7 +33,7 @@ class MonitorSettings:
         on_alarm: called with each :class:`afbs_compile.monitor.monitor.Alarm`.
     """
 
-    share: float = 0.01
+    share: float | None = None
     rows: int = 64
     delta: float = 0.05
     rate: float | None = None
@@ -37,6 +41,11 @@ class MonitorSettings:
     keep: int = 0
     recalibrate: str = "on demand"
     on_alarm: Callable[[Any], Any] | None = None
+
+    @property
+    def chance(self) -> float:
+        """That a call is looked at before it is known what a look costs."""
+        return SHARE if self.share is None else self.share
 
     @classmethod
     def parse(cls, given: Any) -> MonitorSettings | None:
@@ -73,7 +82,7 @@ def _is_whole(value: object, least: int) -> bool:
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "share": (lambda value: _is_share(value, largest=True), "a number above 0, at most 1"),
+    "share": (lambda value: value is None or _is_share(value, largest=True), "None, or a number above 0, at most 1"),
     "rows": (lambda value: _is_whole(value, 8), "a whole number, at least 8"),
     "delta": (_is_share, "a number between 0 and 1"),
     "rate": (lambda value: value is None or _is_share(value), "None, or a number between 0 and 1"),

@@ -4,8 +4,8 @@ On a CPU every round says how long its threads waited for a processor (Linux
 counts it: ``/proc/[pid]/task/[tid]/schedstat``). Where even the best round was disturbed, wall-clock times say little:
 a call of many short parallel loops waits at the end of each for the thread that was put off, and burns time while it
 does. What is left is what a call computes: its CPU time in one thread, which nobody can put off and which waits for
-nobody. On a GPU there is no such time: whether another process uses it is asked of equal products in a row
-(:func:`is_busy`), and then what was measured is not final.
+nobody. On a GPU there is no such time. Whether another process uses it is asked of equal products in a row
+(:func:`is_busy`); then the least time of single calls counts, which may fit between the turns of others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.attend.machine import interruption, is_shared, round_seconds, rounds, runs_triton
+from afbs_compile.kernels.attend.machine import clocked, interruption, is_shared, round_seconds, rounds, runs_triton
 
 BUSY = 0.1
 """A round is disturbed in which threads waited for a processor for more than this share of it, and so is a GPU that
@@ -29,6 +29,9 @@ PROBE_SECONDS = 0.02
 
 CPU_ROUNDS = 3
 
+SINGLE_CALLS = 20
+"""Of each call, on a GPU that others use."""
+
 Call = Callable[[], Tensor]
 
 
@@ -37,20 +40,27 @@ class Times:
     """Of some calls that were timed together.
 
     Attributes:
-        ms: milliseconds of each; busy: whether they are CPU times, because the machine had other work.
+        ms: milliseconds of each; busy: whether the machine had other work: they are CPU times, or those of a GPU that
+            other processes use.
     """
 
     ms: tuple[float, ...]
     busy: bool
 
 
-def timed(calls: Sequence[Call]) -> Times:
+def timed(calls: Sequence[Call], *, crowded: bool = False) -> Times:
     """Milliseconds of each call, synchronised on accelerators: the best of rounds in which the calls take turns.
 
     Other work on the machine only ever adds time, and taking turns lets it hit all calls alike. Where it hit all
     rounds, the CPU time of one thread over the number of threads stands in.
+
+    Args:
+        calls: to time; crowded: whether other processes use the GPU, as :func:`is_busy` says.
     """
     device, *_ = [call().device for call in calls]  # compiles, allocates
+    if crowded:
+        rounds_of_one = [[clocked(call, device)[1]() for call in calls] for _ in range(SINGLE_CALLS)]
+        return Times(tuple(map(min, zip(*rounds_of_one, strict=True))), busy=True)
     times = [[_round(call, 1) for call in calls]]
     repeats = [max(1, round(round_seconds(device) / first.seconds)) for first in times[0]]
     further = rounds(device, long=max(repeats) == 1)

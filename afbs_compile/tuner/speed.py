@@ -53,10 +53,14 @@ class Stopwatch:
 
     Args:
         peers: processes that have other heads of the same sites: the slowest one decides for all.
+
+    Attributes:
+        crowded: whether other processes use the GPU.
     """
 
     def __init__(self, peers: Peers | None = None) -> None:
         self.peers = peers or Peers()
+        self.crowded = False
         self._attention_ms: dict[Hashable, float] = {}
         self._predictor_ms: dict[Hashable, float] = {}
         self._dense_ms: dict[Hashable, float] = {}
@@ -68,11 +72,11 @@ class Stopwatch:
         sparse = sparse_call(sample, call)
         key = _kind(sample)
         if key in self._dense_ms:
-            found = timed([sparse])
+            found = timed([sparse], crowded=self.crowded)
             (sparse_ms,) = found.ms
             if sparse_ms <= CLEAR * self._dense_ms[key]:
                 return Pair(self._dense_ms[key], sparse_ms, found.busy)
-        found = timed([lambda: dense_attention(sample), sparse])
+        found = timed([lambda: dense_attention(sample), sparse], crowded=self.crowded)
         self._dense_ms[key], sparse_ms = found.ms
         return Pair(self._dense_ms[key], sparse_ms, found.busy)
 
@@ -214,12 +218,11 @@ class SiteSpeed:
                 call may have been the first one, which compiles: where it was slow, it is timed again.
         """
         rows, busy = sample.q_len, False
-        if dense_ms is None:
+        stopwatch.crowded = not is_shared(sample.device) and is_busy(sample.device)
+        if dense_ms is None or stopwatch.crowded:
             dense_ms, sparse_ms, busy = stopwatch.dense_and_sparse_ms(sample, call)
         elif sparse_ms is None or sparse_ms > CLEAR * dense_ms:
             sparse_ms = clocked(sparse_call(sample, call), sample.device)[1]()
-        if not is_shared(sample.device):  # else the times know it
-            busy = is_busy(sample.device)
         if sparse_ms > WORTHWHILE * dense_ms:
             return SiteSpeed(dense_ms, sparse_ms, None, busy)
         earliest, latest = stopwatch.crossover_bounds(sample, call, sparsity)

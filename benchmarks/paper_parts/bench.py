@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -101,10 +101,16 @@ def loss(run: SampleRun, logits: Tensor) -> float:
 
 
 class Matcher:
-    """Finds the knob of a method at which it leaves out a given share, on one text; earlier points help later ones."""
+    """Finds the knob of a method at which it leaves out a given share, on one text; earlier points help later ones.
 
-    def __init__(self, method: Method, setting: Setting, runs: Sequence[SampleRun]) -> None:
-        self._method, self._setting, self._runs = method, setting, runs
+    Args:
+        method, setting, runs: what is measured; starts: where to begin, by sparsity: what another text needed, say.
+    """
+
+    def __init__(
+        self, method: Method, setting: Setting, runs: Sequence[SampleRun], starts: Mapping[float, float] | None = None
+    ) -> None:
+        self._method, self._setting, self._runs, self._starts = method, setting, runs, dict(starts or {})
         self._points: dict[float, Point] = {}
 
     def at(self, t: float) -> Point:
@@ -115,7 +121,7 @@ class Matcher:
 
     def matched(self, sparsity: float) -> Point:
         """The point nearest to a sparsity, within :data:`EXACT` of it where the method reaches it."""
-        t = sparsity
+        t = self._starts.get(sparsity, sparsity)
         for _ in range(TRIES):
             if abs(self.at(t).sparsity - sparsity) <= EXACT:
                 break

@@ -31,10 +31,13 @@ def run(setting: Setting) -> None:
     print("dense perplexity:", {text: round(value, 3) for text, value in dense.items()})
     rows: list[dict[str, Any]] = []
     for method in chosen:
+        knobs: dict[float, float] = {}
         for text, runs in tested.items():
-            matcher = Matcher(method, setting, runs)
+            matcher = Matcher(method, setting, runs, knobs)
             points = [(name, matcher.at(t)) for name, t in method.recommended]
-            points += [(f"{sparsity:.0%}", matcher.matched(sparsity)) for sparsity in SPARSITIES]
+            matched = {sparsity: matcher.matched(sparsity) for sparsity in SPARSITIES}
+            knobs = {sparsity: point.t for sparsity, point in matched.items()}
+            points += [(f"{sparsity:.0%}", point) for sparsity, point in matched.items()]
             for name, point in points:
                 rows.append(
                     {

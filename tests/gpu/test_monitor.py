@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import afbs_compile
+from afbs_compile.backend import afbs
 from afbs_compile.tuner.clock import is_busy
 from tests.monitor.test_monitor import diffuse
 from tests.toy import Toy, drifting
@@ -23,12 +25,12 @@ LENGTH = 4096
 @pytest.mark.filterwarnings("ignore:afbs monitor")
 def test_a_compiled_model_is_watched_and_its_heads_become_dense_without_a_compilation(mode):
     model = Toy().eval().to("cuda", torch.bfloat16)
-    samples = [drifting(LENGTH, seed=seed).to("cuda", torch.bfloat16) for seed in range(30)]
+    samples = [drifting(LENGTH, seed=seed).contiguous().to("cuda", torch.bfloat16) for seed in range(30)]
     recipe = afbs_compile.calibrate(model, samples, tolerance=0.05)
     options = {"recipe": recipe, "monitor": {"share": 1.0, "look_every": 1}}
-    sparse = torch.compile(model, backend="afbs", mode=mode, options=options, fullgraph=True)
+    sparse = torch.compile(model, backend=partial(afbs, options=options), mode=mode, fullgraph=True)
     for seed in range(100, 110):
-        x = drifting(LENGTH, seed=seed).to("cuda", torch.bfloat16)
+        x = drifting(LENGTH, seed=seed).contiguous().to("cuda", torch.bfloat16)
         torch.testing.assert_close(sparse(x).clone(), model(x), atol=0.1, rtol=0.1)
     (monitor,) = afbs_compile.monitors(sparse)
     assert monitor.alarms == ()

@@ -21,7 +21,7 @@ def test_true_is_as_by_default_and_false_is_none():
     [
         (3, "monitor: got 3; accepted: True, or a mapping of share, rows, delta"),
         ({"shares": 1}, "monitor: unknown 'shares'; accepted: share, rows"),
-        ({"share": 0}, "monitor: share is 0; accepted: a number above 0, at most 1"),
+        ({"share": 0}, "monitor: share is 0; accepted: None, or a number above 0, at most 1"),
         ({"share": 1.5}, "monitor: share is 1.5; accepted"),
         ({"share": True}, "monitor: share is True; accepted"),
         ({"rows": 4}, "monitor: rows is 4; accepted: a whole number, at least 8"),

@@ -23,8 +23,8 @@ ROUNDS, ROUNDS_OF_LONG_CALLS = 3, 1
 none, and is better spent elsewhere."""
 
 
-PROBES, PROBE_WIDTH = 64, 1024
-"""Equal products in a row, and rows of their matrices, some milliseconds of a GPU: longer than it stays with one
+PROBES, PROBE_WIDTH = 24, 2048
+"""Equal products in a row, and rows of their matrices, some ten milliseconds of a GPU: longer than it stays with one
 process where two have work."""
 
 
