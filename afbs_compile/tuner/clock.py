@@ -1,11 +1,11 @@
 """Milliseconds of calls, such that other work on the machine does not decide which of them is the faster one.
 
-On a CPU every round says how long its threads waited for a processor (Linux
-counts it: ``/proc/[pid]/task/[tid]/schedstat``). Where even the best round was disturbed, wall-clock times say little:
-a call of many short parallel loops waits at the end of each for the thread that was put off, and burns time while it
-does. What is left is what a call computes: its CPU time in one thread, which nobody can put off and which waits for
-nobody. On a GPU there is no such time. Whether another process uses it is asked of equal products in a row
-(:func:`is_busy`); then the least time of single calls counts, which may fit between the turns of others.
+On a CPU every round says how long its threads waited for a processor (Linux counts it:
+``/proc/[pid]/task/[tid]/schedstat``). Where even the best round was disturbed, wall-clock times say little: a call of
+many short parallel loops waits at the end of each for the thread that was put off, and burns time while it does. What
+is left is what a call computes: its CPU time in one thread, which nobody can put off and which waits for nobody. On a
+GPU there is no such time. Whether another process uses it is asked of kernels in a row (:func:`is_busy`); then the
+least time of single calls counts, which may fit between the turns of others.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.attend.machine import clocked, interruption, is_shared, round_seconds, rounds, runs_triton
+from afbs_compile.kernels.attend.machine import clocked, is_nvidia, is_shared, round_seconds, rounds
 
 BUSY = 0.1
-"""A round is disturbed in which threads waited for a processor for more than this share of it, and so is a GPU that
-makes products in a row wait for more than this share of their time."""
+"""A round is disturbed in which threads waited for a processor for more than this share of it; others use a GPU on
+which kernels in a row take so much longer than they are long."""
 
 PROBE_SECONDS = 0.02
 """What it takes to see whether a machine is busy."""
@@ -73,8 +73,12 @@ def timed(calls: Sequence[Call], *, crowded: bool = False) -> Times:
 
 def is_busy(device: torch.device) -> bool:
     """Whether calls have to wait for other work on a device at the moment; false where the system does not say."""
-    if runs_triton(device):
+    if is_nvidia(device):
+        from afbs_compile.kernels.attend.turns import interruption  # Triton is not installed everywhere.
+
         return interruption(device) > BUSY
+    if not is_shared(device):
+        return False
     x = torch.ones(256, 256)
     began, waited = time.perf_counter(), _waited_seconds()
     while (gone := time.perf_counter() - began) < PROBE_SECONDS:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
-from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +19,6 @@ ROUND_SECONDS = {"cuda": 0.001}
 ROUNDS, ROUNDS_OF_LONG_CALLS = 3, 1
 """Rounds of short calls, and of long ones, which average the noise themselves. Other work disturbs a CPU; a GPU has
 none, and is better spent elsewhere."""
-
-
-PROBES, PROBE_WIDTH = 24, 2048
-"""Equal products in a row, and rows of their matrices, some ten milliseconds of a GPU: longer than it stays with one
-process where two have work."""
 
 
 def kind(device: torch.device) -> str:
@@ -110,26 +103,6 @@ def autocast_kept(device: torch.device) -> Iterator[None]:
 def is_shared(device: torch.device) -> bool:
     """Whether other processes take time from calls there as they please, which only their CPU time does not show."""
     return device.type == "cpu"
-
-
-def interruption(device: torch.device) -> float:
-    """How much longer equal products in a row take on a GPU than the median one says, as a share; waits for it.
-
-    A GPU that several processes use works for one at a time, and goes from one to the next every few milliseconds: a
-    product that is put off takes the others' turn too. Processes that share it by MPS run at once, which this does
-    not show.
-    """
-    with torch.cuda.device(device):
-        x = torch.ones(PROBE_WIDTH, PROBE_WIDTH, device=device)
-        x @ x  # whatever a first product has to prepare
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(PROBES + 1)]
-        for event in events[:-1]:
-            event.record()
-            x @ x
-        events[-1].record()
-        torch.cuda.synchronize()
-    each = [begin.elapsed_time(end) for begin, end in pairwise(events)]
-    return sum(each) / (median(each) * len(each)) - 1
 
 
 def round_seconds(device: torch.device) -> float:
