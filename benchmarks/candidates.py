@@ -7,8 +7,9 @@ under the mask that it gives. For every candidate the threshold is bracketed on 
 1 %; a line says the sparsity there. Blocks of 64 x 64 unless a name says otherwise; what calibration always keeps is
 kept. Names: ``truth`` the true mass; ``S4`` exact mass of 4 rows of a block; ``S4g8`` the same rows against means and
 variances of 8 keys, ``R4g8`` with the variance's part held below what 8 keys can reach; ``Q4g8`` means of 4 queries
-against those; ``A+B`` the mean of two masses, ``AvB`` their maximum. ``a0``, ``a.5``: strength is ``p n^a``. ``mass``:
-the smallest set that holds a share. ``w0.5``: thresholds divided by the root of each head's sensitivity (of the output
+against those; ``A+B`` the mean of two masses, ``AvB`` their maximum; ``before``: and what the query block before had in
+the same column and at the same distance. ``a0``, ``a.5``: strength is ``p n^a``. ``mass``: the smallest set that holds
+a share. ``w0.5``: thresholds divided by the root of each head's sensitivity (of the output
 to it, by a backward pass on OTHER texts). ``value``: mass times the distance of the block's mean value from the output.
 ``group``: two heads of a key head share a selection. ``corrected``: skipped blocks enter by their mean key and value.
 """
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from afbs_compile.kernels.policies.vertical_slash import with_previous
 
 GOAL = 0.01
 TRIES = 5
@@ -107,7 +110,19 @@ def scores() -> dict[str, Score]:
     for a, b in (("S4", "cumulant"), ("S8", "cumulant"), ("S2", "cumulant"), ("S4", "Q8g8"), ("S8", "Q8g8")):
         found[f"{a}+{b}"] = mixed(a, b, lambda x, y: (x + y) / 2)
     found["SvQ"] = mixed("S4", "Q8g8", torch.maximum)
+    for name in ("cumulant", "S4", "S2+cumulant", "S4+cumulant"):
+        found[f"{name} before"] = with_block_before(found[name])
     return found
+
+
+def with_block_before(score: Score) -> Score:
+    """The mass, with half of what the query block before had in the same column and at the same distance."""
+
+    def smoothed(q: Tensor, k: Tensor, scale: float, block_q: int, block_k: int) -> Tensor:
+        mass = with_previous(score(q, k, scale, block_q, block_k), block_q // block_k)
+        return mass / mass.sum(-1, keepdim=True)
+
+    return smoothed
 
 
 @dataclass

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 from common import RESULTS, SHIPPED_MODEL
-from paper_parts import figure2, figure3, gate, section3, table1, table2, table4
+from paper_parts import figure2, figure3, figure4, gate, section3, table1, table2, table3, table4
 from paper_parts.methods import METHODS
 from paper_parts.setting import Setting
 
-PARTS = (table1, table2, table4, figure2, figure3, section3, gate)
+PARTS = (table1, table2, table3, table4, figure2, figure3, figure4, section3, gate)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from afbs_compile.kernels.call import KEEP_ALL, LAMBDA_OFF, THETA_OFF, Kept, SparseCall
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.measure import Measurement, Meter, low_fidelity
-from afbs_compile.tuner.paper import GRID, Space, algorithm_1, stage_1
+from afbs_compile.tuner.paper import COLD, GRID, Space, algorithm_1, stage_1
 from afbs_compile.tuner.space import LAMBDA_RANGE, TAU_RANGE, THETA_RANGE, at_latent
 
 X_MIN = math.log(5e-4)
@@ -133,7 +133,7 @@ def _algorithm_1(search: Search, reading: str, stages: str) -> None:
     """Algorithm 1, or its stage 1 alone with the best trial validated. Its low fidelity is not counted as feasible."""
     low = low_fidelity(search.meter, search.best.shape.q, windows=1)
     if stages == "bo":
-        posterior = stage_1(low.heads, lambda s: low(at_latent(search.best, s, reading)), search.tolerance, None)
+        posterior = stage_1(low.heads, lambda s: low(at_latent(search.best, s, reading)), COLD.improvement, None)
         holds = posterior.mean <= search.tolerance
         s = torch.where(holds, GRID.double(), 0.0).amax(-1).float()
         search(at_latent(search.best, s, reading))

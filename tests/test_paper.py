@@ -135,3 +135,30 @@ def test_a_sparsity_is_matched_on_the_shipped_model(parts, fresh_dynamo):
         point = Matcher(by_name[name], setting, runs).matched(0.7)
         assert abs(point.sparsity - 0.7) <= EXACT, name
         assert point.perplexity == Matcher(by_name[name], setting, runs).matched(0.7).perplexity, name
+
+
+@pytest.mark.parametrize("power", [1.0, 4.0, 0.05])
+def test_a_knob_is_found_whatever_its_scale(parts, monkeypatch, power):
+    from paper_parts import bench
+
+    asked = []
+
+    def at(method, setting, runs, t):
+        asked.append(t)
+        return bench.Point(t, 0.95 * t**power, 1.0)
+
+    monkeypatch.setattr(bench, "at", at)
+    matcher = bench.Matcher(None, None, ())
+    for sparsity in (0.6, 0.7, 0.8, 0.9):
+        assert abs(matcher.matched(sparsity).sparsity - sparsity) <= bench.EXACT
+    found = matcher.matched(0.7).t
+    asked.clear()
+    assert bench.Matcher(None, None, (), {0.7: found}).matched(0.7).t == found
+    assert asked == [found]
+
+
+def test_a_sparsity_out_of_reach_is_told_by_the_nearest(parts, monkeypatch):
+    from paper_parts import bench
+
+    monkeypatch.setattr(bench, "at", lambda method, setting, runs, t: bench.Point(t, 0.5 * t, 1.0))
+    assert bench.Matcher(None, None, ()).matched(0.9).sparsity == 0.5

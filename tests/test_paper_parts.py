@@ -207,3 +207,18 @@ def test_a_gate_keeps_what_it_says_and_knows_no_later_block(parts):
     assert not torch.equal(before[rows:], after[rows:])
     assert not before.triu(1).any()
     assert 1 - float(before.sum()) / (16 * 17 / 2) == pytest.approx(0.7, abs=0.02)
+
+
+@pytest.mark.slow
+def test_thresholds_of_two_runs_agree(parts, monkeypatch):
+    """What is chosen by time would not."""
+    import argparse
+
+    from paper_parts.setting import Setting
+
+    given = argparse.Namespace(
+        model=ROOT / "examples" / "model-7m", texts=["topics"], dtype="float32", length=512, windows=1, samples=2
+    )
+    first, second = (Setting(given).recipe(tolerance=0.055, min_length=256) for _ in range(2))
+    assert [site.calibrated.tau for site in first.sites] == [site.calibrated.tau for site in second.sites]
+    assert {str(site.calibrated.shape) for site in first.sites if site.heads} == {"64x64"}

@@ -22,7 +22,7 @@ from paper_parts.setting import Setting
 EXACT = 0.005
 """How near a matched sparsity is."""
 
-TRIES = 9
+TRIES = 14
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,9 @@ class Matcher:
                 if below.t >= 1:  # turned as far as it goes
                     break
                 t = 1.0
+                continue
+            if below.t == 0:  # thresholds of some methods work in the lowest hundredth of the knob
+                t = above.t / 4
                 continue
             share = (sparsity - below.sparsity) / max(above.sparsity - below.sparsity, 1e-9)
             t = below.t + min(max(share, 0.1), 0.9) * (above.t - below.t)

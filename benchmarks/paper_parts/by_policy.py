@@ -13,8 +13,7 @@ from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import KEEP_ALL, SparseCall
 from afbs_compile.kernels.operands import Operands
 from paper_parts.head import BLOCK
-
-SHAPE = BlockShape(BLOCK, BLOCK)
+from paper_parts.setting import SHAPE
 
 Calls = Callable[[str, Operands, float], SparseCall]
 """The constants of a site, given its name, its operands and a knob from 0 (all is kept) to 1."""
@@ -29,15 +28,15 @@ STEEPNESS = 12.0
 """Doublings of ``1 - tau`` from one end of the knob to the other."""
 
 
-def one_threshold(policy: str, *, theta: float = -1.0) -> Calls:
+def one_threshold(policy: str, *, theta: float = -1.0, shape: BlockShape = SHAPE) -> Calls:
     """All heads alike, as a method without calibration has it.
 
     Args:
-        policy: by name; theta: below which blocks are always kept.
+        policy: by name; theta: below which blocks are always kept; shape: of the blocks.
     """
 
     def call(_: str, operands: Operands, t: float) -> SparseCall:
-        return SparseCall.uniform(operands.heads, 1 - t, policy=policy, theta=theta, shape=SHAPE)
+        return SparseCall.uniform(operands.heads, 1 - t, policy=policy, theta=theta, shape=shape)
 
     return call
 

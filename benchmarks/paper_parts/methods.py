@@ -101,14 +101,14 @@ METHODS: tuple[Method, ...] = (
         "AFBS-BO as printed",
         "the paper",
         "thresholds of Algorithm 1 moved together, theta to 0",
-        calls=lambda setting: by_policy.of_recipe(setting.recipe(method="paper", tolerance=0.055)),
+        calls=lambda setting: by_policy.of_recipe(setting.recipe(method="paper", tolerance=setting.TOLERANCE)),
         recommended=(("Algorithm 1", 0.5),),
     ),
     Method(
         "ours, tolerance",
         "",
         "thresholds of tolerance 0.055 moved together",
-        calls=lambda setting: by_policy.of_recipe(setting.recipe(tolerance=0.055)),
+        calls=lambda setting: by_policy.of_recipe(setting.recipe(tolerance=setting.TOLERANCE)),
         recommended=(("0.055 on every head", 0.5),),
     ),
     Method(

@@ -12,7 +12,6 @@ from common import empty_figure
 from timing import times
 
 from afbs_compile.kernels.dense import dense_attention
-from afbs_compile.passes.capture import capture
 from afbs_compile.tuner import measure
 from paper_parts.bench import EXACT, Matcher, at
 from paper_parts.methods import METHODS, Method
@@ -82,10 +81,7 @@ def _show(method: Method, rows: Sequence[dict[str, Any]]) -> None:
 
 def timed(methods: Sequence[Method], setting: Setting, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Times of dense attention that a call of the model's middle layer takes at 70 %, predictor included."""
-    run_ = setting.tested(setting.texts[0], setting.length)[:1]
-    sites = list(run_[0].sites)
-    wanted = sites[len(sites) // 2].name
-    (operands,) = next(list(found) for name, found in capture(run_) if name == wanted)
+    wanted, operands = setting.middle_call()
     calls = {}
     for method in methods:
         t = next(r["t"] for r in rows if r["method"] == method.name and r["at"] == f"{TIMED_AT:.0%}")
