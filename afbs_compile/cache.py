@@ -49,8 +49,7 @@ def cache_path(conditions: dict[str, Any]) -> Path:
 def read_cached(path: Path) -> Recipe | None:
     """The cached recipe, or ``None``; a file that is damaged or not to be trusted is reported and counts as absent."""
     try:
-        _check_trusted(os.stat(path.parent))
-        text = read_regular(path, LARGEST, _check_trusted).decode("utf-8")
+        text = read_private(path, LARGEST).decode("utf-8")
         return Recipe.from_json(text, f"recipe {path}", sealed=True)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -66,21 +65,40 @@ def read_cached(path: Path) -> Recipe | None:
 
 def write_cached(path: Path, recipe: Recipe) -> None:
     """Store the recipe; a folder that cannot be written or trusted is reported, and the model compiles all the same."""
-    folder = path.parent
     try:
-        if folder.parts[:1] == ("~",):  # neither $HOME nor the system's list of users says where it is
-            raise OSError(errno.ENOENT, "there is no home folder")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_trusted(os.stat(folder))
-        write_whole(path, recipe.to_json(sealed=True), private=True)
-        _remove_left_overs(folder)
+        write_private(path, recipe.to_json(sealed=True))
     except OSError as error:
         warnings.warn(
-            f"the recipe was not cached in {folder} ({error.strerror}): the next process and each new length "
+            f"the recipe was not cached in {path.parent} ({error.strerror}): the next process and each new length "
             f"calibrate again; set {ENVIRONMENT_VARIABLE} to a writable folder of your own.",
             AfbsWarning,
             stacklevel=2,
         )
+
+
+def read_private(path: Path, most: int) -> bytes:
+    """A file of the cache.
+
+    Raises:
+        OSError: it cannot be read, has more than so many bytes, or others may write it or its folder.
+    """
+    _check_trusted(os.stat(path.parent))
+    return read_regular(path, most, _check_trusted)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file of the cache, whole or not at all, for its owner alone.
+
+    Raises:
+        OSError: the folder cannot be made or written, or others may write it.
+    """
+    folder = path.parent
+    if folder.parts[:1] == ("~",):  # neither $HOME nor the system's list of users says where it is
+        raise OSError(errno.ENOENT, "there is no home folder")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_trusted(os.stat(folder))
+    write_whole(path, text, private=True)
+    _remove_left_overs(folder)
 
 
 def _check_trusted(status: os.stat_result) -> None:

@@ -374,6 +374,7 @@ class ServedModel:
         try:
             with peers.together():
                 result = tune_site([operands], self._tuning, stopwatch=stopwatch)
+                stopwatch.remember()
                 row = joined(peers.gathered((part, site_recipe(name, operands, result))))
         except (RuntimeError, ValueError, MemoryError) as error:  # an engine's refusal: the model runs all the same
             reason = "out of memory" if is_out_of_memory(error) else first_line(error)

@@ -52,6 +52,7 @@ def tune_with_budget(
                 results[name] = _settled(operands, calls[name], stopwatch)
                 lengths |= {sample.k_len for sample in operands}
                 advance()
+    stopwatch.remember()
     record = BudgetRecord(
         quantity=budget.quantity,
         limit=budget.limit,

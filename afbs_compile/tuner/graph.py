@@ -178,6 +178,7 @@ def _tune_sites(
             results[name] = result
             lengths |= {sample.k_len for sample in operands}
             progress.finished(result)
+    stopwatch.remember()
     return results, sorted(lengths)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from afbs_compile.kernels.attend.engines import engines_on
@@ -18,8 +19,9 @@ from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.peers import Peers
-from afbs_compile.tuner.clock import is_busy, timed
+from afbs_compile.tuner.clock import Times, is_busy, timed
 from afbs_compile.tuner.measure import visible_count
+from afbs_compile.tuner.rates import Rates
 
 WORTHWHILE = 0.97
 """Sparse must take at most this share of the dense time, so that noise in the timing cannot cost 3 %."""
@@ -54,31 +56,78 @@ class Stopwatch:
     Args:
         peers: processes that have other heads of the same sites: the slowest one decides for all.
 
-    Attributes:
-        crowded: whether other processes use the GPU.
+    On a quiet machine it learns what kernels take there; on a busy one that is what counts, where it is known.
     """
 
     def __init__(self, peers: Peers | None = None) -> None:
         self.peers = peers or Peers()
-        self.crowded = False
+        self._rates: dict[torch.device, Rates] = {}
+        self._crowded: dict[torch.device, bool] = {}
         self._attention_ms: dict[Hashable, float] = {}
         self._predictor_ms: dict[Hashable, float] = {}
         self._dense_ms: dict[Hashable, float] = {}
         self._crossovers: dict[Hashable, list[tuple[float, int]]] = {}
         self._shapes: dict[Hashable, list[dict[BlockShape, float]]] = {}
 
-    def dense_and_sparse_ms(self, sample: Operands, call: SparseCall) -> Pair:
-        """Milliseconds of dense attention on the sample and of the sparse call, in turns where it is not clear."""
-        sparse = sparse_call(sample, call)
+    def is_crowded(self, device: torch.device, *, now: bool = False) -> bool:
+        """Whether other processes use a GPU, as it was when that was first asked, or ``now``."""
+        if now or device not in self._crowded:
+            self._crowded[device] = not is_shared(device) and is_busy(device)
+        return self._crowded[device]
+
+    def rates(self, device: torch.device) -> Rates:
+        """What is known of a device."""
+        if device not in self._rates:
+            self._rates[device] = Rates.of(device)
+        return self._rates[device]
+
+    def remember(self) -> None:
+        """Leave to later calibrations what this one learnt of the machine."""
+        for rates in self._rates.values():
+            rates.save()
+
+    def dense_and_sparse_ms(self, sample: Operands, call: SparseCall, sparsity: float) -> Pair:
+        """Milliseconds of dense attention on the sample and of the sparse call, in turns where it is not clear.
+
+        Args:
+            sample: one input; call: of the site; sparsity: what it skips.
+        """
+        pair = self._pair(sample, call)
+        if not pair.busy:
+            self.rates(sample.device).learn(_kernel("dense", sample), _pairs(sample), pair.dense_ms)
+            return pair
+        return self._known_pair(sample, call, sparsity) or pair
+
+    def _pair(self, sample: Operands, call: SparseCall) -> Pair:
+        sparse, crowded = sparse_call(sample, call), self.is_crowded(sample.device)
         key = _kind(sample)
         if key in self._dense_ms:
-            found = timed([sparse], crowded=self.crowded)
+            found = timed([sparse], crowded=crowded)
             (sparse_ms,) = found.ms
             if sparse_ms <= CLEAR * self._dense_ms[key]:
                 return Pair(self._dense_ms[key], sparse_ms, found.busy)
-        found = timed([lambda: dense_attention(sample), sparse], crowded=self.crowded)
+        found = timed([lambda: dense_attention(sample), sparse], crowded=crowded)
         self._dense_ms[key], sparse_ms = found.ms
         return Pair(self._dense_ms[key], sparse_ms, found.busy)
+
+    def _known_pair(self, sample: Operands, call: SparseCall, sparsity: float) -> Pair | None:
+        """Of a quiet machine, where all three kernels are known."""
+        rates = self.rates(sample.device)
+        dense = rates.ms(_kernel("dense", sample), _pairs(sample))
+        attention = rates.ms(_kernel(_attending(call), sample), _blocks(sample, call) * call.shape.q * call.shape.k)
+        predictor = rates.ms(_kernel(_predicting(call), sample), _blocks(sample, call))
+        if dense is None or attention is None or predictor is None:
+            return None
+        return Pair(dense, (1 - sparsity) * attention + predictor, busy=True)
+
+    def _settled(self, kernel: str, work: float, ms: float, found: Times, device: torch.device) -> float:
+        """A kernel's milliseconds: as measured on a quiet machine, which learns it; on a busy one as known."""
+        rates = self.rates(device)
+        if found.busy or self.is_crowded(device):
+            known = rates.ms(kernel, work)
+            return ms if known is None else known
+        rates.learn(kernel, work, ms)
+        return ms
 
     def attention_ms(self, sample: Operands, call: SparseCall) -> float:
         """Milliseconds of block-sparse attention on the sample if every block were live, at the rate of live ones."""
@@ -91,11 +140,13 @@ class Stopwatch:
                 out, counts = run(sample, call)
                 return out
 
-            (ms,) = timed([attended]).ms
-            ms -= self.predictor_ms(sample, call)
+            found = timed([attended], crowded=self.is_crowded(sample.device))
+            ms = found.ms[0] - self.predictor_ms(sample, call)
             live = float(counts.float().sum(-1).mean()) / visible_count(sample, call.shape)
             # Predictor and attention are timed apart, and both are noisy: the difference may come out as nothing.
-            self._attention_ms[key] = max(ms, 0.0) / live
+            ms = max(ms, 0.0) / live
+            kernel, work = _kernel(_attending(call), sample), _blocks(sample, call) * call.shape.q * call.shape.k
+            self._attention_ms[key] = self._settled(kernel, work, ms, found, sample.device)
         return self._attention_ms[key]
 
     def predictor_ms(self, sample: Operands, call: SparseCall) -> float:
@@ -104,7 +155,9 @@ class Stopwatch:
         key = (_kind(sample), tuple(sorted(set(call.policy))), has_theta, call.shape)
         if key not in self._predictor_ms:
             engine = engines_on(sample.device)[0]
-            (self._predictor_ms[key],) = timed([lambda: engine.select(sample, call).whole]).ms
+            found = timed([lambda: engine.select(sample, call).whole], crowded=self.is_crowded(sample.device))
+            kernel, work = _kernel(_predicting(call), sample), _blocks(sample, call)
+            self._predictor_ms[key] = self._settled(kernel, work, found.ms[0], found, sample.device)
         return self._predictor_ms[key]
 
     def contenders(self, sample: Operands, shapes: Sequence[BlockShape]) -> list[BlockShape]:
@@ -175,6 +228,31 @@ def _kind(sample: Operands) -> Hashable:
     return (sample.device, sample.q.dtype, *shapes, sample.mask, *extras, sample.sinks is None)
 
 
+def _kernel(what: str, sample: Operands) -> str:
+    """Name of a kernel: calls of one name differ in how many tokens they have, and in nothing else that counts."""
+    extras = [name for name in ("valid", "attn_mask", "sinks") if getattr(sample, name) is not None]
+    shape = f"{sample.heads} heads of {sample.q.shape[-1]} and {sample.v.shape[-1]}, {sample.groups} a key head"
+    return f"{what}, {sample.q.dtype}, {shape}, {sample.mask!r}, {extras}, cap {bool(sample.softcap)}"
+
+
+def _attending(call: SparseCall) -> str:
+    return f"attention {call.shape} {'fp8' if 'fp8' in call.precision else 'own'}"
+
+
+def _predicting(call: SparseCall) -> str:
+    return f"predictor {call.shape} {sorted(set(call.policy))} {any(theta >= 0 for theta in call.theta)}"
+
+
+def _pairs(sample: Operands) -> float:
+    """Work of dense attention."""
+    return float(sample.q.shape[0] * sample.heads * sample.q_len * sample.k_len)
+
+
+def _blocks(sample: Operands, call: SparseCall) -> float:
+    """Work of a predictor."""
+    return sample.q.shape[0] * sample.heads * visible_count(sample, call.shape)
+
+
 @dataclass(frozen=True)
 class SiteSpeed:
     """Milliseconds of one site at its calibrated length, for one input.
@@ -218,9 +296,8 @@ class SiteSpeed:
                 call may have been the first one, which compiles: where it was slow, it is timed again.
         """
         rows, busy = sample.q_len, False
-        stopwatch.crowded = not is_shared(sample.device) and is_busy(sample.device)
-        if dense_ms is None or stopwatch.crowded:
-            dense_ms, sparse_ms, busy = stopwatch.dense_and_sparse_ms(sample, call)
+        if stopwatch.is_crowded(sample.device, now=True) or dense_ms is None:
+            dense_ms, sparse_ms, busy = stopwatch.dense_and_sparse_ms(sample, call, sparsity)
         elif sparse_ms is None or sparse_ms > CLEAR * dense_ms:
             sparse_ms = clocked(sparse_call(sample, call), sample.device)[1]()
         if sparse_ms > WORTHWHILE * dense_ms:
@@ -231,7 +308,7 @@ class SiteSpeed:
         lengths = sorted(length for length in shorter if earliest <= length <= latest)
 
         def worthwhile(length: int) -> bool:
-            dense, sparse, _ = stopwatch.dense_and_sparse_ms(shorter[length], call)
+            dense, sparse, _ = stopwatch.dense_and_sparse_ms(shorter[length], call, sparsity)
             return sparse <= WORTHWHILE * dense
 
         min_length = lengths[bisect_left(lengths[:-1], True, key=worthwhile)]

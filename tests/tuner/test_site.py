@@ -209,7 +209,7 @@ def test_sites_explore_the_contenders_only(monkeypatch):
 def test_a_known_dense_time_is_taken_where_sparse_is_far_from_it(monkeypatch):
     rounds = []
 
-    def times(calls):
+    def times(calls, **_):
         rounds.append(len(calls))
         return Times((10.0, sparse_ms)[-len(calls) :], busy=False)
 
