@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from afbs_compile.kernels.call import SparseCall
@@ -10,7 +10,7 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.recipe import BudgetRecord
 from afbs_compile.tuner.budget import Budget
-from afbs_compile.tuner.family import fastest_family
+from afbs_compile.tuner.family import MOST, Contender, Family, contenders, fastest
 from afbs_compile.tuner.measure import Meter, attend_sparsely, nothing_to_skip
 from afbs_compile.tuner.progress import budget_progress
 from afbs_compile.tuner.result import SiteResult
@@ -18,7 +18,7 @@ from afbs_compile.tuner.settings import TuneSettings
 from afbs_compile.tuner.site import with_speed
 from afbs_compile.tuner.space import all_dense, dense_heads
 from afbs_compile.tuner.speed import Stopwatch
-from afbs_compile.tuner.threshold import MOST_STEPS_BACK, QUICK_TRIES, TRIES, Judge, spend
+from afbs_compile.tuner.threshold import MOST_STEPS_BACK, TRIES, TRIES_OF_CONTENDER, Judge, about, spend
 
 
 def tune_with_budget(
@@ -43,9 +43,10 @@ def tune_with_budget(
     sites = runs[0].sites
     results: dict[str, SiteResult] = {}
     lengths: set[int] = set()
-    with budget_progress(2 * len(sites) + QUICK_TRIES + TRIES + MOST_STEPS_BACK + 1) as advance:
-        family = fastest_family(runs, settings, stopwatch, advance)
-        spending = spend(judge, family.at, advance)
+    passes = TRIES_OF_CONTENDER * MOST + TRIES + MOST_STEPS_BACK + 1
+    with budget_progress(2 * len(sites) + passes) as advance:
+        family, start = _fastest_within(judge, contenders(runs, settings, stopwatch, advance), advance)
+        spending = spend(judge, family.at, advance, start)
         calls = family.at(spending.threshold)
         with closing(capture(runs, lambda name, operands: attend_sparsely(operands, calls[name]))) as walk:
             for name, operands in walk:
@@ -67,6 +68,17 @@ def tune_with_budget(
         threshold=_significant(spending.threshold),
     )
     return results, sorted(lengths), record
+
+
+def _fastest_within(
+    judge: Judge, among: Sequence[Contender], progress: Callable[[], None]
+) -> tuple[Family, float | None]:
+    """The family that is fastest where each spends the budget, and about the threshold where it does."""
+    if len(among) == 1:
+        return among[0].family, None
+    starts = [about(judge, each.family.at, progress, tries=TRIES_OF_CONTENDER) for each in among]
+    chosen = fastest([each.ms(start) for each, start in zip(among, starts, strict=True)])
+    return among[chosen].family, starts[chosen]
 
 
 def _significant(value: float) -> float:

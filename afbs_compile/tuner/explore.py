@@ -96,11 +96,28 @@ def explore(
     return found
 
 
-def measured_at_crossing(inputs: SiteInputs, call: SparseCall, tolerance: float) -> Crossing:
-    """Where the heads of one call cross an error on some rows of the input, ``[H]`` each."""
+@dataclass(frozen=True)
+class ExploredCurve:
+    """What a call does on some rows of the input.
+
+    Attributes:
+        sparsity: ``[H, P]`` at :func:`tau_grid`; crossing: where the heads cross an error, ``[1, H]`` each.
+    """
+
+    sparsity: Tensor
+    crossing: Crossing
+
+
+def explored_curve(inputs: SiteInputs, call: SparseCall, tolerance: float) -> ExploredCurve:
+    """Measure one call on some rows of the input, at all thresholds."""
     errors, sparsities = _measured([_pass(inputs, call)])
     points = crossing(_taus(inputs.heads).expand_as(errors), errors, sparsities, tolerance)
-    return Crossing(points.tau[0], points.sparsity[0])
+    return ExploredCurve(sparsities[0], points)
+
+
+def tau_grid() -> Tensor:
+    """``1 - tau`` of the thresholds that are explored, ``[POINTS]``, descending from 1."""
+    return torch.exp(torch.linspace(0, math.log(SMALLEST), POINTS))
 
 
 def _predictor_costs(
@@ -139,8 +156,7 @@ def _best(curves: Sequence[Curves], points: Crossing, costs: Sequence[float]) ->
 
 @functools.lru_cache(maxsize=64)
 def _taus(heads: int) -> Tensor:
-    x = torch.linspace(0, math.log(SMALLEST), POINTS)
-    return (1 - torch.exp(x)).expand(heads, -1).contiguous()
+    return (1 - tau_grid()).expand(heads, -1).contiguous()
 
 
 def _pass(inputs: SiteInputs, call: SparseCall) -> PassSums:

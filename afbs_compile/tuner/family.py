@@ -1,23 +1,28 @@
-"""The family of operating points that one threshold moves along: the policy and block shape that all sites share.
+"""The families of operating points that one threshold moves along: a policy and a block shape that all sites share.
 
-A threshold means the same everywhere only where scores and blocks are made alike. So they are chosen once for a graph:
-by the time that its sites would take at an equal error, the predictor's included.
+A threshold means the same everywhere only where scores and blocks are made alike. So they are chosen once for a graph.
+An equal error of its heads costs the model's output more with one policy than with another: the error leaves a few
+contenders, one for each policy, and which of them is fastest at an equal cost is asked of the output.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.policies.registry import POLICIES
 from afbs_compile.passes.capture import SampleRun, capture
-from afbs_compile.tuner.explore import measured_at_crossing
+from afbs_compile.tuner.curves import SMALLEST
+from afbs_compile.tuner.explore import explored_curve, tau_grid
 from afbs_compile.tuner.inputs import SiteInputs
 from afbs_compile.tuner.measure import nothing_to_skip
 from afbs_compile.tuner.settings import TuneSettings
@@ -32,6 +37,12 @@ EXPLORED_SITES = 4
 
 EQUAL_TIME = 0.02
 """Families whose times differ by less are equal: then the device's first shape and the cheapest predictor."""
+
+MOST = 3
+"""Contenders: each costs some passes."""
+
+BEHIND = 1.5
+"""A family that takes this many times the fastest one's time at an equal error is no contender."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,52 @@ class Family:
         return {name: call.with_tau(torch.full((call.heads,), tau)) for name, call in self.calls.items()}
 
 
-def fastest_family(
+@dataclass(frozen=True)
+class Explored:
+    """What was measured of a family at one site.
+
+    Attributes:
+        sparsity: ``[P]``, mean over the heads, at the taus that exploration tries.
+        attention_ms: with every block live; predictor_ms: of the predictor.
+        at_equal_error: share of the blocks that is live where the heads have :data:`EQUAL_ERROR`.
+    """
+
+    sparsity: Tensor
+    attention_ms: float
+    predictor_ms: float
+    at_equal_error: float
+
+    def ms(self, live: float) -> float:
+        """Of a share of live blocks."""
+        return live * self.attention_ms + self.predictor_ms
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A family, and what the explored sites take with it.
+
+    Attributes:
+        family: the calls; sites: what was measured, empty where there is nothing to skip.
+    """
+
+    family: Family
+    sites: tuple[Explored, ...]
+
+    def ms_at_equal_error(self) -> float:
+        """Of the explored sites together."""
+        return sum(site.ms(site.at_equal_error) for site in self.sites)
+
+    def ms(self, threshold: float) -> float:
+        """Of the explored sites together at a threshold."""
+        kept = -np.log(tau_grid().numpy())  # of 1 - tau, ascending
+        at = -math.log(max(threshold / (1 + threshold), SMALLEST))
+        return sum(site.ms(1 - float(np.interp(at, kept, site.sparsity.numpy()))) for site in self.sites)
+
+
+def contenders(
     runs: Sequence[SampleRun], settings: TuneSettings, stopwatch: Stopwatch, progress: Callable[[], None]
-) -> Family:
-    """The policy and block shape that make a graph's sites fastest at an equal error.
+) -> list[Contender]:
+    """Of each policy its fastest block shape at an equal error, the fastest policy first; slow ones are left out.
 
     Args:
         runs: samples; the first one is explored.
@@ -62,7 +115,7 @@ def fastest_family(
     names = [site.name for site in runs[0].sites]
     explored = set(names[:: -(-len(names) // EXPLORED_SITES)])
     policies = [policy.name for policy in POLICIES.values() if policy.explored and policy.rule == "share"]
-    times: dict[tuple[BlockShape, str], float] = defaultdict(float)
+    found: dict[tuple[str, BlockShape], list[Explored]] = defaultdict(list)
     plain: dict[str, SparseCall] = {}
     with closing(capture(runs[:1])) as walk:
         for name, operands in walk:
@@ -70,25 +123,38 @@ def fastest_family(
             plain[name] = SparseCall.uniform(inputs.heads, 0.0, kept=inputs.kept)
             for shape in settings.shapes_on(operands[0].device) if name in explored else ():
                 for policy in policies:
-                    call = _of_family(plain[name], policy, shape)
-                    times[shape, policy] += _milliseconds(inputs, call, stopwatch)
+                    found[policy, shape] += _explored(inputs, _of_family(plain[name], policy, shape), stopwatch)
             progress()
-    fastest = min(times.values())
-    shape, policy = next(key for key, ms in times.items() if ms <= (1 + EQUAL_TIME) * fastest)
-    return Family({name: _of_family(call, policy, shape) for name, call in plain.items()})
+
+    def contender(policy: str, shape: BlockShape) -> Contender:
+        calls = {name: _of_family(call, policy, shape) for name, call in plain.items()}
+        return Contender(Family(calls), tuple(found[policy, shape]))
+
+    best = []
+    for policy in policies:
+        shapes = [contender(policy, shape) for of, shape in found if of == policy]
+        best.append(shapes[fastest([each.ms_at_equal_error() for each in shapes])])
+    ordered = sorted(best, key=Contender.ms_at_equal_error)
+    least = ordered[0].ms_at_equal_error()
+    return [each for each in ordered if each.ms_at_equal_error() <= BEHIND * least][: MOST if least else 1]
+
+
+def fastest(times: Sequence[float]) -> int:
+    """Place of the first time that is about the least."""
+    return next(place for place, ms in enumerate(times) if ms <= (1 + EQUAL_TIME) * min(times))
 
 
 def _of_family(call: SparseCall, policy: str, shape: BlockShape) -> SparseCall:
     return SparseCall.uniform(call.heads, 0.0, policy=policy, shape=shape, kept=call.kept)
 
 
-def _milliseconds(inputs: SiteInputs, call: SparseCall, stopwatch: Stopwatch) -> float:
-    """What a site would take with a family at :data:`EQUAL_ERROR`; nothing where there is nothing to skip."""
+def _explored(inputs: SiteInputs, call: SparseCall, stopwatch: Stopwatch) -> list[Explored]:
+    """What a site would take with a family; nothing where there is nothing to skip."""
     element = inputs.explored
     if nothing_to_skip([element], call.kept, [call.shape]) is not None:
-        return 0.0
-    points = measured_at_crossing(inputs, call, EQUAL_ERROR)
-    at_crossing = call.with_tau(points.tau)
+        return []
+    curve = explored_curve(inputs, call, EQUAL_ERROR)
+    at_crossing = call.with_tau(curve.crossing.tau[0])
     timed = call if at_crossing.is_dense else at_crossing
-    live = float((1 - points.sparsity).mean())
-    return live * stopwatch.attention_ms(element, timed) + stopwatch.predictor_ms(element, timed)
+    attention, predictor = stopwatch.attention_ms(element, timed), stopwatch.predictor_ms(element, timed)
+    return [Explored(curve.sparsity.mean(0), attention, predictor, float((1 - curve.crossing.sparsity).mean()))]

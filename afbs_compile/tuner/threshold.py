@@ -35,6 +35,9 @@ SPENT = 0.85
 QUICK_TRIES, TRIES = 3, 4
 """Thresholds tried on one sample, then on all that choose."""
 
+TRIES_OF_CONTENDER = 2
+"""Thresholds tried with each family where there are several: on one sample, once where that is all there is."""
+
 MOST_STEPS_BACK = 3
 """Times that a threshold which failed the check is made more careful, before all heads stay dense."""
 
@@ -122,12 +125,36 @@ class Spending:
     steps_back: int
 
 
-def spend(judge: Judge, chosen: Callable[[float], Mapping[str, SparseCall]], progress: Callable[[], None]) -> Spending:
+def about(
+    judge: Judge, chosen: Callable[[float], Mapping[str, SparseCall]], progress: Callable[[], None], *, tries: int
+) -> float:
+    """About the threshold that spends the budget, found on one sample.
+
+    Args:
+        judge: of the cost; tries: passes, one where all that chooses is one sample.
+        chosen: the calls at a threshold; progress: called after each pass.
+    """
+
+    def cost(threshold: float) -> float:
+        found = judge.quickly(chosen(threshold)) if judge.is_quick else judge.choosing(chosen(threshold))
+        progress()
+        return found
+
+    return search(cost, judge.budget.limit, START, tries if judge.is_quick else 1).next
+
+
+def spend(
+    judge: Judge,
+    chosen: Callable[[float], Mapping[str, SparseCall]],
+    progress: Callable[[], None],
+    start: float | None = None,
+) -> Spending:
     """Find the largest threshold whose cost is inside the budget, on what chooses and on what checks.
 
     Args:
         judge: of the cost.
         chosen: the calls at a threshold; progress: called after each pass.
+        start: about where it is, where that is known.
     """
 
     def by(cost: Callable[[Mapping[str, SparseCall]], float]) -> Callable[[float], float]:
@@ -138,9 +165,9 @@ def spend(judge: Judge, chosen: Callable[[float], Mapping[str, SparseCall]], pro
 
         return at
 
-    limit, start = judge.budget.limit, START
-    if judge.is_quick:
-        start = search(by(judge.quickly), limit, start, QUICK_TRIES).next
+    limit = judge.budget.limit
+    if start is None:
+        start = about(judge, chosen, progress, tries=QUICK_TRIES) if judge.is_quick else START
     found = search(by(judge.choosing), limit, start, TRIES)
     threshold, measured = found.inside, found.cost
     if threshold == 0.0:
