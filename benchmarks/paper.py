@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12, help="of each task of table2")
     parser.add_argument("--samples", type=int, default=4, help="windows to calibrate on")
     parser.add_argument(
-        "--methods", nargs="+", choices=[method.name for method in METHODS], help="of table1; all by default"
+        "--methods", nargs="+", choices=[method.name for method in METHODS], help="of table1 and table2; all by default"
     )
     parser.add_argument("--seed", type=int, default=0, help="of methods that draw random numbers")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))

@@ -119,6 +119,13 @@ METHODS: tuple[Method, ...] = (
         recommended=(("KL 0.01, the default", 0.5),),
     ),
     Method(
+        "ours, budget of +1 %",
+        "",
+        "one threshold for all heads, moved",
+        calls=lambda setting: by_policy.of_recipe(setting.recipe(budget=("perplexity", 0.01))),
+        recommended=(("perplexity +1 %", 0.5),),
+    ),
+    Method(
         "ours, nothing always kept",
         "",
         "policy cumulant, one threshold, without the local keys and last rows that calibration keeps",
