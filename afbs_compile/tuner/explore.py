@@ -116,8 +116,8 @@ def explored_curve(inputs: SiteInputs, call: SparseCall, tolerance: float) -> Ex
 
 
 def tau_grid() -> Tensor:
-    """``1 - tau`` of the thresholds that are explored, ``[POINTS]``, descending from 1."""
-    return torch.exp(torch.linspace(0, math.log(SMALLEST), POINTS))
+    """The thresholds that are explored, ``[POINTS]``, ascending from 0."""
+    return 1 - torch.exp(torch.linspace(0, math.log(SMALLEST), POINTS))
 
 
 def _predictor_costs(
@@ -156,7 +156,7 @@ def _best(curves: Sequence[Curves], points: Crossing, costs: Sequence[float]) ->
 
 @functools.lru_cache(maxsize=64)
 def _taus(heads: int) -> Tensor:
-    return (1 - tau_grid()).expand(heads, -1).contiguous()
+    return tau_grid().expand(heads, -1).contiguous()
 
 
 def _pass(inputs: SiteInputs, call: SparseCall) -> PassSums:

@@ -98,9 +98,9 @@ class Contender:
 
     def ms(self, threshold: float) -> float:
         """Of the explored sites together at a threshold."""
-        kept = -np.log(tau_grid().numpy())  # of 1 - tau, ascending
+        tried = -np.log1p(-tau_grid().numpy())  # ascending, evenly spaced
         at = -math.log(max(threshold / (1 + threshold), SMALLEST))
-        return sum(site.ms(1 - float(np.interp(at, kept, site.sparsity.numpy()))) for site in self.sites)
+        return sum(site.ms(1 - float(np.interp(at, tried, site.sparsity.numpy()))) for site in self.sites)
 
 
 def contenders(

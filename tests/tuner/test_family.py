@@ -60,7 +60,7 @@ def test_times_that_are_about_equal_leave_the_first():
 def made(policy, live, predictor_ms=0.0):
     """A contender whose blocks live at a share that falls with the threshold."""
     family = Family({"site": SparseCall.uniform(1, 0.0, policy=policy, shape=SHAPES[0])})
-    return Contender(family, (Explored(1 - live(1 - tau_grid()), 10.0, predictor_ms, 0.5),))
+    return Contender(family, (Explored(1 - live(tau_grid()), 10.0, predictor_ms, 0.5),))
 
 
 def test_its_time_at_a_threshold_is_read_off_the_curve():
