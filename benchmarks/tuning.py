@@ -210,11 +210,13 @@ def table(found: dict[str, Outcome], length: int, tolerance: float) -> list[dict
 
 
 def mean_path(paths: Sequence[Sequence[tuple[float, float, float, float]]]) -> list[tuple[float, float, float]]:
-    """(dense equivalents, mean best sparsity, mean error tried) after each evaluation, mean over the sites."""
-    shortest = min(map(len, paths))
+    """(dense equivalents, mean best sparsity, mean error tried) after each evaluation, mean over the sites.
+
+    A site whose search has ended stays where that was.
+    """
     return [
-        tuple(sum(path[i][column] for path in paths) / len(paths) for column in (1, 2, 3))  # type: ignore[misc]
-        for i in range(shortest)
+        tuple(sum(path[min(i, len(path) - 1)][column] for path in paths) / len(paths) for column in (1, 2, 3))  # type: ignore[misc]
+        for i in range(max(map(len, paths)))
     ]
 
 
@@ -232,16 +234,20 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], paths: dict[int, dict[str, 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = pyplot.subplots(1, len(paths), figsize=(7 * len(paths), 5), squeeze=False)
     for axis, (length, methods) in zip(axes[0], paths.items(), strict=True):
         for name, points in methods.items():
-            style = {"marker": "*", "markersize": 16, "color": "black"} if name == ONE_PASS else {"linewidth": 1.5}
+            style = {"marker": "*", "markersize": 16, "color": "black"} if name == ONE_PASS else {"marker": "."}
             axis.plot([p[0] for p in points], [100 * p[1] for p in points], label=name, **style)
         axis.set(
             xscale="log", xlabel="attention work of the search, dense equivalents per site", title=f"{length} tokens"
         )
         axis.set_ylabel("best mean sparsity within the tolerance so far, %")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()

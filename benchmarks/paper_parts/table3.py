@@ -46,7 +46,7 @@ def run(setting: Setting) -> None:
             row[name] = {"mean": mean(values), "deviation": stdev(values), "each": values}
         rows.append(row)
         print(f"{row['method']:>22}: " + ", ".join(f"{name} {_shown(row[name])}" for name in SHOWN), flush=True)
-    setting.save(NAME, draws=DRAWS, windows=WINDOWS, rows=rows)
+    setting.save(NAME, draws=DRAWS, windows=WINDOWS, rows=rows, paths_of_first_draw=paths)
     plot(setting.picture(NAME), draws[0], paths)
 
 
