@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -118,6 +119,30 @@ def test_the_share_is_the_chance_of_a_look(recipe):
         model(CALIBRATED[seed % 30])
     looks = [row["sampled"] for row in only_monitor(model).to_records() if row["sampled"]]
     assert all(25 <= count <= 100 for count in looks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("look_ms", "share"), [(5.0, 0.002), (1.0, 0.01), (0.0, 0.01), (1000.0, 1e-5)])
+def test_by_default_looks_take_a_hundredth_of_the_calls_time(recipe, monkeypatch, look_ms, share):
+    times = itertools.cycle([lambda: 1.0, lambda: look_ms])
+    monkeypatch.setattr("afbs_compile.monitor.monitor.machine.clocked", lambda call, _: (call(), next(times)))
+    monkeypatch.setattr("afbs_compile.monitor.monitor.Monitor.draws", lambda *_: True)
+    model = watched(Toy().eval(), recipe, share=None)
+    for seed in range(4):
+        model(CALIBRATED[seed])
+    looked_at = [each for each in only_monitor(model)._watched.values() if each.sampled]
+    assert [each.share for each in looked_at] == [pytest.approx(share)] * len(looked_at)
+    assert looked_at
+    assert sum(len(each.took) for each in looked_at) <= 1, "what was read is forgotten"
+
+
+@torch.no_grad()
+def test_a_share_that_is_given_is_kept(recipe):
+    model = watched(Toy().eval(), recipe, share=1.0)
+    for seed in range(4):
+        model(CALIBRATED[seed])
+    looked_at = [each for each in only_monitor(model)._watched.values() if each.sampled]
+    assert {(each.share, each.sampled, len(each.took)) for each in looked_at} == {(1.0, 4, 0)}
 
 
 @torch.no_grad()

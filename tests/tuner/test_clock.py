@@ -119,3 +119,19 @@ def test_the_system_says_that_threads_wait():
 )
 def test_times_of_a_busy_machine_are_unsure_where_they_are_close(sparse_ms, busy, unsure):
     assert SiteSpeed(1.0, sparse_ms, None, busy).is_unsure == unsure
+
+
+def test_on_a_gpu_that_others_use_the_least_single_call_counts():
+    durations = itertools.cycle([0.004, 0.001, 0.004])
+    made = []
+
+    def call():
+        made.append(1)
+        time.sleep(next(durations))
+        return HERE
+
+    found = timed([call, spinning(0.002)], crowded=True)
+    assert found.busy
+    assert len(made) == 1 + clock.SINGLE_CALLS
+    assert 1 <= found.ms[0] < 4
+    assert found.ms[1] >= 2

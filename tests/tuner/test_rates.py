@@ -18,7 +18,7 @@ from afbs_compile.tuner import clock as clock_module
 from afbs_compile.tuner import speed
 from afbs_compile.tuner.clock import Times
 from afbs_compile.tuner.rates import Rates
-from afbs_compile.tuner.speed import Pair, Stopwatch
+from afbs_compile.tuner.speed import Pair, SiteSpeed, Stopwatch
 from tests.toy import Toy, drifting
 
 CPU = torch.device("cpu")
@@ -129,6 +129,24 @@ def test_a_busy_machine_goes_by_what_a_quiet_one_taught(clock):
     assert later.dense_and_sparse_ms(sample, CALL, 0.9).sparse_ms == pytest.approx(0.1 * everything + 1.0)
     later.remember()
     assert Rates.of(CPU).known == quiet.rates(CPU).known, "a busy machine teaches nothing"
+
+
+def test_a_gpu_that_others_use_is_busy_for_all_of_a_site(clock, monkeypatch):
+    crowded = []
+    timed = speed.timed
+    monkeypatch.setattr(
+        speed, "timed", lambda calls, *, crowded_=crowded, crowded: crowded_.append(crowded) or timed(calls)
+    )
+    monkeypatch.setattr(speed, "is_shared", lambda _: False)
+    asked = iter([True, False, True])
+    monkeypatch.setattr(speed, "is_busy", lambda _: next(asked))
+    stopwatch, sample = Stopwatch(), operands()
+    stopwatch.predictor_ms(sample, CALL)
+    assert crowded == [True]
+    assert stopwatch.rates(CPU).known == {}, "what a crowded GPU says teaches nothing"
+    assert not SiteSpeed.measure(sample, CALL, 0.5, stopwatch, dense_ms=10.0, sparse_ms=1.0).busy
+    measured = SiteSpeed.measure(sample, CALL, 0.5, stopwatch, dense_ms=10.0, sparse_ms=1.0)
+    assert (measured.dense_ms, measured.sparse_ms) == clock["ms"], "and times that are known are measured again"
 
 
 def test_what_is_not_known_is_measured(clock):
