@@ -137,6 +137,7 @@ def _algorithm_1(search: Search, reading: str, stages: str) -> None:
         holds = posterior.mean <= search.tolerance
         s = torch.where(holds, GRID.double(), 0.0).amax(-1).float()
         search(at_latent(search.best, s, reading))
+        search.path[-1] = (*_spent(search, low), *search.path[-1][2:])
     else:
         result = algorithm_1(low, search.meter, Space(search.best, search.tolerance, reading), None)
         for trial in result.trials:
