@@ -40,10 +40,14 @@ def cache_folder() -> Path:
     return Path(named) if named else platformdirs.user_cache_path("afbs-compile")
 
 
-def cache_path(conditions: dict[str, Any]) -> Path:
-    """File of the recipe made under these conditions: a plain dictionary of everything that must be equal."""
+def cache_path(conditions: dict[str, Any], kind: str = "") -> Path:
+    """File of what was made under some conditions.
+
+    Args:
+        conditions: a plain dictionary of everything that must be equal; kind: begins the name, nothing for recipes.
+    """
     key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / f"{key[:32]}.json"
+    return cache_folder() / f"{kind}{key[:32]}.json"
 
 
 def read_cached(path: Path) -> Recipe | None:

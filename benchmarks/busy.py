@@ -84,7 +84,7 @@ def calibration(given: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load(given.model, device, getattr(torch, given.dtype))
     samples = text_windows(tokenizer, "topics", given.length, 1, device)
     began = time.monotonic()
-    recipe = afbs_compile.calibrate(model, samples, **({"tolerance": given.tolerance} if given.tolerance else {}))
+    recipe = afbs_compile.calibrate(model, samples, tolerance=given.tolerance)
     return {
         "seconds": round(time.monotonic() - began, 1),
         "outcomes": {row.name: row.outcome for row in recipe.sites},

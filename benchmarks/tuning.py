@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, SHIPPED_MODEL, load, sample_runs, save, settings, text_windows
+from common import RESULTS, SHIPPED_MODEL, empty_figure, load, sample_runs, save, settings, text_windows
 from searches import PEERS, Search
 from torch import Tensor
 
@@ -230,13 +230,12 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def plot(path: Path, rows: Sequence[dict[str, Any]], paths: dict[int, dict[str, Any]]) -> None:
     """Convergence of every search (the paper's Fig. 5), and where each ends (its Table III)."""
-    import matplotlib  # the report extra
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    figure = empty_figure((7 * len(paths), 5))
+    if figure is None:
+        return
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure, axes = pyplot.subplots(1, len(paths), figsize=(7 * len(paths), 5), squeeze=False)
+    axes = figure.subplots(1, len(paths), squeeze=False)
     for axis, (length, methods) in zip(axes[0], paths.items(), strict=True):
         for name, points in methods.items():
             style = {"marker": "*", "markersize": 16, "color": "black"} if name == ONE_PASS else {"marker": "."}
@@ -250,7 +249,6 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], paths: dict[int, dict[str, 
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
 

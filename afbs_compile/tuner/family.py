@@ -62,7 +62,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Explored:
+class SiteTimes:
     """What was measured of a family at one site.
 
     Attributes:
@@ -90,7 +90,7 @@ class Contender:
     """
 
     family: Family
-    sites: tuple[Explored, ...]
+    sites: tuple[SiteTimes, ...]
 
     def ms_at_equal_error(self) -> float:
         """Of the explored sites together."""
@@ -115,7 +115,7 @@ def contenders(
     names = [site.name for site in runs[0].sites]
     explored = set(names[:: -(-len(names) // EXPLORED_SITES)])
     policies = [policy.name for policy in POLICIES.values() if policy.explored and policy.rule == "share"]
-    found: dict[tuple[str, BlockShape], list[Explored]] = defaultdict(list)
+    found: dict[tuple[str, BlockShape], list[SiteTimes]] = defaultdict(list)
     plain: dict[str, SparseCall] = {}
     with closing(capture(runs[:1])) as walk:
         for name, operands in walk:
@@ -123,7 +123,7 @@ def contenders(
             plain[name] = SparseCall.uniform(inputs.heads, 0.0, kept=inputs.kept)
             for shape in settings.shapes_on(operands[0].device) if name in explored else ():
                 for policy in policies:
-                    found[policy, shape] += _explored(inputs, _of_family(plain[name], policy, shape), stopwatch)
+                    found[policy, shape] += _times_of(inputs, _of_family(plain[name], policy, shape), stopwatch)
             progress()
 
     def contender(policy: str, shape: BlockShape) -> Contender:
@@ -148,7 +148,7 @@ def _of_family(call: SparseCall, policy: str, shape: BlockShape) -> SparseCall:
     return SparseCall.uniform(call.heads, 0.0, policy=policy, shape=shape, kept=call.kept)
 
 
-def _explored(inputs: SiteInputs, call: SparseCall, stopwatch: Stopwatch) -> list[Explored]:
+def _times_of(inputs: SiteInputs, call: SparseCall, stopwatch: Stopwatch) -> list[SiteTimes]:
     """What a site would take with a family; nothing where there is nothing to skip."""
     element = inputs.explored
     if nothing_to_skip([element], call.kept, [call.shape]) is not None:
@@ -157,4 +157,4 @@ def _explored(inputs: SiteInputs, call: SparseCall, stopwatch: Stopwatch) -> lis
     at_crossing = call.with_tau(curve.crossing.tau[0])
     timed = call if at_crossing.is_dense else at_crossing
     attention, predictor = stopwatch.attention_ms(element, timed), stopwatch.predictor_ms(element, timed)
-    return [Explored(curve.sparsity.mean(0), attention, predictor, float((1 - curve.crossing.sparsity).mean()))]
+    return [SiteTimes(curve.sparsity.mean(0), attention, predictor, float((1 - curve.crossing.sparsity).mean()))]

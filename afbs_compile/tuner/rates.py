@@ -14,10 +14,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from afbs_compile.cache import cache_folder, read_private, write_private
+from afbs_compile.cache import cache_path, read_private, write_private
 from afbs_compile.kernels.attend.machine import identity
 from afbs_compile.version import __version__
 
@@ -26,6 +27,22 @@ APART = 2
 
 LARGEST = 1 << 20
 """Bytes of a file of rates."""
+
+
+class Work(NamedTuple):
+    """What one call of a kernel has to do.
+
+    Attributes:
+        kernel: its name; amount: in units of the kernel's own.
+    """
+
+    kernel: str
+    amount: float
+
+    @property
+    def doublings(self) -> int:
+        """Of the unit, about."""
+        return round(math.log2(self.amount))
 
 
 @dataclass
@@ -44,29 +61,29 @@ class Rates:
     @classmethod
     def of(cls, device: torch.device) -> Rates:
         """Those of a device of this machine; none where their file is missing, damaged, or not to be trusted."""
-        conditions = json.dumps([identity(device), torch.__version__, __version__])
-        path = cache_folder() / f"rates-{hashlib.sha256(conditions.encode()).hexdigest()[:32]}.json"
+        conditions = {"device": identity(device), "versions": [torch.__version__, __version__]}
+        path = cache_path(conditions, "rates-")
         try:
             return cls(path, _parsed(read_private(path, LARGEST).decode("utf-8")))
         except (OSError, ValueError):
             return cls(path)
 
-    def learn(self, kernel: str, work: float, ms: float) -> None:
+    def learn(self, work: Work, ms: float) -> None:
         """Remember what a kernel took on a quiet machine; the least counts, for other work only adds to it."""
-        if work <= 0 or not 0 < ms < math.inf:
+        if work.amount <= 0 or not 0 < ms < math.inf:
             return
-        rates, place = self.known.setdefault(kernel, {}), _doublings(work)
-        if ms / work < rates.get(place, math.inf):
-            rates[place] = ms / work
+        rates, rate = self.known.setdefault(work.kernel, {}), ms / work.amount
+        if rate < rates.get(work.doublings, math.inf):
+            rates[work.doublings] = rate
             self._learnt = True
 
-    def ms(self, kernel: str, work: float) -> float | None:
+    def ms(self, work: Work) -> float | None:
         """What a kernel would take on a quiet machine; ``None`` where nothing of that size is known."""
-        rates = self.known.get(kernel, {})
-        if not rates or work <= 0:
+        rates = self.known.get(work.kernel, {})
+        if not rates or work.amount <= 0:
             return None
-        nearest = min(rates, key=lambda place: abs(place - _doublings(work)))
-        return rates[nearest] * work if abs(nearest - _doublings(work)) <= APART else None
+        nearest = min(rates, key=lambda place: abs(place - work.doublings))
+        return rates[nearest] * work.amount if abs(nearest - work.doublings) <= APART else None
 
     def save(self) -> None:
         """Write what is new. A folder that cannot be written loses nothing but time: it is not told."""
@@ -75,10 +92,6 @@ class Rates:
             text = json.dumps(self.known, sort_keys=True)
             with contextlib.suppress(OSError):
                 write_private(self.path, json.dumps({"digest": _digest(text), "rates": text}))
-
-
-def _doublings(work: float) -> int:
-    return round(math.log2(work))
 
 
 def _digest(text: str) -> str:

@@ -19,9 +19,9 @@ from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.peers import Peers
-from afbs_compile.tuner.clock import Times, is_busy, timed
+from afbs_compile.tuner.clock import is_busy, timed
 from afbs_compile.tuner.measure import visible_count
-from afbs_compile.tuner.rates import Rates
+from afbs_compile.tuner.rates import Rates, Work
 
 WORTHWHILE = 0.97
 """Sparse must take at most this share of the dense time, so that noise in the timing cannot cost 3 %."""
@@ -94,7 +94,7 @@ class Stopwatch:
         """
         pair = self._pair(sample, call)
         if not pair.busy:
-            self.rates(sample.device).learn(_kernel("dense", sample), _pairs(sample), pair.dense_ms)
+            self.rates(sample.device).learn(_of_dense(sample), pair.dense_ms)
             return pair
         return self._known_pair(sample, call, sparsity) or pair
 
@@ -113,20 +113,19 @@ class Stopwatch:
     def _known_pair(self, sample: Operands, call: SparseCall, sparsity: float) -> Pair | None:
         """Of a quiet machine, where all three kernels are known."""
         rates = self.rates(sample.device)
-        dense = rates.ms(_kernel("dense", sample), _pairs(sample))
-        attention = rates.ms(_kernel(_attending(call), sample), _blocks(sample, call) * call.shape.q * call.shape.k)
-        predictor = rates.ms(_kernel(_predicting(call), sample), _blocks(sample, call))
+        works = (_of_dense(sample), _of_attention(sample, call), _of_predictor(sample, call))
+        dense, attention, predictor = map(rates.ms, works)
         if dense is None or attention is None or predictor is None:
             return None
         return Pair(dense, (1 - sparsity) * attention + predictor, busy=True)
 
-    def _settled(self, kernel: str, work: float, ms: float, found: Times, device: torch.device) -> float:
+    def _settled(self, work: Work, ms: float, *, busy: bool, device: torch.device) -> float:
         """A kernel's milliseconds: as measured on a quiet machine, which learns it; on a busy one as known."""
         rates = self.rates(device)
-        if found.busy or self.is_crowded(device):
-            known = rates.ms(kernel, work)
+        if busy:
+            known = rates.ms(work)
             return ms if known is None else known
-        rates.learn(kernel, work, ms)
+        rates.learn(work, ms)
         return ms
 
     def attention_ms(self, sample: Operands, call: SparseCall) -> float:
@@ -144,9 +143,8 @@ class Stopwatch:
             ms = found.ms[0] - self.predictor_ms(sample, call)
             live = float(counts.float().sum(-1).mean()) / visible_count(sample, call.shape)
             # Predictor and attention are timed apart, and both are noisy: the difference may come out as nothing.
-            ms = max(ms, 0.0) / live
-            kernel, work = _kernel(_attending(call), sample), _blocks(sample, call) * call.shape.q * call.shape.k
-            self._attention_ms[key] = self._settled(kernel, work, ms, found, sample.device)
+            ms, work = max(ms, 0.0) / live, _of_attention(sample, call)
+            self._attention_ms[key] = self._settled(work, ms, busy=found.busy, device=sample.device)
         return self._attention_ms[key]
 
     def predictor_ms(self, sample: Operands, call: SparseCall) -> float:
@@ -156,8 +154,8 @@ class Stopwatch:
         if key not in self._predictor_ms:
             engine = engines_on(sample.device)[0]
             found = timed([lambda: engine.select(sample, call).whole], crowded=self.is_crowded(sample.device))
-            kernel, work = _kernel(_predicting(call), sample), _blocks(sample, call)
-            self._predictor_ms[key] = self._settled(kernel, work, found.ms[0], found, sample.device)
+            (ms,), work = found.ms, _of_predictor(sample, call)
+            self._predictor_ms[key] = self._settled(work, ms, busy=found.busy, device=sample.device)
         return self._predictor_ms[key]
 
     def contenders(self, sample: Operands, shapes: Sequence[BlockShape]) -> list[BlockShape]:
@@ -235,21 +233,24 @@ def _kernel(what: str, sample: Operands) -> str:
     return f"{what}, {sample.q.dtype}, {shape}, {sample.mask!r}, {extras}, cap {bool(sample.softcap)}"
 
 
-def _attending(call: SparseCall) -> str:
-    return f"attention {call.shape} {'fp8' if 'fp8' in call.precision else 'own'}"
+def _of_dense(sample: Operands) -> Work:
+    """Pairs of a row and a key."""
+    return Work(_kernel("dense", sample), sample.q.shape[0] * sample.heads * sample.q_len * sample.k_len)
 
 
-def _predicting(call: SparseCall) -> str:
-    return f"predictor {call.shape} {sorted(set(call.policy))} {any(theta >= 0 for theta in call.theta)}"
+def _of_attention(sample: Operands, call: SparseCall) -> Work:
+    """Such pairs in blocks, if every block were live."""
+    what = f"attention {call.shape} {'fp8' if 'fp8' in call.precision else 'own'}"
+    return Work(_kernel(what, sample), _blocks(sample, call) * call.shape.q * call.shape.k)
 
 
-def _pairs(sample: Operands) -> float:
-    """Work of dense attention."""
-    return float(sample.q.shape[0] * sample.heads * sample.q_len * sample.k_len)
+def _of_predictor(sample: Operands, call: SparseCall) -> Work:
+    """Blocks."""
+    what = f"predictor {call.shape} {sorted(set(call.policy))} {any(theta >= 0 for theta in call.theta)}"
+    return Work(_kernel(what, sample), _blocks(sample, call))
 
 
 def _blocks(sample: Operands, call: SparseCall) -> float:
-    """Work of a predictor."""
     return sample.q.shape[0] * sample.heads * visible_count(sample, call.shape)
 
 

@@ -135,12 +135,8 @@ def about(
         chosen: the calls at a threshold; progress: called after each pass.
     """
 
-    def cost(threshold: float) -> float:
-        found = judge.quickly(chosen(threshold)) if judge.is_quick else judge.choosing(chosen(threshold))
-        progress()
-        return found
-
-    return search(cost, judge.budget.limit, START, tries if judge.is_quick else 1).next
+    cost, tries = (judge.quickly, tries) if judge.is_quick else (judge.choosing, 1)
+    return search(_counted(cost, chosen, progress), judge.budget.limit, START, tries).next
 
 
 def spend(
@@ -157,18 +153,10 @@ def spend(
         start: about where it is, where that is known.
     """
 
-    def by(cost: Callable[[Mapping[str, SparseCall]], float]) -> Callable[[float], float]:
-        def at(threshold: float) -> float:
-            found = cost(chosen(threshold))
-            progress()
-            return found
-
-        return at
-
-    limit = judge.budget.limit
+    limit, cost = judge.budget.limit, _counted(judge.choosing, chosen, progress)
     if start is None:
         start = about(judge, chosen, progress, tries=QUICK_TRIES) if judge.is_quick else START
-    found = search(by(judge.choosing), limit, start, TRIES)
+    found = search(cost, limit, start, TRIES)
     threshold, measured = found.inside, found.cost
     if threshold == 0.0:
         return Spending(0.0, 0.0, None, None, 0)
@@ -178,10 +166,25 @@ def spend(
             return Spending(threshold, measured, None, None, steps_back)
         progress()
         if check[0] <= limit:
-            measured = by(judge.choosing)(threshold) if steps_back else measured
+            measured = cost(threshold) if steps_back else measured
             return Spending(threshold, measured, *check, steps_back)
         threshold *= min(CAREFUL * limit / check[0], LEAST_STEP) ** (steps_back + 1)
     return Spending(0.0, 0.0, None, None, MOST_STEPS_BACK + 1)
+
+
+def _counted(
+    cost: Callable[[Mapping[str, SparseCall]], float],
+    chosen: Callable[[float], Mapping[str, SparseCall]],
+    progress: Callable[[], None],
+) -> Callable[[float], float]:
+    """The cost of a threshold, one step of progress each."""
+
+    def at(threshold: float) -> float:
+        found = cost(chosen(threshold))
+        progress()
+        return found
+
+    return at
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from paper_parts.setting import Setting
 
 NAME = "section3"
 GRID = torch.linspace(0, 1, 11)
-TOLERANCE = 0.055
 LEAST = 4096
 """Tokens from which on a quarter of a sample is the low fidelity."""
 
@@ -40,7 +39,7 @@ def run(setting: Setting) -> None:
         call = SparseCall.uniform(full.heads, KEEP_ALL, policy=PAPER_POLICY, shape=PAPER_SHAPE)
         points = [at_latent(call, torch.full((full.heads,), float(s)), "corrected") for s in GRID]
         high_error, low_error = (torch.stack([meter(p).worst for p in points]) for meter in (full, low))
-        space = paper.Space(call, TOLERANCE, "corrected")
+        space = paper.Space(call, setting.TOLERANCE, "corrected")
         counts, sparsity = {}, {}
         arms = {"cold": (None, None), "cold, as few steps": (None, paper.WARM), "warm": (earlier, None)}
         for start, (before, steps) in arms.items():

@@ -14,7 +14,7 @@ from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.record import record_graphs
 from afbs_compile.tuner import budgeted
 from afbs_compile.tuner.explore import tau_grid
-from afbs_compile.tuner.family import BEHIND, MOST, Contender, Explored, Family, contenders, fastest
+from afbs_compile.tuner.family import BEHIND, MOST, Contender, Family, SiteTimes, contenders, fastest
 from afbs_compile.tuner.settings import TuneSettings
 from afbs_compile.tuner.speed import Stopwatch
 from tests.toy import Toy, drifting
@@ -60,7 +60,7 @@ def test_times_that_are_about_equal_leave_the_first():
 def made(policy, live, predictor_ms=0.0):
     """A contender whose blocks live at a share that falls with the threshold."""
     family = Family({"site": SparseCall.uniform(1, 0.0, policy=policy, shape=SHAPES[0])})
-    return Contender(family, (Explored(1 - live(tau_grid()), 10.0, predictor_ms, 0.5),))
+    return Contender(family, (SiteTimes(1 - live(tau_grid()), 10.0, predictor_ms, 0.5),))
 
 
 def test_its_time_at_a_threshold_is_read_off_the_curve():

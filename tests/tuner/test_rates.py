@@ -17,7 +17,7 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.tuner import clock as clock_module
 from afbs_compile.tuner import speed
 from afbs_compile.tuner.clock import Times
-from afbs_compile.tuner.rates import Rates
+from afbs_compile.tuner.rates import Rates, Work
 from afbs_compile.tuner.speed import Pair, SiteSpeed, Stopwatch
 from tests.toy import Toy, drifting
 
@@ -33,22 +33,22 @@ def operands(length=1024):
 
 def test_a_time_is_work_times_a_rate():
     rates = Rates()
-    assert rates.ms("dense", 1024.0) is None
-    rates.learn("dense", 1024.0, 2.0)
-    rates.learn("dense", 1024.0, 3.0)  # the machine was slower, for whatever reason
-    assert rates.ms("dense", 2048.0) == pytest.approx(4.0)
-    assert rates.ms("dense", 4096.0) == pytest.approx(8.0)
-    assert rates.ms("dense", 8192.0) is None, "short calls have other bounds than long ones"
-    assert rates.ms("dense", 0.0) is None
-    assert rates.ms("predictor", 1024.0) is None
+    assert rates.ms(Work("dense", 1024.0)) is None
+    rates.learn(Work("dense", 1024.0), 2.0)
+    rates.learn(Work("dense", 1024.0), 3.0)  # the machine was slower, for whatever reason
+    assert rates.ms(Work("dense", 2048.0)) == pytest.approx(4.0)
+    assert rates.ms(Work("dense", 4096.0)) == pytest.approx(8.0)
+    assert rates.ms(Work("dense", 8192.0)) is None, "short calls have other bounds than long ones"
+    assert rates.ms(Work("dense", 0.0)) is None
+    assert rates.ms(Work("predictor", 1024.0)) is None
 
 
 @pytest.mark.parametrize("ms", [0.0, -1.0, math.nan, math.inf])
 def test_no_time_teaches_nothing(ms):
     rates = Rates()
-    rates.learn("dense", 1024.0, ms)
-    rates.learn("dense", 0.0, 1.0)
-    assert rates.ms("dense", 1024.0) is None
+    rates.learn(Work("dense", 1024.0), ms)
+    rates.learn(Work("dense", 0.0), 1.0)
+    assert rates.ms(Work("dense", 1024.0)) is None
 
 
 def test_the_next_process_knows_them_and_nobody_else_may_write_them():
@@ -56,9 +56,9 @@ def test_the_next_process_knows_them_and_nobody_else_may_write_them():
     rates.save()
     assert rates.path is not None
     assert not rates.path.exists(), "there is nothing to keep"
-    rates.learn("dense", 1024.0, 2.0)
+    rates.learn(Work("dense", 1024.0), 2.0)
     rates.save()
-    assert Rates.of(CPU).ms("dense", 1024.0) == pytest.approx(2.0)
+    assert Rates.of(CPU).ms(Work("dense", 1024.0)) == pytest.approx(2.0)
     assert rates.path.stat().st_mode & 0o077 == 0
     rates.path.chmod(0o666)
     assert Rates.of(CPU).known == {}
@@ -70,7 +70,7 @@ def test_the_next_process_knows_them_and_nobody_else_may_write_them():
 )
 def test_a_damaged_file_is_as_none(text):
     rates = Rates.of(CPU)
-    rates.learn("dense", 1024.0, 2.0)
+    rates.learn(Work("dense", 1024.0), 2.0)
     rates.save()
     assert rates.path is not None
     rates.path.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -79,7 +79,7 @@ def test_a_damaged_file_is_as_none(text):
 
 def test_what_somebody_changed_is_not_believed():
     rates = Rates.of(CPU)
-    rates.learn("dense", 1024.0, 2.0)
+    rates.learn(Work("dense", 1024.0), 2.0)
     rates.save()
     assert rates.path is not None
     whole = json.loads(rates.path.read_text())
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("AFBS_CACHE_DIR", str(tmp_path / "file" / "folder"))
     rates = Rates.of(CPU)
-    rates.learn("dense", 1024.0, 2.0)
+    rates.learn(Work("dense", 1024.0), 2.0)
     rates.save()
 
 
@@ -100,9 +100,9 @@ def clock(monkeypatch):
     """What every timing says from now on: milliseconds of each call in a row, and whether the machine is busy."""
     said = {"busy": False, "ms": (10.0, 4.0)}
 
-    def timed(calls, **_):
+    def timed(calls, *, crowded=False):
         [call() for call in calls]
-        return Times(said["ms"][-len(calls) :] if len(calls) > 1 else said["ms"][:1], busy=said["busy"])
+        return Times(said["ms"][-len(calls) :] if len(calls) > 1 else said["ms"][:1], busy=said["busy"] or crowded)
 
     monkeypatch.setattr(speed, "timed", timed)
     return said
@@ -132,17 +132,17 @@ def test_a_busy_machine_goes_by_what_a_quiet_one_taught(clock):
 
 
 def test_a_gpu_that_others_use_is_busy_for_all_of_a_site(clock, monkeypatch):
-    crowded = []
+    asked_of = []
     timed = speed.timed
     monkeypatch.setattr(
-        speed, "timed", lambda calls, *, crowded_=crowded, crowded: crowded_.append(crowded) or timed(calls)
+        speed, "timed", lambda calls, *, crowded: asked_of.append(crowded) or timed(calls, crowded=crowded)
     )
     monkeypatch.setattr(speed, "is_shared", lambda _: False)
     asked = iter([True, False, True])
     monkeypatch.setattr(speed, "is_busy", lambda _: next(asked))
     stopwatch, sample = Stopwatch(), operands()
     stopwatch.predictor_ms(sample, CALL)
-    assert crowded == [True]
+    assert asked_of == [True]
     assert stopwatch.rates(CPU).known == {}, "what a crowded GPU says teaches nothing"
     assert not SiteSpeed.measure(sample, CALL, 0.5, stopwatch, dense_ms=10.0, sparse_ms=1.0).busy
     measured = SiteSpeed.measure(sample, CALL, 0.5, stopwatch, dense_ms=10.0, sparse_ms=1.0)

@@ -160,6 +160,17 @@ def _sum_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _parts(
+    base, blocks, exists, seen, count_k, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """What the first kernel wrote of some key blocks and rows; -inf where a row sees none of a block."""
+    visible = (blocks < count_k)[:, None] & exists[None, :]
+    if BOUNDED:
+        visible = visible & (blocks[:, None] * BLOCK_K <= seen[None, :])
+    return tl.load(base + blocks.to(tl.int64)[:, None] * UNIT, mask=visible, other=float("-inf"))
+
+
 @triton.jit(do_not_specialize=["first_unit", "groups_q", "upper", "count_q", "count_k"])
 def _mean_kernel(
     sums, out, first_unit, groups_q, upper, count_q, count_k,
@@ -185,10 +196,7 @@ def _mean_kernel(
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, end, BLOCKS):
         blocks = start + tl.arange(0, BLOCKS)
-        visible = (blocks < count_k)[:, None] & exists[None, :]
-        if BOUNDED:
-            visible = visible & (blocks[:, None] * BLOCK_K <= seen[None, :])
-        parts = tl.load(base + blocks.to(tl.int64)[:, None] * UNIT, mask=visible, other=float("-inf"))
+        parts = _parts(base, blocks, exists, seen, count_k, BLOCK_K, BOUNDED, UNIT)
         new = tl.maximum(peak, tl.max(parts, 0))
         least = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(peak - least) + tl.sum(tl.exp2(parts - least[None, :]), 0)
@@ -199,10 +207,7 @@ def _mean_kernel(
     rows_out = out + plane.to(tl.int64) * count_q * count_k + blocks_q.to(tl.int64)[None, :] * count_k
     for start in range(0, end, BLOCKS):
         blocks = start + tl.arange(0, BLOCKS)
-        visible = (blocks < count_k)[:, None] & exists[None, :]
-        if BOUNDED:
-            visible = visible & (blocks[:, None] * BLOCK_K <= seen[None, :])
-        parts = tl.load(base + blocks.to(tl.int64)[:, None] * UNIT, mask=visible, other=float("-inf"))
+        parts = _parts(base, blocks, exists, seen, count_k, BLOCK_K, BOUNDED, UNIT)
         weights = tl.where(exists[None, :], tl.exp2(parts - peak[None, :]) / total[None, :], 0.0)
         mass = tl.sum(tl.reshape(weights, [BLOCKS, ROWS // PER_Q, PER_Q]), 2) / size[None, :]
         inside = (blocks < count_k)[:, None] & (blocks_q < count_q)[None, :]
