@@ -84,29 +84,27 @@ class Cumulant(GroupedPolicy):
     onnx = OnnxBody("ScoreByCumulant", (BLOCK_MASS, GROUP_MOMENTS, CUMULANT_MASS, SCORE_BY_CUMULANT))
 
     def features(self, operands: Operands) -> Features:
-        """Per group two rows: its mean, and what multiplies or is the variance."""
+        """Per group its mean, then what multiplies or is the variance."""
         mean_q, _ = moments(operands.q)
         mean_k, variance_k = moments(operands.k, operands.valid)
         # logit_ab = <scale mean_q, mean_k> + <(scale mean_q)^2 / 2, var_k>
         scaled = mean_q * operands.scale
         # Of half precision the products cost half as much, and round a logit by less than the second order leaves out.
         dtype = torch.float32 if operands.q.dtype == torch.float32 else torch.bfloat16
-        return _two_rows(
-            torch.stack([scaled, scaled.square() / 2], 3).flatten(2, 3).to(dtype),
-            torch.stack([mean_k, variance_k], 3).flatten(2, 3).to(dtype),
+        return _features(
+            torch.cat([scaled, scaled.square() / 2], 3).to(dtype), torch.cat([mean_k, variance_k], 3).to(dtype)
         )
 
     def features_on_gpu(self, operands: Operands) -> Features:
         """The same by a Triton kernel."""
-        from afbs_compile.kernels.policies.triton import grouped  # Triton is not installed everywhere.
+        from afbs_compile.kernels.policies.triton.moments import moment_rows  # Triton is not installed everywhere.
 
-        of_q = grouped.moment_rows(operands.q, operands.scale, of_queries=True)
-        of_k = grouped.moment_rows(operands.k, 1.0, of_queries=False)
-        return _two_rows(of_q, of_k)
+        of_q = moment_rows(operands.q, operands.scale, of_queries=True)
+        return _features(of_q, moment_rows(operands.k, 1.0, of_queries=False))
 
 
-def _two_rows(q: Tensor, k: Tensor) -> Features:
-    return Features(q, k, 1.0, parts=2, reverse=False, span=GROUP, last=GROUP - 1)
+def _features(q: Tensor, k: Tensor) -> Features:
+    return Features(q, k, 1.0, parts=1, reverse=False, span=GROUP, last=GROUP - 1)
 
 
 def moments(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:

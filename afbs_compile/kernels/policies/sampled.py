@@ -59,10 +59,10 @@ class Sampled(Policy):
         self, operands: Operands, shape: BlockShape, out: Tensor, *, with_similarity: bool = False
     ) -> Tensor | None:
         """See :meth:`~afbs_compile.kernels.policies.base.Policy.write_scores`."""
-        from afbs_compile.kernels.policies.triton import sampled  # Triton is not installed everywhere.
+        from afbs_compile.kernels.policies.triton import grouped  # Triton is not installed everywhere.
 
         if operands.mask.band(operands.q_len, operands.k_len) is None:
             return super().write_scores(operands, shape, out)
         self._estimate.write_scores(operands, shape, out)
-        sampled.write_log_mean(operands, shape, out)
+        grouped.write_log_mass(first_rows(operands), operands, shape, out, averaged=True)
         return None

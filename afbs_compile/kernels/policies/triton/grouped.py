@@ -1,205 +1,285 @@
 # A kernel's arguments have Triton's own types:
 # mypy: disable-error-code="no-untyped-def"
-"""The coarse attention of :mod:`afbs_compile.kernels.policies.grouped` on the GPU: two kernels, fp32 accumulation.
+"""The coarse attention of :mod:`afbs_compile.kernels.policies.grouped` on the GPU: two kernels, every product once.
 
-A program takes a tile of query groups of one head twice over the key groups: once for the maximum and the sum of each
-row's softmax, once for its mass per block. Nothing of the size of the coarse attention is stored. Products of half
-precision numbers are exact; those of fp32 ones take three TF32 products each, which is fp32 but for the last bits.
+The first writes the logarithm of the sum of ``exp(logit)`` over each key block for each query group. Its programs share
+nothing, so no row's maximum has to be known and keys are divided among programs too. The second makes a softmax over
+blocks of them. What lies between has a number for each query group and key block; groups are taken as many at a time
+as fit in a fixed amount of memory. Products of half precision numbers are exact; those of fp32 ones take three TF32
+products each, which is fp32 but for the last bits.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from afbs_compile.kernels.attend.machine import fp32_products
-from afbs_compile.kernels.blocks import BlockShape, block_count
+from afbs_compile.kernels.attend.machine import capability, fp32_products
+from afbs_compile.kernels.blocks import BlockShape, block_count, chunks
 from afbs_compile.kernels.launcher import Launcher, layout, padded
 from afbs_compile.kernels.masks.band import told
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.features import GROUP, Features
 
-ROWS, COLS = 64, 64
-"""Query groups and key groups of a tile; every block's groups divide them or are a multiple."""
+COLUMNS = 2048
+"""Key groups that a program of the first kernel takes, a multiple of its tiles."""
+
+TILE_K = 64
+"""Key groups of a tile; those of a block of keys, where they are more."""
+
+DEPTH_BYTES = 256
+"""Of a row, that a tile holds at once; longer rows are multiplied in halves of it, and loaded again for each tile."""
+
+BLOCKS, ROWS_NORMALISED = 64, 32
+"""Key blocks and query groups of a tile of the second kernel; no query block has more groups."""
+
+SUMS_AT_ONCE = 1 << 26
+"""Numbers between the two kernels, fp32: 256 MiB."""
+
+
+class Tiling(NamedTuple):
+    """How the first kernel is tiled.
+
+    Attributes:
+        rows, cols: query groups and key groups of a tile.
+        depth: columns of a feature row that it holds at once; chunks: how often, for a whole row.
+        stages: of the software pipeline.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    chunks: int
+    stages: int
+
+    @classmethod
+    def of(cls, dim: int, size: int, per_k: int, *, large: bool) -> Tiling:
+        """The tiling that fits.
+
+        Args:
+            dim: numbers of a feature row, of ``size`` bytes; per_k: key groups of a block.
+            large: whether a program may have 96 KiB of shared memory, else 48.
+        """
+        whole, most = padded(dim), DEPTH_BYTES * (2 if large else 1)
+        depth = whole if whole * size <= most else DEPTH_BYTES // 2 // size
+        # Three TF32 products for each one take the registers that more rows would need.
+        rows = 128 if large and size == 2 and depth * size <= DEPTH_BYTES else 64
+        cols = max(TILE_K, per_k)
+        loaded = (cols if depth == whole else cols + rows) * depth * size
+        return cls(rows, cols, depth, whole // depth, min(4, max(1, (64 if large else 32) * 1024 // loaded)))
 
 
 @triton.jit
-def _logits(
-    base_q, base_k, rows, cols, rows_q, rows_k, scale, stride_q_row, stride_q_dim, stride_k_row, stride_k_dim,
-    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+def _tile(base, places, exists, stride_row, stride_dim, first, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """Some columns of some rows, zeros where there is none."""
+    dims = first + tl.arange(0, DEPTH)
+    return tl.load(
+        base + places.to(tl.int64)[:, None] * stride_row + dims.to(tl.int64)[None, :] * stride_dim,
+        mask=exists[:, None] & (dims < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _sums_of_tiles(
+    tile_q, base_q, base_k, sums, groups, exists, seen, begin, end, log2_scale, rows_q, rows_k, groups_k, count_k,
+    stride_q_row, stride_q_dim, stride_k_row, stride_k_dim,
+    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, PER_K: tl.constexpr,
+    MASKED: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
-    """``scale * sum_t <q[a * parts + t'], k[b * parts + t]>`` for a tile of groups, zeros past the last rows."""
-    product = tl.zeros([ROWS, COLS], tl.float32)
-    depth = tl.arange(0, DEPTH)
-    for step in range(0, PARTS * CHUNKS):
-        part = step // CHUNKS
-        dims = step % CHUNKS * DEPTH + depth
-        place_q = rows * PARTS + (PARTS - 1 - part if REVERSE else part)
-        place_k = cols * PARTS + part
-        inside = dims < HEAD_DIM
-        tile_q = tl.load(
-            base_q + place_q.to(tl.int64)[:, None] * stride_q_row + dims.to(tl.int64)[None, :] * stride_q_dim,
-            mask=(place_q < rows_q)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        tile_k = tl.load(
-            base_k + place_k.to(tl.int64)[:, None] * stride_k_row + dims.to(tl.int64)[None, :] * stride_k_dim,
-            mask=(place_k < rows_k)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        product = tl.dot(tile_q, tl.trans(tile_k), product, input_precision=PRECISION)
-    return product * scale
+    """``log2(sum(exp(logit)))`` over each key block from key group ``begin`` to ``end``; -inf where none is seen.
+
+    A logit is ``scale * sum_t <q[a * parts + t'], k[b * parts + t]>``.
+    """
+    for start in range(begin, end, COLS):
+        cols = start + tl.arange(0, COLS)
+        product = tl.zeros([ROWS, COLS], tl.float32)
+        if PARTS * CHUNKS == 1:
+            tile_k = _tile(base_k, cols, cols < groups_k, stride_k_row, stride_k_dim, 0, HEAD_DIM, DEPTH)
+            product = tl.dot(tile_q, tl.trans(tile_k), product, input_precision=PRECISION)
+        else:
+            for step in range(PARTS * CHUNKS):
+                part = step // CHUNKS
+                first = step % CHUNKS * DEPTH
+                place_q = groups * PARTS + (PARTS - 1 - part if REVERSE else part)
+                place_k = cols * PARTS + part
+                part_q = _tile(base_q, place_q, place_q < rows_q, stride_q_row, stride_q_dim, first, HEAD_DIM, DEPTH)
+                part_k = _tile(base_k, place_k, place_k < rows_k, stride_k_row, stride_k_dim, first, HEAD_DIM, DEPTH)
+                product = tl.dot(part_q, tl.trans(part_k), product, input_precision=PRECISION)
+        logits = product * log2_scale
+        if MASKED:
+            logits = tl.where((cols[None, :] * SPAN <= seen[:, None]) & (cols < groups_k)[None, :], logits, float("-inf"))
+        logits = tl.reshape(logits, [ROWS, COLS // PER_K, PER_K])
+        peak = tl.max(logits, 2)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        total = tl.sum(tl.exp2(logits - peak[:, :, None]), 2)
+        blocks = start // PER_K + tl.arange(0, COLS // PER_K)
+        places = sums + blocks.to(tl.int64)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
+        tl.store(places, peak + tl.log2(total), mask=(blocks < count_k)[None, :] & exists[:, None])
 
 
-@triton.jit(do_not_specialize=["heads", "repeats", "rows_q", "rows_k", "groups_q", "groups_k", "upper", "count_q"])
-def _log_mass_kernel(
-    query, key, out, scale, heads, repeats, rows_q, rows_k, groups_q, groups_k, upper, count_q, count_k, stride_q_batch,
-    stride_q_head, stride_q_row, stride_q_dim, stride_k_batch, stride_k_head, stride_k_row, stride_k_dim,
+@triton.jit(
+    do_not_specialize=[
+        "first_unit", "units", "heads", "repeats", "rows_q", "rows_k", "groups_q", "groups_k", "upper", "count_k"
+    ]
+)  # fmt: skip
+def _sum_kernel(
+    query, key, sums, log2_scale, first_unit, units, heads, repeats, rows_q, rows_k, groups_q, groups_k, upper, count_k,
+    stride_q_batch, stride_q_head, stride_q_row, stride_q_dim, stride_k_batch, stride_k_head, stride_k_row,
+    stride_k_dim,
     HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, LAST: tl.constexpr,
-    GROUP: tl.constexpr, PER_Q: tl.constexpr, PER_K: tl.constexpr, BOUNDED: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, PER_K: tl.constexpr, BOUNDED: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     CHUNKS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The logarithm of the mass of every key block for ``ROWS`` query groups, as the bits of fp32 in int32."""
-    tiles = tl.cdiv(groups_q, ROWS)
+    """One unit, ``ROWS`` query groups of a head, over ``COLUMNS`` key groups; units that share keys run together."""
     program = tl.program_id(0)
-    first = program % tiles * ROWS
-    plane = program // tiles
-    batch, head = plane // heads, plane % heads
-    base_q = query + batch.to(tl.int64) * stride_q_batch + head.to(tl.int64) * stride_q_head
-    base_k = key + batch.to(tl.int64) * stride_k_batch + (head // repeats).to(tl.int64) * stride_k_head
-    rows = first + tl.arange(0, ROWS)
-    seen = rows * GROUP + LAST + upper
-    end = groups_k
+    unit = program % units
+    tiles = tl.cdiv(groups_q, ROWS)
+    first = (first_unit + unit) % tiles * ROWS
+    plane = (first_unit + unit) // tiles
+    groups = first + tl.arange(0, ROWS)
+    seen = groups * GROUP + LAST + upper
+    begin = program // units * COLUMNS
+    end = tl.minimum(begin + COLUMNS, groups_k)
+    clear = end // COLS * COLS
     if BOUNDED:
-        end = tl.minimum(groups_k, ((first + ROWS - 1) * GROUP + LAST + upper) // SPAN + 1)
+        end = tl.minimum(end, ((first + ROWS - 1) * GROUP + LAST + upper) // SPAN + 1)
+        clear = tl.minimum(clear, ((first * GROUP + LAST + upper) // SPAN + 1) // COLS * COLS)
+    else:
+        seen = tl.full([ROWS], groups_k * SPAN, tl.int32)
+    if begin >= end:
+        return
+    base_q = query + (plane // heads).to(tl.int64) * stride_q_batch + (plane % heads).to(tl.int64) * stride_q_head
+    base_k = (
+        key + (plane // heads).to(tl.int64) * stride_k_batch + (plane % heads // repeats).to(tl.int64) * stride_k_head
+    )
+    mine = sums + unit.to(tl.int64) * count_k * ROWS
+    exists = groups < groups_q
+    # Where rows are multiplied in parts, this one is not used, and not loaded.
+    tile_q = _tile(base_q, groups, exists, stride_q_row, stride_q_dim, 0, HEAD_DIM, DEPTH)
+    clear = tl.maximum(clear, begin)
+    _sums_of_tiles(
+        tile_q, base_q, base_k, mine, groups, exists, seen, begin, clear, log2_scale, rows_q, rows_k, groups_k, count_k,
+        stride_q_row, stride_q_dim, stride_k_row, stride_k_dim, HEAD_DIM, PARTS, REVERSE, SPAN, PER_K, False, DEPTH,
+        CHUNKS, PRECISION, ROWS, COLS,
+    )  # fmt: skip
+    _sums_of_tiles(
+        tile_q, base_q, base_k, mine, groups, exists, seen, clear, end, log2_scale, rows_q, rows_k, groups_k, count_k,
+        stride_q_row, stride_q_dim, stride_k_row, stride_k_dim, HEAD_DIM, PARTS, REVERSE, SPAN, PER_K, True, DEPTH,
+        CHUNKS, PRECISION, ROWS, COLS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _parts(
+    base, blocks, exists, seen, count_k, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """What the first kernel wrote of some key blocks and query groups; -inf where a group sees none of a block."""
+    visible = (blocks < count_k)[:, None] & exists[None, :]
+    if BOUNDED:
+        visible = visible & (blocks[:, None] * BLOCK_K <= seen[None, :])
+    return tl.load(base + blocks.to(tl.int64)[:, None] * UNIT, mask=visible, other=float("-inf"))
+
+
+@triton.jit(do_not_specialize=["first_unit", "groups_q", "upper", "count_q", "count_k"])
+def _mass_kernel(
+    sums, out, first_unit, groups_q, upper, count_q, count_k,
+    LAST: tl.constexpr, GROUP: tl.constexpr, PER_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr,
+    AVERAGED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The logarithm of the mass of every key block for ``ROWS`` query groups of a unit, as the bits of fp32 in int32.
+
+    ``AVERAGED``: of the mean of it and of the mass whose logarithm is there.
+    """
+    program = tl.program_id(0)
+    unit = program // (UNIT // ROWS)
+    place = program % (UNIT // ROWS) * ROWS
+    tiles = tl.cdiv(groups_q, UNIT)
+    first = (first_unit + unit) % tiles * UNIT + place
+    plane = (first_unit + unit) // tiles
+    groups = first + tl.arange(0, ROWS)
+    seen = groups * GROUP + LAST + upper
+    base = sums + unit.to(tl.int64) * count_k * UNIT + place + tl.arange(0, ROWS)[None, :]
+    exists = groups < groups_q
+    end = count_k
+    if BOUNDED:
+        end = tl.minimum(end, ((first + ROWS - 1) * GROUP + LAST + upper) // BLOCK_K + 1)
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, end, COLS):
-        cols = start + tl.arange(0, COLS)
-        logits = _logits(
-            base_q, base_k, rows, cols, rows_q, rows_k, scale, stride_q_row, stride_q_dim, stride_k_row, stride_k_dim,
-            HEAD_DIM, PARTS, REVERSE, DEPTH, CHUNKS, PRECISION, ROWS, COLS,
-        )  # fmt: skip
-        visible = (cols < groups_k)[None, :]
-        if BOUNDED:
-            visible = visible & (cols[None, :] * SPAN <= seen[:, None])
-        logits = tl.where(visible, logits, float("-inf"))
-        # m' = max(m, max_b s_b),   l <- l * exp(m - m') + sum_b exp(s_b - m'). The first tile has a visible group.
-        new = tl.maximum(peak, tl.max(logits, 1))
-        total = total * tl.exp(peak - new) + tl.sum(tl.exp(logits - new[:, None]), 1)
+    for start in range(0, end, BLOCKS):
+        blocks = start + tl.arange(0, BLOCKS)
+        parts = _parts(base, blocks, exists, seen, count_k, BLOCK_K, BOUNDED, UNIT)
+        new = tl.maximum(peak, tl.max(parts, 0))
+        least = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(peak - least) + tl.sum(tl.exp2(parts - least[None, :]), 0)
         peak = new
+    # A group that sees nothing gives mass to nothing.
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.where(total == 0.0, 1.0, total)
 
-    # Groups past the last one count for nothing; a query block at the end may have fewer groups than PER_Q.
-    exists = rows < groups_q
     size = tl.minimum(PER_Q, groups_q - first - tl.arange(0, ROWS // PER_Q) * PER_Q)
     blocks_q = first // PER_Q + tl.arange(0, ROWS // PER_Q)
-    base = out + plane.to(tl.int64) * count_q * count_k
-    for start in range(0, count_k * PER_K, COLS):
-        blocks_k = start // PER_K + tl.arange(0, COLS // PER_K)
-        mass = tl.zeros([ROWS // PER_Q, COLS // PER_K], tl.float32)
-        if start < end:
-            cols = start + tl.arange(0, COLS)
-            logits = _logits(
-                base_q, base_k, rows, cols, rows_q, rows_k, scale, stride_q_row, stride_q_dim, stride_k_row,
-                stride_k_dim, HEAD_DIM, PARTS, REVERSE, DEPTH, CHUNKS, PRECISION, ROWS, COLS,
-            )  # fmt: skip
-            visible = exists[:, None] & (cols < groups_k)[None, :]
-            if BOUNDED:
-                visible = visible & (cols[None, :] * SPAN <= seen[:, None])
-            weights = tl.where(visible, tl.exp(logits - peak[:, None]) / total[:, None], 0.0)
-            weights = tl.sum(tl.reshape(weights, [ROWS // PER_Q, PER_Q, COLS]), 1)
-            mass = tl.sum(tl.reshape(weights, [ROWS // PER_Q, COLS // PER_K, PER_K]), 2) / size[:, None]
-        offsets = blocks_q.to(tl.int64)[:, None] * count_k + blocks_k[None, :]
-        inside = (blocks_q < count_q)[:, None] & (blocks_k < count_k)[None, :]
-        tl.store(base + offsets, tl.log(mass).to(tl.int32, bitcast=True), mask=inside)
+    rows_out = out + plane.to(tl.int64) * count_q * count_k + blocks_q.to(tl.int64)[None, :] * count_k
+    for start in range(0, end if AVERAGED else count_k, BLOCKS):
+        blocks = start + tl.arange(0, BLOCKS)
+        parts = _parts(base, blocks, exists, seen, count_k, BLOCK_K, BOUNDED, UNIT)
+        weights = tl.where(exists[None, :], tl.exp2(parts - peak[None, :]) / total[None, :], 0.0)
+        mass = tl.sum(tl.reshape(weights, [BLOCKS, ROWS // PER_Q, PER_Q]), 2) / size[None, :]
+        inside = (blocks < count_k)[:, None] & (blocks_q < count_q)[None, :]
+        if AVERAGED:
+            there = tl.load(rows_out + blocks[:, None], mask=inside, other=0).to(tl.float32, bitcast=True)
+            mass = (mass + tl.exp(there)) / 2
+        tl.store(rows_out + blocks[:, None], tl.log(mass).to(tl.int32, bitcast=True), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "groups"])
-def _moment_kernel(
-    x, out, scale, length, heads, groups, stride_batch, stride_head, stride_row, stride_dim,
-    HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr, GROUP: tl.constexpr, OF_QUERIES: tl.constexpr,
-):  # fmt: skip
-    """Two rows of one group: the mean times ``scale``, and half its square (queries) or the variance (keys)."""
-    program = tl.program_id(0)
-    group = program % groups
-    plane = program // groups
-    first = group * GROUP
-    size = tl.minimum(GROUP, length - first)
-    rows = tl.arange(0, GROUP)
-    dims = tl.arange(0, DIM_PAD)
-    inside = (rows < size)[:, None] & (dims < HEAD_DIM)[None, :]
-    base = x + (plane // heads).to(tl.int64) * stride_batch + (plane % heads).to(tl.int64) * stride_head
-    offsets = (first + rows).to(tl.int64)[:, None] * stride_row + dims.to(tl.int64)[None, :] * stride_dim
-    tile = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(tile, 0) / size
-    if OF_QUERIES:
-        mean = mean * scale
-        second = mean * mean / 2
-    else:
-        apart = tl.where(inside, tile - mean[None, :], 0.0)
-        second = tl.sum(apart * apart, 0) / size
-    place = out + program.to(tl.int64) * 2 * HEAD_DIM + dims
-    tl.store(place, mean, mask=dims < HEAD_DIM)
-    tl.store(place + HEAD_DIM, second, mask=dims < HEAD_DIM)
+_sums, _masses = Launcher(_sum_kernel), Launcher(_mass_kernel)
 
 
-_log_mass, _moments = Launcher(_log_mass_kernel), Launcher(_moment_kernel)
-
-
-def moment_rows(x: Tensor, scale: float, *, of_queries: bool) -> Tensor:
-    """The features of ``cumulant``.
-
-    Args:
-        x: ``[B, H, N, D]``, any strides.
-        scale: factor of the means.
-        of_queries: whether the second row of a group is half the square of the first, else the variance.
-
-    Returns:
-        ``[B, H, 2 * ceil(N / GROUP), D]``: fp32, or bfloat16 where x is in half precision.
-    """
-    batch, heads, length, dim = x.shape
-    groups = block_count(length, GROUP)
-    dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
-    out = x.new_empty(batch, heads, 2 * groups, dim, dtype=dtype)
-    with torch.cuda.device_of(x):
-        _moments(
-            (layout(x), scale, of_queries),
-            batch * heads * groups,
-            *(x, out, scale, length, heads, groups),
-            *x.stride(),
-            *(dim, padded(dim), GROUP, of_queries),
-            warps=1,
-        )
-    return out
-
-
-def write_log_mass(features: Features, operands: Operands, shape: BlockShape, out: Tensor) -> None:
+def write_log_mass(
+    features: Features, operands: Operands, shape: BlockShape, out: torch.Tensor, *, averaged: bool = False
+) -> None:
     """Write the logarithm of :func:`grouped.block_mass` into ``out``, int32 ``[B, H, n_q, n_k]``, as bits of fp32.
 
     Args:
-        features, operands, shape: as there; the mask is a band.
+        features, operands, shape: as there; the mask is a band that starts at the first key.
+        out: contiguous.
+        averaged: whether that of the mean with the mass whose logarithm ``out`` holds; blocks that no row of a query
+            block sees are left as they are then.
     """
     q, k, band = features.q, features.k, told(operands)
     batch, heads, rows_q, dim = q.shape
     groups_q, groups_k = block_count(operands.q_len, GROUP), block_count(operands.k_len, features.span)
-    dim_pad = padded(dim)
-    depth = min(dim_pad, 64)
-    per_k = shape.k // features.span
-    precision = "ieee" if q.dtype != torch.float32 else fp32_products(q.device)
+    (count_q, count_k), per_k = out.shape[2:], shape.k // features.span
+    tiling = Tiling.of(dim, q.element_size(), per_k, large=capability(q.device) >= 8)
+    precision = fp32_products(q.device) if q.dtype == torch.float32 else "ieee"
+    units = batch * heads * block_count(groups_q, tiling.rows)
+    most = max(1, SUMS_AT_ONCE // (count_k * tiling.rows))
     with torch.cuda.device_of(q):
-        _log_mass(
-            (layout(q), layout(k), operands.q_len, operands.k_len, band, shape, features[2:]),
-            batch * heads * block_count(groups_q, ROWS),
-            *(q, k, out, features.scale),
-            *(heads, heads // k.shape[1], rows_q, k.shape[2], groups_q, groups_k, band.upper, *out.shape[2:]),
-            *(*q.stride(), *k.stride()),
-            *(dim, features.parts, features.reverse, features.span, features.last, GROUP),
-            *(shape.q // GROUP, per_k, band.bounded, depth, dim_pad // depth),
-            *(precision, ROWS, max(COLS, per_k)),
-            warps=4,
-            stages=3,
-        )
+        sums = torch.empty(min(units, most), count_k, tiling.rows, dtype=torch.float32, device=q.device)
+        for part in chunks(units, most):
+            count = part.stop - part.start
+            kind = (layout(q), layout(k), operands.q_len, operands.k_len, band, shape, features[2:], averaged, part.start)
+            _sums(
+                (*kind, count),
+                count * block_count(groups_k, COLUMNS),
+                *(q, k, sums, features.scale * math.log2(math.e), part.start, count, heads, heads // k.shape[1]),
+                *(rows_q, k.shape[2], groups_q, groups_k, band.upper, count_k, *q.stride(), *k.stride()),
+                *(dim, features.parts, features.reverse, features.span, features.last, GROUP, per_k, band.bounded),
+                *(COLUMNS, tiling.depth, tiling.chunks, precision, tiling.rows, tiling.cols),
+                warps=tiling.rows // 16,
+                stages=tiling.stages,
+            )
+            _masses(
+                (*kind, count),
+                count * (tiling.rows // ROWS_NORMALISED),
+                *(sums, out, part.start, groups_q, band.upper, count_q, count_k),
+                *(features.last, GROUP, shape.q // GROUP, shape.k, band.bounded, averaged),
+                *(tiling.rows, ROWS_NORMALISED, BLOCKS),
+                warps=4,
+            )

@@ -1,4 +1,4 @@
-"""The kernels of ``sampled`` against float64: rows and keys divided among programs, and what they must not look at."""
+"""The coarse attention on Triton against float64: rows and keys divided among programs, and what it must not see."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import Operands
-from afbs_compile.kernels.policies.triton import sampled
+from afbs_compile.kernels.policies.features import first_rows
+from afbs_compile.kernels.policies.grouped import GroupedPolicy, block_mass
+from afbs_compile.kernels.policies.registry import POLICIES
+from afbs_compile.kernels.policies.triton import grouped
 from tests.kernels.helpers import TRITON_DEVICE, Shape, operands_of, shape_id
 from tests.sweeps import slow_after
 
@@ -42,7 +45,7 @@ def by_triton(operands: Operands, shape: Shape, of_groups: Tensor) -> Tensor:
     """The mean that the kernels write over some masses."""
     out = of_groups.float().log().to(TRITON_DEVICE).view(torch.int32).contiguous()
     moved = replace(operands, q=operands.q.to(TRITON_DEVICE), k=operands.k.to(TRITON_DEVICE))
-    sampled.write_log_mean(moved, shape.block_shape, out)
+    grouped.write_log_mass(first_rows(moved), moved, shape.block_shape, out, averaged=True)
     return out.view(torch.float32).exp().cpu()
 
 
@@ -54,6 +57,12 @@ def drawn_masses(operands: Operands, shape: Shape) -> Tensor:
 
 def visible(operands: Operands, shape: Shape) -> Tensor:
     return operands.mask.visibility(operands.grid(shape.block_shape), torch.device("cpu")).visible
+
+
+def divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More programs and more launches than lengths of a test would need."""
+    monkeypatch.setattr(grouped, "COLUMNS", 128)
+    monkeypatch.setattr(grouped, "SUMS_AT_ONCE", 1)
 
 
 SHAPES = [
@@ -72,13 +81,31 @@ SHAPES = [
 @pytest.mark.parametrize("divided", [False, True], ids=["whole", "divided"])
 def test_the_mean_of_either_mass(shape: Shape, divided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if divided:
-        monkeypatch.setattr(sampled, "KEYS", 128)
-        monkeypatch.setattr(sampled, "SUMS_AT_ONCE", 1)
+        divide(monkeypatch)
     operands = operands_of(shape)
     of_groups = drawn_masses(operands, shape)
     expected, there = (mass_of_rows(operands, shape) + of_groups) / 2, visible(operands, shape)
     came = by_triton(operands, shape, of_groups)
     torch.testing.assert_close(came.double()[..., there], expected[..., there], rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", slow_after(3, SHAPES), ids=shape_id)
+@pytest.mark.parametrize("divided", [False, True], ids=["whole", "divided"])
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if isinstance(policy, GroupedPolicy)])
+def test_the_mass_of_every_policy_by_groups(
+    policy: str, shape: Shape, divided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if divided:
+        divide(monkeypatch)
+    operands, by = operands_of(shape), POLICIES[policy]
+    moved = replace(operands, q=operands.q.to(TRITON_DEVICE), k=operands.k.to(TRITON_DEVICE))
+    grid = operands.grid(shape.block_shape)
+    out = torch.full((*operands.q.shape[:2], grid.count_q, grid.count_k), -7, dtype=torch.int32, device=TRITON_DEVICE)
+    grouped.write_log_mass(by.features_on_gpu(moved), moved, shape.block_shape, out)
+    came = out.view(torch.float32).exp().cpu()
+    expected = block_mass(by.features(operands), operands, shape.block_shape)
+    rounding = 2e-2 if policy == "cumulant" and shape.dtype != torch.float32 else 1e-4
+    torch.testing.assert_close(came, expected, rtol=rounding, atol=1e-6)
 
 
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 32)])
