@@ -110,6 +110,23 @@ class HeadRecipe:
 
 
 @dataclass(frozen=True)
+class KeptTrial:
+    """What always keeping the blocks before each query block was measured to buy at a site, at one threshold.
+
+    Attributes:
+        local_keys: as in :class:`afbs_compile.kernels.call.Kept`.
+        live: share of the visible blocks that is live, mean of the heads.
+        error: root mean square over rows and heads of ``|o - o_dense| / |o_dense|``; worst_row: the largest of them,
+            where no last rows are whole.
+    """
+
+    local_keys: Length
+    live: Share
+    error: Amount
+    worst_row: Amount
+
+
+@dataclass(frozen=True)
 class SiteRecipe:
     """One attention call.
 
@@ -129,6 +146,7 @@ class SiteRecipe:
             DENSE. kernel_reason: why not a quicker one.
         unsure: whether the machine had other work while the call was timed, and the times are too close to tell which
             is the shorter one without it: it is timed again when the machine has none.
+        kept_tried: what the local keys of the call were chosen from; empty where they were not measured.
     """
 
     name: str
@@ -146,6 +164,7 @@ class SiteRecipe:
     kernel: str | None = None
     kernel_reason: str | None = None
     unsure: bool = False
+    kept_tried: tuple[KeptTrial, ...] = ()
 
     @property
     def calibrated(self) -> SparseCall:

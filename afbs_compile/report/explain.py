@@ -16,6 +16,7 @@ from rich.text import Text
 
 from afbs_compile.integrations.served import ServedModel, served_model
 from afbs_compile.kernels.attend.engines import kernel_of
+from afbs_compile.kernels.call import Kept
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.passes.place import owner_of
 from afbs_compile.reasons import NONE_FOUND
@@ -284,8 +285,9 @@ def _note(recipe: Recipe) -> str:
     validated = f"validated on {inputs} inputs{_validated(recipe)}: {_promised(recipe)}"
     calls = [(site.call, mask_of(site.mask)) for site in recipe.sites if site.call is not None and site.mask]
     blocks = " and ".join(sorted({str(call.shape) for call, _ in calls}))
-    last_rows, local_keys = (max(numbers) for numbers in zip((0, 0), *(call.kept for call, _ in calls), strict=True))
-    kinds = " and ".join(sorted({mask.words for call, mask in calls if any(call.kept)}))
+    kept = [(call.kept, mask.words) for call, mask in calls if any(call.kept)]
+    kinds = " and ".join(sorted({words for _, words in kept}))
+    last_rows, local_keys = (_spread([getattr(each, name) for each, _ in kept]) for name in Kept._fields)
     blocks += f", {local_keys} keys before a query block of {kinds} calls kept" if local_keys else ""
     blocks += f", last {last_rows} rows of {kinds} calls whole" if last_rows else ""
     return (
@@ -294,6 +296,12 @@ def _note(recipe: Recipe) -> str:
         f"({tokens} tokens) in {sum(graph.seconds for graph in recipe.graphs):.1f} s, "
         f"{validated if recipe.budget is None else _spent(recipe.budget)}"
     )
+
+
+def _spread(numbers: Sequence[int]) -> str:
+    """``"128"`` or ``"0 to 128"``; nothing where all are 0."""
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return "" if high == 0 else str(high) if low == high else f"{low} to {high}"
 
 
 def _spent(budget: BudgetRecord) -> str:

@@ -229,6 +229,23 @@ def _reasons(recipe: Recipe) -> RenderableType | None:
     return Text("\n").join(lines)
 
 
+def _kept(recipe: Recipe) -> RenderableType | None:
+    sites = [site for site in recipe.sites if site.kept_tried]
+    if not sites:
+        return None
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("site", overflow="fold", min_width=20)
+    for header in ("keys before", "last rows", *(f"with {trial.local_keys} keys" for trial in sites[0].kept_tried)):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("worst row", justify="right", no_wrap=True)
+    for site in sites:
+        kept = site.calibrated.kept
+        tried = [f"{trial.error:.3f} at {trial.live:.0%}" for trial in site.kept_tried]
+        worst = next(trial.worst_row for trial in site.kept_tried if trial.local_keys == kept.local_keys)
+        table.add_row(Text(site.name), str(kept.local_keys), str(kept.last_rows), *tried, f"{worst:.2f}")
+    return table
+
+
 def _summary(recipe: Recipe) -> RenderableType:
     numbers = summary(recipe)
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in numbers["outcomes"].items())
@@ -270,6 +287,7 @@ SECTIONS: tuple[tuple[str, Callable[[Recipe], RenderableType | None]], ...] = (
     ("Attention calls", _sites),
     ("What is not sparse, and why", _reasons),
     ("Kernels", _kernels),
+    ("Always kept, and what it buys (error of a row, root mean square, at the blocks that are live)", _kept),
     ("Summary", _summary),
     ("Promise", _promise),
     ("Provenance", _provenance),

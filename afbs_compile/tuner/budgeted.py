@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands
@@ -43,14 +44,16 @@ def tune_with_budget(
     sites = runs[0].sites
     results: dict[str, SiteResult] = {}
     lengths: set[int] = set()
-    passes = TRIES_OF_CONTENDER * MOST + TRIES + MOST_STEPS_BACK + 1
+    passes = TRIES_OF_CONTENDER * MOST + TRIES + MOST_STEPS_BACK + 2
     with budget_progress(2 * len(sites) + passes) as advance:
-        family, start = _fastest_within(judge, contenders(runs, settings, stopwatch, advance), advance)
+        among, kept = contenders(runs, settings, stopwatch, advance)
+        family, start = _fastest_within(judge, among, advance)
         spending = spend(judge, family.at, advance, start)
         calls = family.at(spending.threshold)
         with closing(capture(runs, lambda name, operands: attend_sparsely(operands, calls[name]))) as walk:
             for name, operands in walk:
-                results[name] = _settled(operands, calls[name], stopwatch)
+                result = _settled(operands, calls[name], stopwatch)
+                results[name] = replace(result, kept_tried=kept[name].tried)
                 lengths |= {sample.k_len for sample in operands}
                 advance()
     stopwatch.remember()

@@ -24,9 +24,11 @@ from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.tuner.curves import SMALLEST
 from afbs_compile.tuner.explore import explored_curve, tau_grid
 from afbs_compile.tuner.inputs import SiteInputs
+from afbs_compile.tuner.kept import KeptChoice, choose_kept
 from afbs_compile.tuner.measure import nothing_to_skip
 from afbs_compile.tuner.settings import TuneSettings
 from afbs_compile.tuner.speed import Stopwatch
+from afbs_compile.tuner.threshold import START
 from afbs_compile.tuner.validate import DECIMALS
 
 EQUAL_ERROR = 0.1
@@ -105,23 +107,28 @@ class Contender:
 
 def contenders(
     runs: Sequence[SampleRun], settings: TuneSettings, stopwatch: Stopwatch, progress: Callable[[], None]
-) -> list[Contender]:
-    """Of each policy its fastest block shape at an equal error, the fastest policy first; slow ones are left out.
+) -> tuple[list[Contender], dict[str, KeptChoice]]:
+    """Of each policy its fastest block shape at an equal error, and what each site always keeps.
 
     Args:
         runs: samples; the first one is explored.
         settings: block shapes to compare; stopwatch: what is timed; progress: called after each site.
+
+    Returns:
+        The fastest policy first, slow ones left out; by site.
     """
     names = [site.name for site in runs[0].sites]
     explored = set(names[:: -(-len(names) // EXPLORED_SITES)])
     policies = [policy.name for policy in POLICIES.values() if policy.explored and policy.rule == "share"]
     found: dict[tuple[str, BlockShape], list[SiteTimes]] = defaultdict(list)
     plain: dict[str, SparseCall] = {}
+    kept: dict[str, KeptChoice] = {}
     with closing(capture(runs[:1])) as walk:
         for name, operands in walk:
-            inputs = SiteInputs(operands)
-            plain[name] = SparseCall.uniform(inputs.heads, 0.0, kept=inputs.kept)
-            for shape in settings.shapes_on(operands[0].device) if name in explored else ():
+            inputs, shapes = SiteInputs(operands), settings.shapes_on(operands[0].device)
+            kept[name] = choose_kept(inputs.explored, inputs.kept, shapes[0], START)
+            plain[name] = SparseCall.uniform(inputs.heads, 0.0, kept=kept[name].kept)
+            for shape in shapes if name in explored else ():
                 for policy in policies:
                     found[policy, shape] += _times_of(inputs, _of_family(plain[name], policy, shape), stopwatch)
             progress()
@@ -132,11 +139,12 @@ def contenders(
 
     best = []
     for policy in policies:
-        shapes = [contender(policy, shape) for of, shape in found if of == policy]
-        best.append(shapes[fastest([each.ms_at_equal_error() for each in shapes])])
+        shaped = [contender(policy, shape) for of, shape in found if of == policy]
+        best.append(shaped[fastest([each.ms_at_equal_error() for each in shaped])])
     ordered = sorted(best, key=Contender.ms_at_equal_error)
     least = ordered[0].ms_at_equal_error()
-    return [each for each in ordered if each.ms_at_equal_error() <= BEHIND * least][: MOST if least else 1]
+    close = [each for each in ordered if each.ms_at_equal_error() <= BEHIND * least]
+    return close[: MOST if least else 1], kept
 
 
 def fastest(times: Sequence[float]) -> int:

@@ -267,6 +267,7 @@ def site_recipe(name: str, operands: Operands, result: SiteResult) -> SiteRecipe
         kernel=None if kernel is None else kernel.name,
         kernel_reason=None if kernel is None else kernel.reason,
         unsure=speed is not None and speed.is_unsure,
+        kept_tried=result.kept_tried,
     )
 
 

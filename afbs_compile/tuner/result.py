@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.recipe import KeptTrial
 from afbs_compile.tuner import gp
 from afbs_compile.tuner.curves import Curves
 from afbs_compile.tuner.lengths import Lengths
@@ -32,6 +33,7 @@ class SiteResult:
         lengths: what was learnt about other lengths; tau_exponent: ``[H]``, as in :class:`HeadRecipe`.
         deciding: bool ``[inputs]``, inputs that kept a head from a bolder threshold; held_out: bool ``[inputs]``, those
             that had no say in theta, policy and block shape.
+        kept_tried: what the blocks that are always kept were chosen from.
         posterior: the search landscape of ``method="paper"``, to warm-start the next site; trials: what it tried.
     """
 
@@ -47,5 +49,6 @@ class SiteResult:
     held_out: Tensor | None = None
     confirmed_ms: float | None = None
     precision_reasons: tuple[str | None, ...] | None = None
+    kept_tried: tuple[KeptTrial, ...] = ()
     posterior: gp.Posterior | None = None
     trials: tuple[Trial, ...] = ()

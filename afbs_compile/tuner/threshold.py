@@ -45,6 +45,9 @@ CAREFUL, LEAST_STEP = 0.9, 0.7
 """The first step back aims at this share of the budget, as if the cost grew with the threshold itself, and is this at
 most; the second is two such steps, the third three."""
 
+UNDERSPENT = 0.7
+"""A step back that leaves more of the budget than the rest of this went too far: one threshold between is tried."""
+
 PIECES = 5
 """Windows of tokens that the output of each sample is compared in; twice as many where there is one sample."""
 
@@ -160,16 +163,47 @@ def spend(
     threshold, measured = found.inside, found.cost
     if threshold == 0.0:
         return Spending(0.0, 0.0, None, None, 0)
+    failed: tuple[float, float] | None = None
     for steps_back in range(MOST_STEPS_BACK + 1):
         check = judge.checking(chosen(threshold))
         if check is None:
             return Spending(threshold, measured, None, None, steps_back)
         progress()
         if check[0] <= limit:
-            measured = cost(threshold) if steps_back else measured
+            if failed is not None:
+                threshold, check = _half_way_back(judge, chosen, progress, (threshold, check), failed)
+                measured = cost(threshold)
             return Spending(threshold, measured, *check, steps_back)
+        failed = threshold, check[0]
         threshold *= min(CAREFUL * limit / check[0], LEAST_STEP) ** (steps_back + 1)
     return Spending(0.0, 0.0, None, None, MOST_STEPS_BACK + 1)
+
+
+Check = tuple[float, float | None]
+"""A cost, and the upper end of its confidence interval where there is one."""
+
+
+def _half_way_back(
+    judge: Judge,
+    chosen: Callable[[float], Mapping[str, SparseCall]],
+    progress: Callable[[], None],
+    inside: tuple[float, Check],
+    failed: tuple[float, float],
+) -> tuple[float, Check]:
+    """Take part of a step back that went too far back again, where the check passes there too.
+
+    Args:
+        judge, chosen, progress: as of :func:`spend`.
+        inside: a threshold that passed, and its check; failed: one that did not, and its cost.
+    """
+    limit, (threshold, check) = judge.budget.limit, inside
+    if check[0] > UNDERSPENT * limit:
+        return inside
+    costs = {threshold: max(check[0], limit / 64), failed[0]: failed[1]}
+    between = _further(costs, CAREFUL * limit) if math.isfinite(failed[1]) else math.sqrt(threshold * failed[0])
+    again = judge.checking(chosen(between))
+    progress()
+    return inside if again is None or not again[0] <= limit else (between, again)
 
 
 def _counted(

@@ -33,7 +33,7 @@ def contending(monkeypatch, predictor=None, attention=None):
     predictor, attention = predictor or {}, attention or {}
     monkeypatch.setattr(Stopwatch, "predictor_ms", lambda self, _, call: predictor.get(call.policy[0], 0.1))
     monkeypatch.setattr(Stopwatch, "attention_ms", lambda self, _, call: attention.get(call.shape, 1.0))
-    found = contenders(runs_of(), TuneSettings(shapes=SHAPES), Stopwatch(), lambda: None)
+    found, _ = contenders(runs_of(), TuneSettings(shapes=SHAPES), Stopwatch(), lambda: None)
     return [(call.policy[0], call.shape) for call in (next(iter(each.family.calls.values())) for each in found)]
 
 

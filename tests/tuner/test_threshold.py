@@ -85,6 +85,25 @@ def test_a_failed_check_steps_back():
     assert spending.threshold <= 0.012
 
 
+@pytest.mark.parametrize("slope", [2.5, 4.0])
+def test_a_step_back_that_went_too_far_is_taken_back_in_part(slope):
+    """A steep cost leaves most of the budget behind: the step was made for one that grows with the threshold."""
+    judge = FakeJudge(power(0.02, slope), power(0.018, slope))
+    spending = spent(judge)
+    assert spending.steps_back == 1
+    assert 0.6 * LIMIT <= spending.checked <= LIMIT
+    assert spending.measured == pytest.approx(power(0.02, slope)(spending.threshold), rel=1e-5)
+
+
+def test_what_fails_again_between_leaves_the_step_back():
+    def jumps(threshold):
+        return 0.3 * LIMIT if threshold < 0.014 else 1.2 * LIMIT
+
+    spending = spent(FakeJudge(power(0.02, 1.5), jumps))
+    assert spending.steps_back == 1
+    assert spending.checked == 0.3 * LIMIT
+
+
 def test_a_check_that_never_passes_leaves_all_dense():
     spending = spent(FakeJudge(power(0.02, 1.5), lambda _: 1.0))
     assert (spending.threshold, spending.steps_back) == (0.0, MOST_STEPS_BACK + 1)

@@ -113,7 +113,9 @@ def _sums_of_tiles(
                 product = tl.dot(part_q, tl.trans(part_k), product, input_precision=PRECISION)
         logits = product * log2_scale
         if MASKED:
-            logits = tl.where((cols[None, :] * SPAN <= seen[:, None]) & (cols < groups_k)[None, :], logits, float("-inf"))
+            logits = tl.where(
+                (cols[None, :] * SPAN <= seen[:, None]) & (cols < groups_k)[None, :], logits, float("-inf")
+            )
         logits = tl.reshape(logits, [ROWS, COLS // PER_K, PER_K])
         peak = tl.max(logits, 2)
         peak = tl.where(peak == float("-inf"), 0.0, peak)
@@ -264,7 +266,17 @@ def write_log_mass(
         sums = torch.empty(min(units, most), count_k, tiling.rows, dtype=torch.float32, device=q.device)
         for part in chunks(units, most):
             count = part.stop - part.start
-            kind = (layout(q), layout(k), operands.q_len, operands.k_len, band, shape, features[2:], averaged, part.start)
+            kind = (
+                layout(q),
+                layout(k),
+                operands.q_len,
+                operands.k_len,
+                band,
+                shape,
+                features[2:],
+                averaged,
+                part.start,
+            )
             _sums(
                 (*kind, count),
                 count * block_count(groups_k, COLUMNS),
