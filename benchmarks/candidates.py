@@ -5,266 +5,174 @@
 Selection is simulated in PyTorch inside the model's attention: scores of every block, one threshold, dense attention
 under the mask that it gives. For every candidate the threshold is bracketed on each text until the perplexity rises by
 1 %; a line says the sparsity there. Blocks of 64 x 64 unless a name says otherwise; what calibration always keeps is
-kept. Names: ``truth`` the true mass; ``S4`` exact mass of 4 rows of a block; ``S4g8`` the same rows against means and
-variances of 8 keys, ``R4g8`` with the variance's part held below what 8 keys can reach; ``Q4g8`` means of 4 queries
-against those; ``A+B`` the mean of two masses, ``AvB`` their maximum; ``before``: and what the query block before had in
-the same column and at the same distance. ``a0``, ``a.5``: strength is ``p n^a``. ``mass``: the smallest set that holds
-a share. ``w0.5``: thresholds divided by the root of each head's sensitivity (of the output
-to it, by a backward pass on OTHER texts). ``value``: mass times the distance of the block's mean value from the output.
-``group``: two heads of a key head share a selection. ``corrected``: skipped blocks enter by their mean key and value.
+kept. What is learned is learned from the OTHER texts.
+
+Scores: ``truth`` the true mass; ``S4`` exact mass of 4 rows of a block; ``S4fp8``, ``S4int8`` the same of rounded
+queries and keys; ``S4g8`` the same rows against means and variances of 8 keys, ``R4g8`` with the variance's part held
+below what 8 keys can reach; ``Q4g8`` means of 4 queries against those; ``cumulant`` is 16 against 16, ``main`` the same
+with the keys' variance along the head's main query direction as it is; ``antidiagonal`` XAttention's, of stride 16;
+``gate`` SeerAttention's, linear maps of pooled queries and keys; ``prior``: ``cumulant`` times a factor for each head
+and distance; ``A+B`` the mean of two masses, ``AvB`` their maximum; ``before``: and what the query block before had in
+the same column and at the same distance. ``reuse``: the scores of the layer before, head by head, or (``matched``) of
+the head there that has most in common; ``pairs of layers``: every second layer's, from the one before it.
+
+Selections: ``a0``, ``a.5``: strength is ``p n^a``. ``mass``: the smallest set that holds a share. ``value``: mass times
+the distance of the block's mean value from the output. ``group``: two heads of a key head share a selection, by their
+mean mass; ``union``: a block that either keeps. ``corrected``: skipped blocks enter by their mean key and value.
+``local 64``: that many keys before a query block are always kept (elsewhere 128); ``last 0``: so many last rows (64).
+
+Budgets: ``w0.5``: thresholds divided by the root of each head's sensitivity (of the output to it, by a backward pass).
+``dense heads``: the 5 % most sensitive skip nothing. ``shapley``: thresholds divided by the root of a layer's KL
+divergence when it alone is sparse. ``layers``: thresholds of the first and of the last third of the layers times 1/2, 1
+or 2, the best of nine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from candidate_learned import Summaries, gate, heads_alike, prior, sensitivity, summaries
+from candidate_scores import Score, cumulant, layer_before, mixed, pairs_of_layers, scores
+from candidate_selection import Probe, Select
 from common import RESULTS, SHIPPED_MODEL, load, save, settings, text_windows
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from afbs_compile.kernels.policies.vertical_slash import with_previous
-
 GOAL = 0.01
-TRIES = 5
-LOCAL_KEYS, LAST_ROWS = 128, 64
+TRIES, CHEAP_TRIES = 5, 4
+START = 0.03
+DENSE_HEADS = 0.05
 
-Score = Callable[[Tensor, Tensor, float, int, int], Tensor]
-"""Mass ``[H, n_q, n_k]`` from q, k ``[H, N, D]``, the scale and the two block sizes."""
-
-
-def rows_of(count: int, block: int) -> list[int]:
-    """Offsets of so many rows, evenly spread over a block."""
-    return [int((i + 0.5) * block / count) for i in range(count)]
-
-
-def sampled(count: int) -> Score:
-    """Exact mass of some rows of each query block, all of them where count is 0."""
-
-    def score(q: Tensor, k: Tensor, scale: float, block_q: int, block_k: int) -> Tensor:
-        rows = torch.tensor(rows_of(count or block_q, block_q), device=q.device)
-        blocks, keys = q.shape[1] // block_q, torch.arange(k.shape[1], device=q.device)
-        index = (torch.arange(blocks, device=q.device)[:, None] * block_q + rows).flatten()
-        mass = []
-        for head in range(len(q)):  # one matrix at a time
-            logits = (q[head, index].float() @ k[head].float().T) * scale
-            weights = logits.masked_fill_(keys > index[:, None], -math.inf).softmax(-1)
-            mass.append(weights.unflatten(-1, (-1, block_k)).sum(-1).unflatten(0, (blocks, -1)).mean(1))
-        return torch.stack(mass)
-
-    return score
-
-
-def coarse(rows: int, mean: bool, group: int, held: bool) -> Score:
-    """Rows (or means of as many neighbours) against moments of key groups.
-
-    Args:
-        rows: of a query block that are taken (``mean``: queries of a group); group: keys of a group.
-        held: whether the second cumulant is replaced, beyond the spread that so many keys can show, by what their
-            maximum reaches (the random energy model's frozen phase).
-    """
-
-    def score(q: Tensor, k: Tensor, scale: float, block_q: int, block_k: int) -> Tensor:
-        blocks, device = q.shape[1] // block_q, q.device
-        if mean:
-            taken = q.float().unflatten(1, (-1, rows)).mean(2) * scale
-            last = torch.arange(taken.shape[1], device=device) * rows + rows - 1
-        else:
-            offsets = torch.tensor(rows_of(rows, block_q), device=device)
-            last = (torch.arange(blocks, device=device)[:, None] * block_q + offsets).flatten()
-            taken = q[:, last].float() * scale
-        keys = k.float().unflatten(1, (-1, group))
-        variance = taken.square() @ keys.var(2, unbiased=False).mT
-        second = variance / 2
-        if held:
-            critical = math.sqrt(2 * math.log(group))
-            spread = variance.clamp_min(0).sqrt()
-            second = torch.where(spread < critical, second, spread * critical - math.log(group))
-        logits = taken @ keys.mean(2).mT + second
-        first = torch.arange(k.shape[1] // group, device=device) * group
-        weights = logits.masked_fill_(first > last[:, None], -math.inf).softmax(-1)
-        return weights.unflatten(-1, (-1, block_k // group)).sum(-1).unflatten(1, (blocks, -1)).mean(2)
-
-    return score
-
-
-def scores() -> dict[str, Score]:
-    """Every score by name."""
-    found: dict[str, Score] = {"truth": sampled(0), "cumulant": coarse(16, True, 16, False)}
-    found |= {f"S{rows}": sampled(rows) for rows in (1, 2, 4, 8, 16)}
-    for group in (4, 8, 16):
-        found |= {f"S{rows}g{group}": coarse(rows, False, group, False) for rows in (4, 8, 16)}
-        found |= {f"R{rows}g{group}": coarse(rows, False, group, True) for rows in (8, 16, 32)}
-        found |= {f"Q{size}g{group}": coarse(size, True, group, True) for size in (2, 4, 8, 16)}
-    plain = dict(found)
-
-    def mixed(a: str, b: str, how: Callable[[Tensor, Tensor], Tensor]) -> Score:
-        return lambda *x: how(plain[a](*x), plain[b](*x))
-
-    for a, b in (("S4", "cumulant"), ("S8", "cumulant"), ("S2", "cumulant"), ("S4", "Q8g8"), ("S8", "Q8g8")):
-        found[f"{a}+{b}"] = mixed(a, b, lambda x, y: (x + y) / 2)
-    found["SvQ"] = mixed("S4", "Q8g8", torch.maximum)
-    for name in ("cumulant", "S4", "S2+cumulant", "S4+cumulant"):
-        found[f"{name} before"] = with_block_before(found[name])
-    return found
-
-
-def with_block_before(score: Score) -> Score:
-    """The mass, with half of what the query block before had in the same column and at the same distance."""
-
-    def smoothed(q: Tensor, k: Tensor, scale: float, block_q: int, block_k: int) -> Tensor:
-        mass = with_previous(score(q, k, scale, block_q, block_k), block_q // block_k)
-        return mass / mass.sum(-1, keepdim=True)
-
-    return smoothed
-
-
-@dataclass
-class Select:
-    """Attention of one layer under a selection; counts what it skips.
-
-    Attributes:
-        score: of blocks; threshold: of strength, of all heads; weights: ``[layers, H]``, what multiplies strengths.
-        exponent: of the number of visible blocks; mass: whether the smallest set is kept that holds 1 - threshold.
-        value, group, corrected: see the module.
-    """
-
-    score: Score
-    threshold: float
-    block_q: int = 64
-    block_k: int = 64
-    exponent: float = 0.25
-    weights: Tensor | None = None
-    mass: bool = False
-    value: bool = False
-    group: int = 1
-    corrected: bool = False
-
-    def __post_init__(self) -> None:
-        self.skipped: list[float] = []
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """``[H, N, D]`` each."""
-        live, visible = self._live(layer, q, k, v, scale)
-        self.skipped.append(1 - float(live.sum() / (visible.sum() * len(live))))
-        length = q.shape[1]
-        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        return torch.stack([self._head(q[h], k[h], v[h], live[h], visible, seen, scale) for h in range(len(q))])
-
-    def _live(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        p = self.score(q, k, scale, self.block_q, self.block_k)
-        first_q = torch.arange(p.shape[1], device=q.device)[:, None] * self.block_q
-        first_k = torch.arange(p.shape[2], device=q.device) * self.block_k
-        visible = first_k < first_q + self.block_q
-        near = first_k + self.block_k + LOCAL_KEYS > first_q
-        near[(q.shape[1] - LAST_ROWS) // self.block_q :] = True
-        if self.value:
-            mean = v.float().unflatten(1, (-1, self.block_k)).mean(2)
-            out = p @ mean
-            p = p * torch.cdist(out, mean) / out.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        if self.group > 1:
-            p = p.unflatten(0, (-1, self.group)).mean(1).repeat_interleave(self.group, 0)
-        weights = 1.0 if self.weights is None else self.weights[layer][:, None, None]
-        if self.mass:
-            ordered, place = p.masked_fill(~visible, 0).sort(-1, descending=True)
-            needed = ordered.cumsum(-1) - ordered < 1 - self.threshold / weights
-            live = torch.zeros_like(visible.expand_as(p)).scatter(-1, place, needed)
-        else:
-            live = p * visible.sum(-1, keepdim=True) ** self.exponent * weights > self.threshold
-        return (live | near) & visible, visible
-
-    def _head(
-        self, q: Tensor, k: Tensor, v: Tensor, live: Tensor, visible: Tensor, seen: Tensor, scale: float
-    ) -> Tensor:
-        allowed = live.repeat_interleave(self.block_q, 0).repeat_interleave(self.block_k, 1) & seen
-        if not self.corrected:
-            return F.scaled_dot_product_attention(q[None], k[None], v[None], allowed, scale=scale)[0]
-        logits = (q.float() @ k.float().T * scale).masked_fill(~allowed, -math.inf)
-        mean_k, mean_v = (x.float().unflatten(0, (-1, self.block_k)).mean(1) for x in (k, v))
-        dead = (~live & visible).repeat_interleave(self.block_q, 0)
-        column = (q.float() @ mean_k.T * scale + math.log(self.block_k)).masked_fill(~dead, -math.inf)
-        weights = torch.cat([logits, column], -1).softmax(-1)
-        return (weights @ torch.cat([v.float(), mean_v])).to(q.dtype)
-
-
-class Probe:
-    """The attention function that the model is given: dense, or by a selection."""
-
-    def __init__(self) -> None:
-        self.select: Select | None = None
-        self.outputs: list[Tensor] | None = None
-
-    def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, **__: Any
-    ) -> tuple[Tensor, None]:
-        """Transformers' attention interface."""
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        if self.select is None:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        else:
-            out = self.select(module.layer_idx, query[0], key[0], value[0], scaling)[None]
-        if self.outputs is not None:
-            out.retain_grad()
-            self.outputs.append(out)
-        return out.transpose(1, 2).contiguous(), None
+Make = Callable[[float], Select]
+"""A selection at a threshold."""
 
 
 class Text:
-    """Windows of one text, with their dense logits."""
+    """Windows of one text, their dense logits, and what they teach, each found when first asked for."""
 
-    def __init__(self, model: Any, windows: Sequence[Tensor]) -> None:
-        self._model, self._windows = model, windows
+    def __init__(self, model: Any, probe: Probe, windows: Sequence[Tensor]) -> None:
+        self.model, self.probe, self.windows = model, probe, windows
         with torch.no_grad():
             self._dense = [model(ids, use_cache=False).logits[0] for ids in windows]
 
     @torch.no_grad()
-    def rise(self, probe: Probe, select: Select) -> tuple[float, float]:
+    def rise(self, select: Select) -> tuple[float, float]:
         """Relative rise of perplexity, and sparsity."""
-        probe.select = select
         losses = []
-        for ids, dense in zip(self._windows, self._dense, strict=True):
-            sparse = self._model(ids, use_cache=False).logits[0]
+        for ids, dense, sparse in zip(self.windows, self._dense, self._sparse(select), strict=True):
             a, b = (F.cross_entropy(x[:-1].float(), ids[0, 1:]) for x in (dense, sparse))
             losses.append(float(b - a))
-        probe.select = None
         return math.expm1(sum(losses) / len(losses)), sum(select.skipped) / len(select.skipped)
 
+    @torch.no_grad()
+    def divergence(self, select: Select) -> float:
+        """Mean KL divergence of the next token's distribution from the dense one."""
+        found = []
+        for dense, sparse in zip(self._dense, self._sparse(select), strict=True):
+            a, b = (x.float().log_softmax(-1) for x in (dense, sparse))
+            found.append(float(F.kl_div(b, a, reduction="batchmean", log_target=True)))
+        return sum(found) / len(found)
 
-def sensitivity(model: Any, probe: Probe, windows: Sequence[Tensor]) -> Tensor:
-    """``[layers, H]``: root mean square over tokens of |gradient| |output| of labels drawn from the model itself."""
-    squares = []
-    for ids in windows:
-        probe.outputs = []
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
-        labels = torch.distributions.Categorical(logits=logits.detach()).sample()
-        F.cross_entropy(logits, labels, reduction="sum").backward()
-        squares.append(
-            torch.stack(
-                [
-                    (o.grad.float().norm(dim=-1) * o.detach().float().norm(dim=-1))[0].square().mean(-1)
-                    for o in probe.outputs
-                ]  # type: ignore[union-attr]
-            )
-        )
-        probe.outputs = None
-    found = torch.stack(squares).mean(0).sqrt()
-    return found / found.log().mean().exp()
+    def _sparse(self, select: Select) -> Iterator[Tensor]:
+        for ids in self.windows:
+            self.probe.select = select
+            logits = self.model(ids, use_cache=False).logits[0]
+            self.probe.select = None
+            yield logits
+
+    @cached_property
+    def sensitivity(self) -> Tensor:
+        """See :func:`~candidate_learned.sensitivity`."""
+        return sensitivity(self.model, self.probe, self.windows)
+
+    @cached_property
+    def summaries(self) -> Summaries:
+        """See :func:`~candidate_learned.summaries`."""
+        return summaries(self.model, self.probe, self.windows)
+
+    @cached_property
+    def divergences(self) -> Tensor:
+        """``[layers, 1]``: of each layer, sparse alone by ``cumulant`` at :data:`START`."""
+        layers = self.model.config.num_hidden_layers
+        alone = torch.full((layers, layers, 1), math.inf, device=self.model.device)  # thresholds of 0 but for one
+        alone[range(layers), range(layers)] = 1.0
+        found = [self.divergence(Select(cumulant, START, weights=weights)) for weights in alone]
+        return torch.tensor(found, device=self.model.device)[:, None].clamp_min(1e-9)
 
 
-def at_goal(text: Text, probe: Probe, make: Callable[[float], Select], start: float) -> tuple[float | None, float]:
+class Others:
+    """What the texts beside the one that is measured teach, each found when first asked for."""
+
+    def __init__(self, texts: Sequence[Text]) -> None:
+        self._texts = texts
+
+    @cached_property
+    def sensitivity(self) -> Tensor:
+        """``[layers, H]``, the geometric mean."""
+        return torch.stack([text.sensitivity for text in self._texts]).log().mean(0).exp()
+
+    @cached_property
+    def divergence(self) -> Tensor:
+        """``[layers, 1]``, the geometric mean over texts, divided by that over layers."""
+        found = torch.stack([text.divergences for text in self._texts]).log().mean(0)
+        return (found - found.mean()).exp()
+
+    @cached_property
+    def gate(self) -> Score:
+        """See :func:`~candidate_learned.gate`."""
+        return gate(self._summaries)
+
+    @cached_property
+    def prior(self) -> Score:
+        """See :func:`~candidate_learned.prior`."""
+        return prior(self._summaries)
+
+    @cached_property
+    def heads_alike(self) -> Tensor:
+        """See :func:`~candidate_learned.heads_alike`."""
+        return heads_alike(self._summaries)
+
+    @property
+    def _summaries(self) -> Summaries:
+        return [window for text in self._texts for window in text.summaries]
+
+    def dense_heads(self) -> Tensor:
+        """``[layers, H]``: infinite for the most sensitive heads, so that nothing is below their threshold."""
+        count = max(1, round(DENSE_HEADS * self.sensitivity.numel()))
+        least = self.sensitivity.flatten().topk(count).values[-1]
+        return torch.where(self.sensitivity >= least, math.inf, 1.0)
+
+    @cached_property
+    def thirds(self) -> Tensor:
+        """``[layers, 1]``: what divides thresholds where ``cumulant`` skips most at the goal, on one window a text."""
+        model, probe = self._texts[0].model, self._texts[0].probe
+        text = Text(model, probe, [other.windows[0] for other in self._texts])
+        layers = model.config.num_hidden_layers
+        threshold = START
+        found: list[tuple[float, Tensor]] = []
+        for first, last in itertools.product((1.0, 0.5, 2.0), repeat=2):
+            times = [(first, 1.0, last)[3 * layer // layers] for layer in range(layers)]
+            weights = 1 / torch.tensor(times, device=model.device)[:, None]
+            sparsity, threshold = at_goal(text, partial(Select, cumulant, weights=weights), threshold, CHEAP_TRIES)
+            found.append((sparsity or 0.0, weights))
+        return max(found, key=lambda pair: pair[0])[1]
+
+
+def at_goal(text: Text, make: Make, start: float, tries: int = TRIES) -> tuple[float | None, float]:
     """Sparsity where the perplexity rises by :data:`GOAL`, ``None`` if it was not bracketed; and the threshold."""
     points: list[tuple[float, float, float]] = []
     threshold = start
-    for _ in range(TRIES):
-        rise, sparsity = text.rise(probe, make(threshold))
+    for _ in range(tries):
+        rise, sparsity = text.rise(make(threshold))
         points.append((threshold, max(rise, 1e-5), sparsity))
         points.sort()
         below = [p for p in points if p[1] <= GOAL]
@@ -282,17 +190,44 @@ def at_goal(text: Text, probe: Probe, make: Callable[[float], Select], start: fl
     return (found if below and above else None), threshold
 
 
-def candidates(weights: Tensor) -> dict[str, tuple[float, Callable[[float], Select]]]:
-    """Name, first threshold, and selection at a threshold.
-
-    Args:
-        weights: sensitivities of other texts.
-    """
+def candidates(others: Others) -> dict[str, tuple[float, Make]]:
+    """Name, first threshold, and selection at a threshold; nothing is learned before a selection is made."""
     known = scores()
-    found: dict[str, tuple[float, Callable[[float], Select]]] = {}
+    found: dict[str, tuple[float, Make]] = {}
 
-    def add(name: str, score: str, start: float = 0.03, **how: Any) -> None:
-        found[name] = start, lambda threshold: Select(known[score], threshold, **how)
+    def add(
+        name: str,
+        score: str | Callable[[], Score],
+        start: float = START,
+        weights: Callable[[], Tensor | None] = lambda: None,
+        **how: Any,
+    ) -> None:
+        def make(threshold: float) -> Select:
+            return Select(known[score] if isinstance(score, str) else score(), threshold, weights=weights(), **how)
+
+        found[name] = start, make
+
+    for score in ("antidiagonal", "main", "S4fp8", "S4int8", "S4fp8+cumulant"):
+        add(score, score)
+    add("gate", lambda: others.gate)
+    add("gate+cumulant", lambda: mixed(others.gate, known["cumulant"]))
+    add("prior", lambda: others.prior)
+    for score in ("truth", "cumulant"):
+        add(f"{score} reuse", partial(layer_before, known[score]))
+        add(f"{score} reuse matched", lambda of=known[score]: layer_before(of, others.heads_alike))
+    add("truth pairs of layers", lambda: pairs_of_layers(known["truth"]))
+    add("truth pairs of layers matched", lambda: pairs_of_layers(known["truth"], others.heads_alike))
+    for score in ("truth", "cumulant", "S4+cumulant"):
+        add(f"{score} union", score, group=2, union=True)
+    for score in ("truth", "cumulant"):
+        add(f"{score} group 32x32", score, group=2, block_q=32, block_k=32)
+        add(f"{score} union 32x32", score, group=2, union=True, block_q=32, block_k=32)
+    add("cumulant layers", "cumulant", weights=lambda: others.thirds)
+    add("cumulant dense heads", "cumulant", weights=others.dense_heads)
+    add("cumulant shapley", "cumulant", weights=lambda: others.divergence.sqrt())
+    add("cumulant local 64", "cumulant", local_keys=64)
+    add("cumulant local 256", "cumulant", local_keys=256)
+    add("cumulant last 0", "cumulant", last_rows=0)
 
     for score in known:
         add(score, score)
@@ -301,7 +236,7 @@ def candidates(weights: Tensor) -> dict[str, tuple[float, Callable[[float], Sele
         add(f"{score} a.5", score, 0.08, exponent=0.5)
         add(f"{score} mass", score, 0.15, mass=True)
         for power in (0.25, 0.5, 1.0):
-            add(f"{score} w{power}", score, weights=weights**power)
+            add(f"{score} w{power}", score, weights=lambda power=power: others.sensitivity**power)
         add(f"{score} value", score, 0.02, value=True)
         add(f"{score} group", score, group=2)
         add(f"{score} corrected", score, corrected=True)
@@ -326,27 +261,28 @@ def main() -> None:
     ALL_ATTENTION_FUNCTIONS.register("probe", probe)
     model, tokenizer = load(arguments.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
     model.requires_grad_(False).set_attn_implementation("probe")
-    windows = {
-        Path(text).stem: text_windows(tokenizer, text, arguments.length, arguments.windows, device)
+    texts = {
+        Path(text).stem: Text(model, probe, text_windows(tokenizer, text, arguments.length, arguments.windows, device))
         for text in arguments.texts
     }
-    texts = {name: Text(model, some) for name, some in windows.items()}
-    own = {name: sensitivity(model, probe, some) for name, some in windows.items()}
-    others = {
-        name: torch.stack([w for n, w in own.items() if n != name or len(own) == 1]).log().mean(0).exp() for name in own
+    tables = {
+        name: candidates(Others([text for n, text in texts.items() if n != name or len(texts) == 1])) for name in texts
     }
+    starts = {name: start for name, (start, _) in next(iter(tables.values())).items()}
+    if unknown := set(arguments.only or ()) - set(starts):
+        parser.error(f"no candidates: {', '.join(sorted(unknown))}")
     rows: dict[str, dict[str, float | None]] = {}
-    for name in candidates(next(iter(own.values()))):
+    for name, threshold in starts.items():
         if arguments.only and name not in arguments.only:
             continue
         rows[name] = {}
-        threshold = candidates(next(iter(own.values())))[name][0]
         for text, bench in texts.items():
-            make = candidates(others[text])[name][1]
-            rows[name][text], threshold = at_goal(bench, probe, make, threshold)
+            rows[name][text], threshold = at_goal(bench, tables[text][name][1], threshold)
         cells = [f"{text} {'-' if x is None else f'{x:.1%}'}" for text, x in rows[name].items()]
         print(f"{name:>24}  {'  '.join(cells)}", flush=True)
-    save(arguments.name, arguments.out, {"settings": settings(arguments), "sparsity_at_1_percent": rows})
+        with contextlib.redirect_stdout(None):  # after each, since a run may be cut off
+            save(arguments.name, arguments.out, {"settings": settings(arguments), "sparsity_at_1_percent": rows})
+    print(f"wrote {arguments.out / arguments.name}.json")
 
 
 if __name__ == "__main__":
