@@ -61,7 +61,7 @@ def visible(operands: Operands, shape: Shape) -> Tensor:
 
 def divide(monkeypatch: pytest.MonkeyPatch) -> None:
     """More programs and more launches than lengths of a test would need."""
-    monkeypatch.setattr(grouped, "COLUMNS", 128)
+    monkeypatch.setattr(grouped, "COLUMNS", 256)
     monkeypatch.setattr(grouped, "SUMS_AT_ONCE", 1)
 
 

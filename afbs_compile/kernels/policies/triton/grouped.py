@@ -26,7 +26,7 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.features import GROUP, Features
 
 COLUMNS = 2048
-"""Key groups that a program of the first kernel takes, a multiple of its tiles."""
+"""Key groups that a program of the first kernel takes, a multiple of its tiles; a quarter where rows are long."""
 
 TILE_K = 64
 """Key groups of a tile; those of a block of keys, where they are more."""
@@ -47,7 +47,7 @@ class Tiling(NamedTuple):
     Attributes:
         rows, cols: query groups and key groups of a tile.
         depth: columns of a feature row that it holds at once; chunks: how often, for a whole row.
-        stages: of the software pipeline.
+        stages: of the software pipeline; columns: key groups that a program takes.
     """
 
     rows: int
@@ -55,6 +55,7 @@ class Tiling(NamedTuple):
     depth: int
     chunks: int
     stages: int
+    columns: int
 
     @classmethod
     def of(cls, dim: int, size: int, per_k: int, *, large: bool) -> Tiling:
@@ -64,13 +65,15 @@ class Tiling(NamedTuple):
             dim: numbers of a feature row, of ``size`` bytes; per_k: key groups of a block.
             large: whether a program may have 96 KiB of shared memory, else 48.
         """
-        whole, most = padded(dim), DEPTH_BYTES * (2 if large else 1)
-        depth = whole if whole * size <= most else DEPTH_BYTES // 2 // size
+        whole, cols = padded(dim), max(TILE_K, per_k)
+        if large and DEPTH_BYTES < whole * size <= 2 * DEPTH_BYTES:  # two programs share a multiprocessor
+            return cls(64, cols, whole, 1, 1, COLUMNS // 4)
+        depth = whole if whole * size <= DEPTH_BYTES else DEPTH_BYTES // 2 // size
         # Three TF32 products for each one take the registers that more rows would need.
-        rows = 128 if large and size == 2 and depth * size <= DEPTH_BYTES else 64
-        cols = max(TILE_K, per_k)
+        rows = 128 if large and size == 2 else 64
         loaded = (cols if depth == whole else cols + rows) * depth * size
-        return cls(rows, cols, depth, whole // depth, min(4, max(1, (64 if large else 32) * 1024 // loaded)))
+        stages = min(4, max(1, (64 if large else 32) * 1024 // loaded))
+        return cls(rows, cols, depth, whole // depth, stages, COLUMNS)
 
 
 @triton.jit
@@ -279,11 +282,11 @@ def write_log_mass(
             )
             _sums(
                 (*kind, count),
-                count * block_count(groups_k, COLUMNS),
+                count * block_count(groups_k, tiling.columns),
                 *(q, k, sums, features.scale * math.log2(math.e), part.start, count, heads, heads // k.shape[1]),
                 *(rows_q, k.shape[2], groups_q, groups_k, band.upper, count_k, *q.stride(), *k.stride()),
                 *(dim, features.parts, features.reverse, features.span, features.last, GROUP, per_k, band.bounded),
-                *(COLUMNS, tiling.depth, tiling.chunks, precision, tiling.rows, tiling.cols),
+                *(tiling.columns, tiling.depth, tiling.chunks, precision, tiling.rows, tiling.cols),
                 warps=tiling.rows // 16,
                 stages=tiling.stages,
             )
