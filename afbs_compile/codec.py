@@ -159,8 +159,9 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
 
 def _decode_named_tuple(kind: Any, value: Any, where: str) -> Any:
     hints = _hints(kind)
-    if not isinstance(value, list) or len(value) != len(hints):
-        raise DamagedError(f"{where} is not a list of {len(hints)}")
-    return kind(
-        *(decode(hint, item, f"{where}.{name}") for (name, hint), item in zip(hints.items(), value, strict=True))
-    )
+    least = len(hints) - len(kind._field_defaults)
+    if not isinstance(value, list) or not least <= len(value) <= len(hints):
+        count = str(least) if least == len(hints) else f"{least} to {len(hints)}"
+        raise DamagedError(f"{where} is not a list of {count}")
+    given = zip(hints.items(), value, strict=False)
+    return kind(*(decode(hint, item, f"{where}.{name}") for (name, hint), item in given))

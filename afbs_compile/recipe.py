@@ -17,7 +17,7 @@ from afbs_compile.errors import RecipeError, cut, shown
 from afbs_compile.files import read_regular, write_whole
 from afbs_compile.hub import downloaded, uploaded
 from afbs_compile.kernels.blocks import BlockShape
-from afbs_compile.kernels.call import BLOCKS, KEEP_ALL, LONGEST, SparseCall, fp8_constant_count
+from afbs_compile.kernels.call import BLOCK_HEADS, BLOCKS, KEEP_ALL, LONGEST, SparseCall, fp8_constant_count
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import DTYPES
 from afbs_compile.recipe_schema3 import VERSION as EARLIER_SCHEMA
@@ -29,10 +29,11 @@ FORMAT = "afbs-recipe"
 HUB_FILE = "afbs_recipe.json"
 """A recipe in a folder or repository of others."""
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
-ALIKE_SCHEMA = 4
-"""Its files lack the sketches of weights and are alike in all else."""
+ALIKE_SCHEMAS = (4, 5)
+"""Their files lack what heads share of a selection and what local keys were chosen from, those of 4 the sketches of
+weights, and are alike in all else."""
 
 LARGEST = 256 * 2**20
 """Bytes of a file: one head takes about 14 KB, those of a model of 405 billion parameters 220 MB."""
@@ -499,7 +500,7 @@ class Recipe:
             if not isinstance(data, dict) or data.get("format") != FORMAT:
                 raise RecipeError(f"{name} is not an afbs recipe: its 'format' is not {FORMAT!r}.")
             version = data.get("schema_version")
-            if type(version) is not int or version not in (SCHEMA_VERSION, ALIKE_SCHEMA, EARLIER_SCHEMA):
+            if type(version) is not int or version not in (SCHEMA_VERSION, *ALIKE_SCHEMAS, EARLIER_SCHEMA):
                 age = "newer than" if isinstance(version, int) and version > SCHEMA_VERSION else "not"
                 what = f"schema version {shown(version)}, {age} the {SCHEMA_VERSION} read here"
                 raise RecipeError(f"{name} has {what}: calibrate again.")
@@ -546,6 +547,7 @@ def _site_record(site: SiteRecipe) -> dict[str, Any]:
         **{name: getattr(site, name) for name in (*names, "kernel", "kernel_reason")},
         "block_q": call.shape.q,
         "block_k": call.shape.k,
+        "block_heads": call.shape.heads,
         "min_length": call.min_length,
         **call.kept._asdict(),
     }
@@ -616,7 +618,7 @@ def _check_head(constants: Mapping[str, Any], head: HeadRecipe, name: str) -> No
         columns = {len(c) for c in (path.tau, path.theta, path.lam, path.sparsity, path.error, path.s or path.tau)}
         if len(columns) != 1:
             raise DamagedError(f"{name} has a search path whose columns differ in length")
-        if not {*path.shape} <= {*BLOCKS}:
+        if not {*path.shape.rows} <= {*BLOCKS} or path.shape.heads not in BLOCK_HEADS:
             raise DamagedError(f"{name} has a search path over blocks of {path.shape}")
         if any(-1 < error < 0 for error in path.error):
             raise DamagedError(f"{name} has a search path with an error below 0")

@@ -41,7 +41,7 @@ class Oracle:
 
     def _attend(self, operands: Operands) -> Tensor:
         q, k, v, device = operands.q, operands.k, operands.v, operands.device
-        grid, (block_q, block_k) = operands.grid(self._shape), self._shape
+        grid, (block_q, block_k) = operands.grid(self._shape), self._shape.rows
         rows, keys = grid.count_q * block_q - operands.q_len, grid.count_k * block_k - operands.k_len
         seen = operands.mask.matrix(operands.q_len, operands.k_len, device)
         scores = ((q.float() @ k.float().transpose(-1, -2)) * operands.scale).masked_fill_(~seen, -torch.inf)

@@ -164,7 +164,7 @@ def thresholds_for(
 
 def live_pairs(lists: BlockLists, case: Case, shape: BlockShape) -> float:
     """Pairs of a query and a key that are computed and that the mask allows; lengths are whole blocks here."""
-    block_q, block_k = shape
+    block_q, block_k = shape.rows
     pairs = float(lists.counts.sum()) * block_q * block_k
     if case.mask == "causal":
         # Above the diagonal of its rows a query block computes block_q (block_q - 1) / 2 pairs for nothing.
@@ -183,7 +183,7 @@ def exact_rows(
     operands: Operands, case: Case, shape: BlockShape, lists: BlockLists | None
 ) -> list[tuple[int, slice, Tensor]]:
     """Float64 output of the sampled query blocks over their live keys, or over all of them without lists."""
-    q, k, v, (block_q, block_k) = operands.q, operands.k, operands.v, shape
+    q, k, v, (block_q, block_k) = operands.q, operands.k, operands.v, shape.rows
     result = []
     for head, block in samples(case, block_q):
         rows = torch.arange(block * block_q, min((block + 1) * block_q, case.length), device=q.device)

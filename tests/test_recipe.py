@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -21,7 +23,8 @@ from afbs_compile.errors import RecipeError
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import Kept, SparseCall
 from afbs_compile.kernels.spec.selection import PREDICTOR_VERSION
-from afbs_compile.recipe import GraphRecipe, HeadRecipe, SampleRecord, SearchPath, SiteRecipe
+from afbs_compile.recipe import GraphRecipe, HeadRecipe, KeptTrial, SampleRecord, SearchPath, SiteRecipe
+from afbs_compile.report.inspection import print_inspection
 from tests.toy import HEAD_DIM, HEADS, Attention, drifting
 
 
@@ -45,6 +48,35 @@ def test_saved_and_loaded_is_the_same(recipe, tmp_path):
     recipe.save(tmp_path / "recipe.json")
     assert Recipe.load(tmp_path / "recipe.json") == recipe
     assert list(tmp_path.iterdir()) == [tmp_path / "recipe.json"]
+
+
+def test_files_of_schema_5_have_blocks_of_one_head(recipe, tmp_path):
+    path = tmp_path / "recipe.json"
+    recipe.save(path)
+    data = json.loads(path.read_text())
+    assert data["graphs"][0]["sites"][0]["call"]["shape"] == [64, 64, 1]
+    data["schema_version"] = 5
+    for site in data["graphs"][0]["sites"]:
+        del site["kept_tried"]
+        if site["call"]:
+            site["call"]["shape"] = [64, 64]
+    path.write_text(json.dumps(data))
+    assert Recipe.load(path) == recipe
+
+
+def test_what_is_always_kept_and_what_it_was_chosen_from_is_written(recipe, tmp_path):
+    graph = recipe.graphs[0]
+    tried = (KeptTrial(0, 0.2, 0.5, 3.0), KeptTrial(64, 0.25, 0.05, 0.75))
+    call = replace(graph.sites[0].call, kept=Kept(64, 64), shape=BlockShape(64, 64, heads=2), policy=("cumulant",) * 2)
+    site = replace(graph.sites[0], call=call, kept_tried=tried)
+    shared = replace(recipe, graphs=(replace(graph, sites=(site, *graph.sites[1:])),))
+    shared.save(tmp_path / "recipe.json")
+    assert Recipe.load(tmp_path / "recipe.json") == shared
+    console = Console(file=StringIO(), width=200)
+    print_inspection(shared, console)
+    text = " ".join(console.file.getvalue().split())
+    assert "64x64 of 2 heads" in text
+    assert "layers.0.attn 64 64 0.500 at 20% 0.050 at 25% 0.75" in text
 
 
 def test_sparsity_counts_every_calibrated_head(recipe):
@@ -95,7 +127,8 @@ def in_the_call(path: Path, **changes: object) -> str:
         (lambda p: edited(p, graphs={}), "recipe.graphs is not a list"),
         (lambda p: edited(p, graphs=[]), "it has no graph"),
         (lambda p: in_the_call(p, shape=[0, 64]), "block_q is 0"),
-        (lambda p: in_the_call(p, shape=[64]), "call.shape is not a list of 2"),
+        (lambda p: in_the_call(p, shape=[64]), "call.shape is not a list of 2 to 3"),
+        (lambda p: in_the_call(p, shape=[64, 64, 3]), "block_heads is 3"),
         (lambda p: in_the_call(p, kept=[-1, 0]), "last_rows is -1"),
         (lambda p: in_the_call(p, kept=[0, -1]), "local_keys is -1"),
         (lambda p: "[" * 100_000, "damaged: it is not JSON"),
@@ -285,7 +318,7 @@ def test_a_recipe_of_version_0_1_says_the_same_today(tmp_path):
         call = site.calibrated
         for name in ("tau", "theta", "lam", "policy"):
             assert list(getattr(call, name)) == [head[name] for head in old["heads"]], name
-        assert call.shape == (old["block_q"], old["block_k"])
+        assert call.shape == BlockShape(old["block_q"], old["block_k"])
         assert call.kept == (old["last_rows"], old["local_keys"])
         assert set(call.precision) == {"own"}
         assert call.fp8_constants == ()
@@ -298,7 +331,7 @@ def test_a_recipe_of_version_0_1_says_the_same_today(tmp_path):
                 assert getattr(head, name) == measured[name], name
             assert list(head.validation_errors) == measured["validation_errors"]
             for path, searched in zip(head.search, measured["search"], strict=True):
-                assert path.shape == (searched["block_q"], searched["block_k"])
+                assert path.shape == BlockShape(searched["block_q"], searched["block_k"])
                 for name in ("tau", "theta", "lam", "sparsity", "error", "s"):
                     assert list(getattr(path, name)) == searched[name], name
     assert recipe.sites[0].calibrated.kept == Kept(64, 128)

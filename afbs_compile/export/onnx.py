@@ -62,6 +62,7 @@ ATTRIBUTES = {
     "scale": (FLOAT, "softmax scale"),
     "block_q": (INT, "rows of a query block"),
     "block_k": (INT, "rows of a key block; block_q is a multiple of it"),
+    "block_heads": (INT, "neighbouring heads for which a block is live where it is for one of them"),
     "last_rows": (INT, "query blocks that hold one of this many last rows keep every block"),
     "local_keys": (INT, "blocks that hold one of this many keys right before a query block are kept"),
     "min_length": (INT, "shorter sequences keep every block"),
@@ -156,7 +157,7 @@ def attributes(call: SparseCall, mask: Mask, scale: float) -> dict[str, Any]:
         **{name: list(getattr(call, name)) for name in ("tau", "theta", "lam", "policy")},
         **dict(zip(("order", "ends"), _by_policy(call), strict=True)),
         **{"mask": str(mask), **formula, "scale": scale},
-        **{"block_q": call.shape.q, "block_k": call.shape.k, **call.kept._asdict()},
+        **{"block_q": call.shape.q, "block_k": call.shape.k, "block_heads": call.shape.heads, **call.kept._asdict()},
         **{"min_length": call.min_length, "max_length": call.max_length, "predictor_version": PREDICTOR_VERSION},
     }
 

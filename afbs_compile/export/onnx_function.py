@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 DOMAIN, NAME, MASKED_NAME = "afbs", "SparseAttention", "MaskedSparseAttention"
 
-VERSION = 4
-"""Of the domain and the nodes. Version 3 had ``policy_code`` in place of ``order`` and ``ends``; version 2 had the
-attributes ``upper`` and ``offset`` in place of ``ahead``, ``behind``, ``chunk`` and ``at_end``, and no masked node;
-version 1 had ``is_causal`` in place of ``mask``, and other codes."""
+VERSION = 5
+"""Of the domain and the nodes. Version 4 had no ``block_heads``; version 3 had ``policy_code`` in place of ``order``
+and ``ends``; version 2 had the attributes ``upper`` and ``offset`` in place of ``ahead``, ``behind``, ``chunk`` and
+``at_end``, and no masked node; version 1 had ``is_causal`` in place of ``mask``, and other codes."""
 
 FORMULA = """
 Formula (q, k, ahead, behind, chunk, at_end) => (formula)
@@ -63,9 +63,31 @@ WhereValid (x, valid) => (clean)
 }
 """
 
-PASSED_ON = """tau, theta, order, ends, ahead, behind, chunk, at_end, scaling, size_q, size_k, last, local,
+PASSED_ON = """tau, theta, order, ends, ahead, behind, chunk, at_end, scaling, size_q, size_k, together, last, local,
     shortest, longest"""
 """What :data:`READ` makes of the attributes."""
+
+SHARED = """
+Shared (live, together) => (all_live)
+{
+    # a block of [B, H, n_q, n_k] that is live for one of so many neighbouring heads is live for all of them
+    one1 = Constant <value = int64[1] {1}> ()
+    minus_one = Constant <value = int64[1] {-1}> ()
+    group_axis = Constant <value = int64[1] {2}> ()
+    live_shape = Shape (live)
+    batch1 = Shape <start = 0, end = 1> (live)
+    counts = Shape <start = 2, end = 4> (live)
+    together1 = Reshape (together, one1)
+    groups_shape = Concat <axis = 0> (batch1, minus_one, together1, counts)
+    numbers = Cast <to = 6> (live)
+    groups = Reshape (numbers, groups_shape)
+    any = ReduceMax <keepdims = 1> (groups, group_axis)
+    all_shape = Shape (groups)
+    all_groups = Expand (any, all_shape)
+    all_numbers = Reshape (all_groups, live_shape)
+    all_live = Cast <to = 9> (all_numbers)
+}
+"""
 
 LIVE_FIRST = """
 LiveFirst (live) => (blocks, counts)
@@ -143,8 +165,9 @@ Attend (q, k, v, valid, attn_mask, sinks, {PASSED_ON}, softcap, capped, by_mask,
     k32 = afbs.WhereValid (k, valid_all)
     v32 = afbs.WhereValid (v, valid_all)
 
-    live = afbs.PredictMask (q32, k32, formula, valid_all, mask, tau, theta, order, ends, scaling, size_q, size_k, last,
-        local, shortest, longest, softcap, capped, by_mask, with_bias)
+    live_apart = afbs.PredictMask (q32, k32, formula, valid_all, mask, tau, theta, order, ends, scaling, size_q, size_k,
+        last, local, shortest, longest, softcap, capped, by_mask, with_bias)
+    live = afbs.Shared (live_apart, together)
     count_k1 = Shape <start = 3, end = 4> (live)
     count_q1 = Shape <start = 2, end = 3> (live)
     count_q = Squeeze (count_q1)
@@ -336,6 +359,7 @@ READ = """
     scaling = Constant <value_float: float = @scale> ()
     size_q = Constant <value_int: int = @block_q> ()
     size_k = Constant <value_int: int = @block_k> ()
+    together = Constant <value_int: int = @block_heads> ()
     last = Constant <value_int: int = @last_rows> ()
     local = Constant <value_int: int = @local_keys> ()
     shortest = Constant <value_int: int = @min_length> ()
@@ -345,8 +369,8 @@ READ = """
 attributes once it has chosen a branch of an ``If``, and takes one that a function passes on to another for 0."""
 
 SPARSE_ATTENTION = f"""
-{NAME} <tau, theta, lam, policy, order, ends, mask, ahead, behind, chunk, at_end, scale, block_q, block_k, last_rows,
-    local_keys, min_length, max_length, predictor_version> (q, k, v) => (out)
+{NAME} <tau, theta, lam, policy, order, ends, mask, ahead, behind, chunk, at_end, scale, block_q, block_k, block_heads,
+    last_rows, local_keys, min_length, max_length, predictor_version> (q, k, v) => (out)
 {{
     {READ}
     # constants, so that a runtime need not look at what the call has not
@@ -362,7 +386,7 @@ SPARSE_ATTENTION = f"""
 
 MASKED_SPARSE_ATTENTION = f"""
 {MASKED_NAME} <tau, theta, lam, policy, order, ends, mask, ahead, behind, chunk, at_end, scale, softcap, dense, added,
-    lowest, block_q, block_k, last_rows, local_keys, min_length, max_length, predictor_version>
+    lowest, block_q, block_k, block_heads, last_rows, local_keys, min_length, max_length, predictor_version>
     (q, k, v, valid, attn_mask, sinks) => (out)
 {{
     {READ}
@@ -405,7 +429,7 @@ def all_functions(
     }
     masked = Template(MASKED_SPARSE_ATTENTION).substitute(asked | known)
     functions = []
-    parts = (*RULES, *SIGHT, *prediction(calls), FORMULA, WHERE_VALID, LIVE_FIRST, ATTEND)
+    parts = (*RULES, *SIGHT, *prediction(calls), FORMULA, WHERE_VALID, SHARED, LIVE_FIRST, ATTEND)
     for body in (*parts, SPARSE_ATTENTION, masked):
         text = "\n".join(line for line in body.splitlines() if not line.strip().startswith("#"))
         functions.append(onnx.parser.parse_function(header + text))

@@ -28,7 +28,7 @@ VERSION = "1"
 TEXT = "arguments"
 """The field of a plugin in an engine."""
 
-NUMBERS = ("scale", "block_q", "block_k", "min_length", "max_length", "last_rows", "local_keys")
+NUMBERS = ("scale", "block_q", "block_k", "block_heads", "min_length", "max_length", "last_rows", "local_keys")
 LISTS = ("tau", "theta", "lam")
 TEXTS = ("policy", "mask")
 MASKED_NUMBERS = ("softcap", "dense")

@@ -10,13 +10,24 @@ from torch import Tensor
 
 
 class BlockShape(NamedTuple):
-    """Rows per block of queries and of keys, powers of two; ``q`` is a multiple of ``k``."""
+    """Rows per block of queries and of keys, powers of two; ``q`` is a multiple of ``k``.
+
+    Attributes:
+        heads: neighbouring query heads, of one key head, whose query blocks share a selection: a key block is live for
+            all of them where it is for one.
+    """
 
     q: int
     k: int
+    heads: int = 1
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Of queries and of keys."""
+        return self.q, self.k
 
     def __str__(self) -> str:
-        return f"{self.q}x{self.k}"
+        return f"{self.q}x{self.k}" + (f" of {self.heads} heads" if self.heads > 1 else "")
 
 
 def block_count(length: int, block: int) -> int:
@@ -68,6 +79,11 @@ class BlockLists(NamedTuple):
         sizes = (batch, heads, grid.count_q)
         whole, partial = (torch.empty(sizes, dtype=torch.int32, device=device) for _ in range(2))
         return cls(whole, partial, torch.empty((*sizes, grid.count_k), dtype=torch.int32, device=device))
+
+
+def shared(live: Tensor, heads: int) -> Tensor:
+    """What is live for any of ``heads`` neighbouring heads, for all of them; bool ``[B, H, n_q, n_k]``."""
+    return live if heads == 1 else live.unflatten(1, (-1, heads)).any(2).repeat_interleave(heads, 1)
 
 
 def lists_of(live: Tensor, whole: Tensor) -> BlockLists:

@@ -27,6 +27,8 @@ calibration chooses. Testing tiles costs more than skipping them saves (``benchm
 
 BLOCKS = (16, 32, 64, 128)
 
+BLOCK_HEADS = (1, 2, 4, 8)
+
 LONGEST = 2**31 - 1
 """Tokens; the operator multiplies two lengths in 64 bits."""
 
@@ -59,7 +61,7 @@ class SparseCall:
         theta: per head, self-similarity below which a block is always kept; negative: off.
         lam: per head, skip threshold in log2 units, at most 0; :data:`LAMBDA_OFF`: off.
         policy: per head, what scores the key blocks, by name (:mod:`afbs_compile.kernels.policies`).
-        shape: rows per block.
+        shape: rows per block, and how many heads share a selection; these have one policy and one precision.
         kept: which blocks every tau keeps; by default, as of calls that were not calibrated and of ``method="paper"``,
             only those with a query block's own positions.
         precision: per head, one of :data:`PRECISIONS`; left out: ``"own"`` for all.
@@ -88,6 +90,7 @@ class SparseCall:
             object.__setattr__(self, "precision", ("own",) * len(self.tau))
         self._check_per_head()
         self._check_blocks()
+        self._check_block_heads()
         self._check_fp8()
 
     @classmethod
@@ -177,6 +180,8 @@ class SparseCall:
         """Keyword arguments of the operator; what it takes by default is left out."""
         given: dict[str, Any] = {name: list(getattr(self, name)) for name in ("tau", "theta", "lam")}
         given |= {"block_q": self.shape.q, "block_k": self.shape.k, "min_length": self.min_length}
+        if self.shape.heads > 1:
+            given["block_heads"] = self.shape.heads
         if self.max_length:
             given["max_length"] = self.max_length
         if set(self.policy) - {UNNAMED}:
@@ -209,6 +214,11 @@ class SparseCall:
         heads, kv_heads, dim = operands.heads, operands.k.shape[1], operands.q.shape[3]
         if self.heads != heads:
             raise ValueError(_count("tau", self.heads, "constants", heads))
+        if operands.groups % self.shape.heads:
+            raise ValueError(
+                f"block_heads is {self.shape.heads} and {operands.groups} query heads share a key head; accepted: a "
+                f"number that divides those"
+            )
         count = fp8_constant_count(kv_heads, dim)
         if self.fp8_constants and len(self.fp8_constants) != count:
             raise ValueError(
@@ -255,6 +265,19 @@ class SparseCall:
                 accepted = "0 or more" if value < 0 else f"at most {LONGEST}"
                 raise ValueError(f"{name} is {shown(value)}; accepted: {accepted}")
 
+    def _check_block_heads(self) -> None:
+        together = self.shape.heads
+        if together not in BLOCK_HEADS or self.heads % together:
+            fitting = ", ".join(str(number) for number in BLOCK_HEADS if self.heads % number == 0)
+            raise ValueError(f"block_heads is {shown(together)}; accepted for {self.heads} heads: {fitting}")
+        for name in ("policy", "precision"):
+            values = getattr(self, name)
+            if any(values[h] != values[h - h % together] for h in range(self.heads)):
+                raise ValueError(
+                    f"{name} is {shown(list(values))}; accepted: one name for each {together} heads that share a "
+                    f"selection (block_heads)"
+                )
+
     def _check_fp8(self) -> None:
         for name in self.precision:
             if name not in PRECISIONS:
@@ -266,7 +289,15 @@ class SparseCall:
 PER_HEAD = ("tau", "theta", "lam", "policy", "precision")
 """Fields of :class:`SparseCall` that have an entry for each head."""
 
-NUMBERS = (("block_q", 64), ("block_k", 64), ("min_length", 0), ("max_length", 0), ("last_rows", 0), ("local_keys", 0))
+NUMBERS = (
+    ("block_q", 64),
+    ("block_k", 64),
+    ("block_heads", 1),
+    ("min_length", 0),
+    ("max_length", 0),
+    ("last_rows", 0),
+    ("local_keys", 0),
+)
 """The operator's whole numbers and what they are by default."""
 
 
@@ -290,6 +321,6 @@ def _of_arguments(
     given: dict[str, Any] = {**dict(lists), **dict(numbers)}
     if len(given["tau"]) != heads:
         raise ValueError(_count("tau", len(given["tau"]), "constants", heads))
-    shape = BlockShape(given.pop("block_q"), given.pop("block_k"))
+    shape = BlockShape(given.pop("block_q"), given.pop("block_k"), given.pop("block_heads"))
     kept = Kept(given.pop("last_rows"), given.pop("local_keys"))
     return SparseCall(**{**given, "policy": given["policy"] or (UNNAMED,) * heads}, shape=shape, kept=kept)

@@ -21,7 +21,7 @@ SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, float[] tau, float[] theta, float[] lam, str mask, float? scale=None, "
     "int block_q=64, int block_k=64, int min_length=0, int max_length=0, str[]? policy=None, "
     "str[]? precision=None, float[]? fp8_constants=None, int last_rows=0, int local_keys=0, Tensor? valid=None, "
-    "Tensor? attn_mask=None, float softcap=0.0, Tensor? sinks=None) -> Tensor"
+    "Tensor? attn_mask=None, float softcap=0.0, Tensor? sinks=None, int block_heads=1) -> Tensor"
 )
 
 
@@ -90,6 +90,7 @@ def sparse_attention(
     attn_mask: Tensor | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    block_heads: int = 1,
 ) -> Tensor:
     """Block-sparse attention with each head's constants; dense where that is what they say.
 
@@ -111,6 +112,7 @@ def sparse_attention(
         valid, attn_mask: what else hides keys, softcap, sinks: what else becomes of scores, as in
             :class:`afbs_compile.kernels.operands.Operands`; of ``valid`` the batch, and of ``attn_mask`` every
             dimension, may be 1.
+        block_heads: neighbouring query heads of a key head that share a selection.
 
     Returns:
         ``[B, H, q_len, D_v]`` in the dtype of ``q``; in memory ``[B, q_len, H, D_v]``.

@@ -61,7 +61,7 @@ def _data(recipe: Recipe, masks: Masks | None) -> dict[str, Any]:
 def _site(site: SiteRecipe) -> dict[str, Any]:
     """A call as the page's script reads it: what was measured of each head beside its constants."""
     heads = [{**asdict(head), **site.calibrated.of_head(index)} for index, head in enumerate(site.heads)]
-    blocks = None if site.call is None else f"{site.call.shape.q} x {site.call.shape.k}"
+    blocks = None if site.call is None else str(site.call.shape).replace("x", " x ")
     return {"name": site.name, "outcome": site.outcome, "reason": site.reason, "blocks": blocks, "heads": heads}
 
 

@@ -111,9 +111,13 @@ def _site_masks(
     if not wanted:
         return []
     one = sample.element(0)
-    call = row.calibrated.in_own_precision().taken(wanted, one.k.shape[1])
-    part = one.taken(wanted)
-    live = live_of(engines_on(one.device)[0].select(part, call))[0].cpu()
+    # With those that they share a selection with; few of many, for the lists of all would be large.
+    together = row.calibrated.shape.heads
+    heads = sorted({head - head % together + i for head in wanted for i in range(together)})
+    call = row.calibrated.in_own_precision().taken(heads, one.k.shape[1])
+    part = one.taken(heads)
+    places = [heads.index(head) for head in wanted]
+    live = live_of(engines_on(one.device)[0].select(part, call))[0][places].cpu()
     visible = sight_of(resolved(part), call.shape).visible[0].cpu()
     rows, columns = visible.shape[1:]
     pairs = zip(wanted, live, visible.expand(len(wanted), -1, -1), strict=True)

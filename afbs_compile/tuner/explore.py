@@ -75,7 +75,8 @@ def explore(
         shapes: to compare.
         stopwatch: what timing earlier sites has shown.
     """
-    shapes = stopwatch.contenders(inputs.explored, shapes)
+    # A threshold of its own for each head says nothing of what a head gets from those it shares a selection with.
+    shapes = stopwatch.contenders(inputs.explored, [shape for shape in shapes if shape.heads == 1])
     found: dict[BlockShape, Explored] = {}
     choices = candidates(inputs, shapes[0])
     for shape in shapes:

@@ -118,6 +118,7 @@ def contenders(
         The fastest policy first, slow ones left out; by site.
     """
     names = [site.name for site in runs[0].sites]
+    groups = {site.shapes().operands().groups for site in runs[0].sites}
     explored = set(names[:: -(-len(names) // EXPLORED_SITES)])
     policies = [policy.name for policy in POLICIES.values() if policy.explored and policy.rule == "share"]
     found: dict[tuple[str, BlockShape], list[SiteTimes]] = defaultdict(list)
@@ -125,7 +126,12 @@ def contenders(
     kept: dict[str, KeptChoice] = {}
     with closing(capture(runs[:1])) as walk:
         for name, operands in walk:
-            inputs, shapes = SiteInputs(operands), settings.shapes_on(operands[0].device)
+            inputs = SiteInputs(operands)
+            shapes = [
+                shape
+                for shape in settings.shapes_on(operands[0].device)
+                if all(number % shape.heads == 0 for number in groups)
+            ]
             kept[name] = choose_kept(inputs.explored, inputs.kept, shapes[0], START)
             plain[name] = SparseCall.uniform(inputs.heads, 0.0, kept=kept[name].kept)
             for shape in shapes if name in explored else ():

@@ -182,7 +182,7 @@ class Abacus(Engine):
         return True
 
     def refusal(self, operands: Operands, call: SparseCall) -> str | None:
-        return None if call.shape == (64, 64) else f"blocks are {call.shape}; accepted: 64x64"
+        return None if call.shape.rows == (64, 64) else f"blocks are {call.shape}; accepted: 64x64"
 
     def select(self, operands: Operands, call: SparseCall) -> BlockLists:
         return plain.select(operands, call)

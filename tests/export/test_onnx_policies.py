@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import starmap
 
 import pytest
@@ -94,6 +95,20 @@ def test_local_keys_and_last_rows_keep_blocks(name, mask):
         q, k, _ = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
         (found,) = run(masks, q=q, k=k)
         assert torch.equal(found, expected_mask(q, k, call, mask))
+
+
+@EACH_MASK
+@pytest.mark.parametrize("together", [2, 4])
+def test_heads_that_share_a_selection(together, mask):
+    call = of_policies(["cumulant"] * 4, (0.9, 0.93, 0.9, 0.96), blocks=BlockShape(64, 32, together))
+    outputs = attention(call, mask)
+    for seed, (batch, length, kv_heads) in enumerate(size for size in SIZES if 4 // size[2] >= together):
+        q, k, v = operands(length, batch=batch, kv_heads=kv_heads, seed=seed)
+        (out,) = run(outputs, q=q, k=k, v=v)
+        expected = by_operator(q, k, v, call, mask)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    apart = replace(call, shape=BlockShape(64, 32))
+    assert not torch.allclose(by_operator(q, k, v, apart, mask), expected, atol=1e-4)
 
 
 @EACH_MASK

@@ -15,7 +15,7 @@ from afbs_compile.kernels.attend.hopper.engine import HEAD_DIMS, Hopper
 from afbs_compile.kernels.attend.portable import launch as portable_launch
 from afbs_compile.kernels.attend.portable.engine import Portable
 from afbs_compile.kernels.attend.run import run
-from afbs_compile.kernels.blocks import BlockLists, live_of
+from afbs_compile.kernels.blocks import BlockLists, BlockShape, live_of
 from afbs_compile.kernels.call import Kept
 from afbs_compile.kernels.operands import Operands, empty_output
 from afbs_compile.kernels.select import triton
@@ -48,6 +48,11 @@ CONFIGURATIONS = [
     Shape(1, dim, heads=6, kv_heads=2, batch=2, dtype=dtype, mask=mask, blocks=(128, block_k), layout="bnhd")
     for dtype, dim, block_k, mask in itertools.product((torch.bfloat16, torch.float16), HEAD_DIMS, (128, 64), MASKS)
 ]
+CONFIGURATIONS += [
+    Shape(1, dim, heads=4, kv_heads=1, batch=2, dtype=dtype, mask=mask, blocks=(64, 64, 2), layout="bnhd")
+    for dtype, dim, mask in itertools.product((torch.bfloat16, torch.float16), HEAD_DIMS, MASKS)
+]
+EVERY_BLOCKS = pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (64, 64, 2)], ids=str)
 PLAIN = Shape(1500, 128, heads=4, kv_heads=2, dtype=torch.bfloat16, blocks=(128, 128))
 
 
@@ -103,21 +108,23 @@ def test_groups_and_layouts(groups: int, mask: str) -> None:
         assert error(attend(shape.of(q, k, v), live, shape), expected) <= 2e-2
 
 
-@pytest.mark.parametrize("block_k", [128, 64])
+@EVERY_BLOCKS
 @pytest.mark.parametrize("mask", MASKS)
-def test_heads_of_very_different_work_in_one_launch(block_k: int, mask: str) -> None:
-    shape = replace(PLAIN, length=3001, heads=8, kv_heads=8, blocks=(128, block_k), mask=mask)
+def test_heads_of_very_different_work_in_one_launch(blocks: tuple[int, ...], mask: str) -> None:
+    shape = replace(PLAIN, length=3001, heads=8, kv_heads=8 // BlockShape(*blocks).heads, blocks=blocks, mask=mask)
     q, k, v = inputs(shape, "cuda")
     live = some_blocks(shape, "cuda", share=0.05)
-    live[:, 5] = all_blocks(shape, "cuda")[:, 5]
-    live[:, 6] = some_blocks(shape, "cuda", share=0.0)[:, 6]
+    live[:, 4:6] = all_blocks(shape, "cuda")[:, 4:6]
+    live[:, 6:] = some_blocks(shape, "cuda", share=0.0)[:, 6:]
     assert is_the_specification(shape.of(q, k, v), live, shape)
 
 
-@pytest.mark.parametrize("block_k", [128, 64])
-def test_last_rows_are_whole_whatever_the_order_of_tiles(block_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@EVERY_BLOCKS
+def test_last_rows_are_whole_whatever_the_order_of_tiles(
+    blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "CACHED_BYTES", 1)  # key heads take turns one by one
-    shape = replace(PLAIN, length=1070, blocks=(128, block_k))  # the last 64 rows lie in two blocks
+    shape = replace(PLAIN, length=1070, blocks=blocks)  # the last 64 rows lie in two blocks
     operands, call = operands_of(shape, "cuda"), sparse_call(shape, 0.3, kept=Kept(last_rows=64))
     live, visible = live_of(triton.select(operands, call)), all_blocks(shape, "cuda")
     assert torch.equal(live[:, :, -2:], visible[:, :, -2:])
@@ -127,8 +134,8 @@ def test_last_rows_are_whole_whatever_the_order_of_tiles(block_k: int, monkeypat
 
 
 def test_a_row_needs_no_block_on_the_diagonal() -> None:
-    for block_k in (128, 64):
-        shape = replace(PLAIN, blocks=(128, block_k))
+    for blocks in ((128, 128), (128, 64), (64, 64, 2)):
+        shape = replace(PLAIN, blocks=blocks)
         q, k, v = inputs(shape, "cuda")
         live = some_blocks(shape, "cuda", share=0.3)
         live[..., 0] = True
@@ -136,11 +143,11 @@ def test_a_row_needs_no_block_on_the_diagonal() -> None:
         assert is_the_specification(shape.of(q, k, v), live, shape)
 
 
-@pytest.mark.parametrize("block_k", [128, 64])
-def test_nothing_else_is_read(block_k: int) -> None:
-    shape = replace(PLAIN, length=1000, mask="full", blocks=(128, block_k))
+@EVERY_BLOCKS
+def test_nothing_else_is_read(blocks: tuple[int, ...]) -> None:
+    shape, block_k = replace(PLAIN, length=1000, mask="full", blocks=blocks), blocks[1]
     tensors = inputs(shape, "cuda")
-    live = some_blocks(replace(shape, heads=1), "cuda").expand(1, shape.heads, -1, -1).clone()
+    live = some_blocks(shape, "cuda")[:, :1].expand(1, shape.heads, -1, -1).clone()
     live[..., 5] = False
     expected = attend(shape.of(*tensors), live, shape)
     # NaN in a block that no list names, and past the end of the sequence.
@@ -152,9 +159,9 @@ def test_nothing_else_is_read(block_k: int) -> None:
     assert torch.equal(attend(shape.of(q, k, v), live, shape), expected)
 
 
-@pytest.mark.parametrize("block_k", [128, 64])
-def test_future_tokens_change_nothing_under_a_given_mask(block_k: int) -> None:
-    shape = replace(PLAIN, blocks=(128, block_k))
+@EVERY_BLOCKS
+def test_future_tokens_change_nothing_under_a_given_mask(blocks: tuple[int, ...]) -> None:
+    shape = replace(PLAIN, blocks=blocks)
     for token in (0, 127, 128, 700):
         q, k, v = inputs(shape, "cuda")
         live = some_blocks(shape, "cuda", share=0.6)
@@ -281,13 +288,14 @@ def test_the_operator_takes_it_where_it_may(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(engine, "attend", lambda self, *a, plain=plain: taken.append(self.name) or plain(self, *a))
     for shape, lam in (
         (PLAIN, NO_SKIP),
+        (replace(PLAIN, blocks=(64, 64, 2)), NO_SKIP),
         (replace(PLAIN, blocks=(64, 64)), NO_SKIP),
         (PLAIN, -8.0),
         (replace(PLAIN, head_dim=96), NO_SKIP),
         (replace(PLAIN, layout="gaps"), NO_SKIP),
     ):
         run(operands_of(shape, "cuda"), sparse_call(shape, 0.9, lam=lam))
-    assert taken == ["hopper"] + ["portable"] * 4
+    assert taken == ["hopper"] * 2 + ["portable"] * 4
 
 
 def test_what_it_does_not_take_is_refused() -> None:
@@ -297,17 +305,20 @@ def test_what_it_does_not_take_is_refused() -> None:
     assert reason.startswith("head_dim is 96, of v 96; accepted")
 
 
-@pytest.mark.parametrize("block_k", [128, 64])
+@EVERY_BLOCKS
 @pytest.mark.parametrize("mask", MASKS)
-def test_lists_of_every_length_and_every_part_of_partial_blocks(mask: str, block_k: int) -> None:
+def test_lists_of_every_length_and_every_part_of_partial_blocks(mask: str, blocks: tuple[int, ...]) -> None:
     # One step or several, odd or even, of which none, one or two blocks need a mask.
-    shape = replace(PLAIN, length=1070, blocks=(128, block_k), mask=mask)
+    shape = replace(PLAIN, length=1070, blocks=blocks, mask=mask)
     operands = operands_of(shape, "cuda")
     everything, diagonal = all_blocks(shape, "cuda"), diagonal_blocks(shape, "cuda")
     places = torch.arange(shape.counts[1], device="cuda")
     for count in (1, 2, 3, 4, 5):
         for without in (None, 0, 1):
             live = everything & (diagonal | (places < count))
-            if without is not None and block_k == 64:  # one of the two blocks on the diagonal; block 0 is seen by all
+            if without is not None and blocks == (
+                128,
+                64,
+            ):  # one of the two blocks on the diagonal; block 0 is seen by all
                 live = live & ~((places % 2 == without) & diagonal) | (everything & (places == 0))
             assert is_the_specification(operands, live, shape), (count, without)

@@ -27,7 +27,7 @@ MASKS = ("causal", "full")
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call; ``mask`` is a mask's text, ``blocks`` are rows per block of queries and of keys."""
+    """One attention call; ``mask`` is a mask's text, ``blocks`` the numbers of a block shape."""
 
     length: int
     head_dim: int = 64
@@ -36,7 +36,7 @@ class Shape:
     batch: int = 1
     dtype: torch.dtype = torch.float32
     mask: str = "causal"
-    blocks: tuple[int, int] = (64, 64)
+    blocks: tuple[int, ...] = (64, 64)
     layout: str = "bhnd"
     scale: float | None = None
 
@@ -44,7 +44,7 @@ class Shape:
         """Readable test id."""
         return (
             f"{self.batch}x{self.heads}of{self.kv_heads}x{self.length}x{self.head_dim}-{str(self.dtype)[6:]}-"
-            f"{self.mask}-{self.block_shape}-{self.layout}"
+            f"{self.mask}-{str(self.block_shape).replace(' ', '_')}-{self.layout}"
         )
 
     @property
@@ -72,7 +72,7 @@ def shape_id(value: object) -> str | None:
     return str(value) if isinstance(value, Shape) else None
 
 
-def blocks_id(blocks: tuple[int, int]) -> str:
+def blocks_id(blocks: tuple[int, ...]) -> str:
     """``ids=`` of a parametrisation over block shapes."""
     return str(BlockShape(*blocks))
 
@@ -161,13 +161,15 @@ def all_blocks(shape: Shape, device: str = "cpu") -> Tensor:
 
 
 def some_blocks(shape: Shape, device: str = "cpu", seed: int = 1, share: float = 0.4) -> Tensor:
-    """A random part of the visible blocks, the diagonal always."""
+    """A random part of the visible blocks, the diagonal always, alike in heads that share a selection."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.rand(shape.batch, shape.heads, *shape.counts, generator=generator) < share
-    return (chosen | diagonal_blocks(shape)).to(device) & all_blocks(shape, device)
+    live = (chosen | diagonal_blocks(shape)).to(device) & all_blocks(shape, device)
+    together = shape.block_shape.heads
+    return live[:, ::together].repeat_interleave(together, 1)
 
 
-def listed(live: Tensor, operands: Operands, blocks: tuple[int, int]) -> BlockLists:
+def listed(live: Tensor, operands: Operands, blocks: tuple[int, ...]) -> BlockLists:
     """Live blocks as engines take them."""
     return lists_of(live, operands.mask.visibility(operands.grid(BlockShape(*blocks)), live.device).whole)
 
@@ -179,7 +181,7 @@ def dense(operands: Operands) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=operands.scale, enable_gqa=True, **mask)
 
 
-def exact(operands: Operands, live: Tensor, blocks: tuple[int, int]) -> Tensor:
+def exact(operands: Operands, live: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """The specification in float64."""
     return masked_attention(in_double(operands), live, [LAMBDA_OFF] * operands.heads, BlockShape(*blocks))
 
@@ -191,7 +193,7 @@ def error(out: Tensor, truth: Tensor) -> float:
     return float((out.double() - truth.double()).abs().nan_to_num(torch.inf).max())
 
 
-def masked_dense(operands: Operands, live: Tensor, blocks: tuple[int, int]) -> Tensor:
+def masked_dense(operands: Operands, live: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """SDPA in the dtype of the operands over the tokens that ``live`` and the mask leave."""
     q, k, v = operands.q, operands.k, operands.v
     allowed = live.repeat_interleave(blocks[0], 2).repeat_interleave(blocks[1], 3)
@@ -200,7 +202,7 @@ def masked_dense(operands: Operands, live: Tensor, blocks: tuple[int, int]) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=operands.scale, enable_gqa=True)
 
 
-def tolerance(operands: Operands, live: Tensor | None = None, blocks: tuple[int, int] = (64, 64)) -> float:
+def tolerance(operands: Operands, live: Tensor | None = None, blocks: tuple[int, ...] = (64, 64)) -> float:
     """The contract: fp32 1e-5; half precisions twice what SDPA itself is off on these operands (and blocks)."""
     if operands.q.dtype == torch.float32:
         return 1e-5

@@ -41,8 +41,9 @@ OTHER = SparseCall.uniform(4, 0.9, policy="antidiagonal", shape=BlockShape(128, 
         SparseCall.uniform(1, KEEP_ALL, theta=0.2, kept=Kept(last_rows=64)),
         SparseCall.uniform(2, 0.5, min_length=7, kept=Kept(local_keys=9)),
         SparseCall.uniform(2, 0.5, max_length=7, precision=("fp8", "fp8")),
+        SparseCall.uniform(4, 0.5, shape=BlockShape(64, 32, heads=2)),
     ],
-    ids=["everything", "policy", "default", "theta", "shortest", "fp8"],
+    ids=["everything", "policy", "default", "theta", "shortest", "fp8", "shared"],
 )
 def test_the_operators_arguments_are_the_call(call: SparseCall) -> None:
     given = call.arguments()
@@ -73,7 +74,18 @@ def test_other_numbers_are_refused_as_arguments_too() -> None:
         SparseCall.of_arguments(2, alone)
 
 
+def test_heads_that_share_a_selection_share_a_key_head() -> None:
+    call = SparseCall.uniform(6, 0.5, shape=BlockShape(64, 64, heads=2))
+    call.check_operands(operands_of(Shape(64, heads=6, kv_heads=3)))
+    sentence = "^block_heads is 2 and 3 query heads share a key head; accepted: a number that divides those$"
+    with pytest.raises(ValueError, match=sentence):
+        call.check_operands(operands_of(Shape(64, heads=6, kv_heads=2)))
+
+
 REFUSED: dict[str, dict[str, Any]] = {
+    "block_heads is 3; accepted for 4 heads: 1, 2, 4": {"shape": BlockShape(128, 64, heads=3)},
+    "policy is ['meansim', 'cumulant', 'sink_window', 'meanshare']; accepted: one name for each 2 heads that share a "
+    "selection (block_heads)": {"shape": BlockShape(128, 64, heads=2)},
     "theta has 1 constants; accepted: one for each of the 4 query heads": {"theta": (0.1,)},
     "lam has 0 constants; accepted: one for each of the 4 query heads": {"lam": ()},
     "tau is [nan, 0.25, 1.0, 0.75]; accepted: finite numbers": {"tau": (math.nan, 0.25, 1.0, 0.75)},

@@ -28,7 +28,7 @@ def tensors(length: int = 300, dim: int = 128, dtype: torch.dtype = torch.bfloat
 def refusal(
     operands: list[Tensor],
     lam: list[float] | float = NO_SKIP,
-    blocks: tuple[int, int] = (128, 128),
+    blocks: tuple[int, ...] = (128, 128),
     mask: Mask | None = None,
 ) -> str | None:
     call = sparse_call(Shape(1, heads=4, blocks=blocks), 0.5, lam=lam)
@@ -48,7 +48,7 @@ def test_other_devices_are_refused() -> None:
 def test_what_it_takes() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for dim in (64, 128):
-            for blocks in ((128, 128), (128, 64)):
+            for blocks in ((128, 128), (128, 64), (64, 64, 2)):
                 assert refusal(tensors(dim=dim, dtype=dtype), blocks=blocks) is None
     as_models_have_it = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors()]
     assert refusal(as_models_have_it) is None
@@ -61,7 +61,8 @@ def test_what_it_takes() -> None:
     [
         ("dtype is torch.float32; accepted", {"operands": tensors(dtype=torch.float32)}),
         ("head_dim is 96, of v 96; accepted", {"operands": tensors(dim=96)}),
-        ("blocks are 64x64; accepted: 128x128, 128x64", {"operands": tensors(), "blocks": (64, 64)}),
+        ("blocks are 64x64; accepted: 128x128, 128x64, 64x64 of 2 heads", {"operands": tensors(), "blocks": (64, 64)}),
+        ("2 heads share a selection and 1 a key head", {"operands": [tensors()[0]] * 3, "blocks": (64, 64, 2)}),
         ("lam is .*; accepted: at most -1000", {"operands": tensors(), "lam": [NO_SKIP, -8.0, NO_SKIP, NO_SKIP]}),
         ("k starts at .* multiples of 16 bytes", {"operands": [tensors()[0], tensors(301)[1][:, :, :, 1:], None]}),
         ("q starts at .* the last stride 1", {"operands": [tensors(dim=256)[0][..., ::2], None, None]}),
@@ -132,6 +133,7 @@ common = dict(heads=4, kv_heads=2, batch=2, layout="bnhd")
 for shape in (
     Shape(300, 128, dtype=torch.bfloat16, blocks=(128, 128), mask="full", **common),
     Shape(9000, 128, dtype=torch.float16, blocks=(128, 64), **common),
+    Shape(9000, 128, dtype=torch.bfloat16, blocks=(64, 64, 2), **common),
 ):
     attend_by(launch)
 """
@@ -141,7 +143,7 @@ for shape in (
 def test_the_compiled_kernel_keeps_its_promises() -> None:
     cases = compiled_on_hopper(COMPILE)
     grids = [title.split(" grid ")[1].split(" shared")[0] for title, _ in cases]
-    assert grids == ["(24,)", "(132,)"]
+    assert grids == ["(24,)", "(132,)", "(132,)"]
     for title, sass in cases:
         assert int(title.split()[-1]) <= 227 << 10, title
         assert "HGMMA" in sass, title
@@ -164,6 +166,8 @@ MASKED = """
 only_compile(kernel.forward_kernel)
 common = dict(heads=4, kv_heads=2, batch=2, dtype=torch.bfloat16, layout="bnhd")
 shape = Shape(300, 64, blocks=(128, 64), mask="window(100)", **common)
+attend_by(launch, k_len=333, valid=True)
+shape = Shape(300, 64, blocks=(64, 64, 2), mask="window(100)", **common)
 attend_by(launch, k_len=333, valid=True)
 shape = Shape(300, 128, blocks=(128, 128), mask="causal_end", **common)
 attend_by(launch, k_len=333)

@@ -128,6 +128,23 @@ def test_it_equals_the_operator(dtype):
         torch.testing.assert_close(found, error, rtol=0.02, atol=1e-4 if dtype == torch.float32 else 2e-3)
 
 
+def test_heads_that_share_a_selection_are_measured_with_it():
+    call, theta = operands(4, 2, 300, 32), torch.full((4,), -1.0)
+    tau = TAUS[1::2].expand(4, -1).contiguous()
+    shape = BlockShape(64, 64, heads=2)
+    found, rows = measured(call, tau, theta, shape=shape, policy="meanshare"), torch.arange(5)
+    apart = measured(call, tau, theta, policy="meanshare")
+    for column in range(tau.shape[1]):
+        sparse = constants(call, tau[:, column], theta, policy="meanshare", shape=shape)
+        live = live_blocks(call, sparse)
+        assert torch.equal(found.live[..., column], live[0].sum(-1, dtype=torch.int32)[:, rows])
+        out = masked_attention(in_double(call), live, [LAMBDA_OFF] * 4, shape)[0]
+        difference = (out - dense_attention(in_double(call))[0]).abs().sum((1, 2))
+        torch.testing.assert_close(found.difference[..., column].sum(1).double(), difference, rtol=2e-3, atol=1e-3)
+    assert (found.live >= apart.live).all()
+    assert (found.live > apart.live).any()
+
+
 def test_groups_of_heads_change_nothing(monkeypatch):
     call = operands(6, 3, 300, 16)
     tau, theta = TAUS.expand(6, -1).contiguous(), torch.linspace(-1, 0.8, 6)

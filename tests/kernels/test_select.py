@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from afbs_compile.kernels.blocks import BlockLists, block_count, live_of
-from afbs_compile.kernels.call import KEEP_ALL, SparseCall
+from afbs_compile.kernels.call import KEEP_ALL, Kept, SparseCall
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.select import plain, triton
 from afbs_compile.kernels.spec.selection import live_blocks
@@ -84,6 +85,43 @@ def test_triton_selects_what_the_specification_selects(shape: Shape) -> None:
     call = sparse_call(shape, tau, theta)
     differs = (triton_live(operands, call) != live_blocks(operands, call)) & ~undecided(operands, tau, theta, shape)
     assert not differs.any()
+
+
+@pytest.mark.parametrize("together", [2, 4])
+@pytest.mark.parametrize("policy", ["meansim", "meanshare", "cumulant", "sink_window"])
+@pytest.mark.parametrize("select", [plain.select, triton.select], ids=["plain", "triton"])
+def test_heads_that_share_a_selection_have_what_any_of_them_selects(
+    select: Callable[[Operands, SparseCall], BlockLists], policy: str, together: int
+) -> None:
+    apart = Shape(420, heads=8, kv_heads=2, batch=2)
+    shape = replace(apart, blocks=(64, 64, together))
+    operands = operands_of(apart, TRITON_DEVICE if select is triton.select else "cpu")
+    taus = [0.3, 0.9, 0.5, 0.6, 0.2, 0.95, 0.7, 0.8] if policy == "meansim" else [0.5 + 0.05 * h for h in range(8)]
+    kept = Kept(last_rows=3, local_keys=10)
+    own = live_blocks(operands, sparse_call(apart, taus, policy=policy, kept=kept))
+    shared = live_blocks(operands, call := sparse_call(shape, taus, policy=policy, kept=kept))
+    groups = own.unflatten(1, (-1, together))
+    assert torch.equal(shared.unflatten(1, (-1, together)), groups.any(2, keepdim=True).expand_as(groups))
+    if policy != "sink_window":
+        assert not torch.equal(shared, own)
+    lists = select(operands, call)
+    assert torch.equal(live_of(lists), shared)
+    check_lists(lists, operands, shape)
+
+
+@pytest.mark.parametrize("select", [plain.select, triton.select], ids=["plain", "triton"])
+def test_nan_in_one_head_keeps_all_blocks_of_those_that_share_its_selection(
+    select: Callable[[Operands, SparseCall], BlockLists],
+) -> None:
+    shape = Shape(420, heads=4, kv_heads=2, blocks=(64, 64, 2))
+    operands = operands_of(shape, TRITON_DEVICE if select is triton.select else "cpu")
+    operands.q[0, 1, 330] = torch.nan
+    visible = visible_blocks(shape)
+    for policy, tau in (("meanshare", 0.7), ("meansim", 0.3)):
+        live = live_of(select(operands, sparse_call(shape, tau, policy=policy))).cpu()
+        assert torch.equal(live[0, :2, 5], visible[5].expand(2, -1))
+        assert not torch.equal(live[0, 2:, 5], visible[5].expand(2, -1))
+        assert not torch.equal(live[0, :2, 4], visible[4].expand(2, -1))
 
 
 def test_some_of_the_random_selections_are_sparse() -> None:

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from afbs_compile.found import FoundGraph
 from afbs_compile.kernels.blocks import BlockShape
@@ -22,18 +24,27 @@ from tests.toy import Toy, drifting
 SHAPES = (BlockShape(64, 64), BlockShape(128, 64))
 
 
-def runs_of(length=512):
-    (graph,) = record_graphs(Toy().eval(), [drifting(length)])
+class Grouped(nn.Module):
+    """One layer whose query heads share key heads by twos."""
+
+    def forward(self, x):
+        q = x.unflatten(-1, (4, -1)).transpose(1, 2)
+        k = q[:, ::2].contiguous()
+        return F.scaled_dot_product_attention(8 * q, k, k, is_causal=True, enable_gqa=True)
+
+
+def runs_of(model, length=512):
+    (graph,) = record_graphs(model.eval(), [drifting(length)])
     found = FoundGraph.of(graph.gm, graph.samples[0], min_length=1)
     return [SampleRun(found.gm, found.sites, inputs) for inputs in graph.samples]
 
 
-def contending(monkeypatch, predictor=None, attention=None):
+def contending(monkeypatch, predictor=None, attention=None, shapes=SHAPES, model=None):
     """With the milliseconds of each policy's predictor and of each shape's attention given."""
     predictor, attention = predictor or {}, attention or {}
     monkeypatch.setattr(Stopwatch, "predictor_ms", lambda self, _, call: predictor.get(call.policy[0], 0.1))
     monkeypatch.setattr(Stopwatch, "attention_ms", lambda self, _, call: attention.get(call.shape, 1.0))
-    found, _ = contenders(runs_of(), TuneSettings(shapes=SHAPES), Stopwatch(), lambda: None)
+    found, _ = contenders(runs_of(model or Toy()), TuneSettings(shapes=shapes), Stopwatch(), lambda: None)
     return [(call.policy[0], call.shape) for call in (next(iter(each.family.calls.values())) for each in found)]
 
 
@@ -42,6 +53,14 @@ def test_each_policy_contends_with_its_fastest_shape(monkeypatch):
     assert {shape for _, shape in contending(monkeypatch, attention={SHAPES[1]: 2.0})} == {SHAPES[0]}
     policies = [policy for policy, _ in contending(monkeypatch)]
     assert len(set(policies)) == len(policies) <= MOST
+
+
+def test_heads_share_a_selection_only_where_they_share_a_key_head(monkeypatch):
+    pair = BlockShape(64, 64, heads=2)
+    shapes, fast = (*SHAPES, pair), {pair: 0.1}
+    assert pair not in {shape for _, shape in contending(monkeypatch, attention=fast, shapes=shapes)}
+    grouped = contending(monkeypatch, attention=fast, shapes=shapes, model=Grouped())
+    assert {shape for _, shape in grouped} == {pair}
 
 
 def test_slow_ones_do_not_and_the_fastest_comes_first(monkeypatch):

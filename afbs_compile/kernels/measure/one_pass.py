@@ -110,7 +110,7 @@ def one_pass(operands: Operands, dense: Tensor, tau: Tensor, theta: Tensor, plan
     Args:
         operands: one input, batch size 1, fp16, bf16, fp32 or, on the CPU, fp64.
         dense: ``[1, H, q_len, D]``, the dense output in the dtype of ``q``.
-        tau: fp32 ``[H, T]``, ascending; theta: fp32 ``[H]``; on any device.
+        tau: fp32 ``[H, T]``, ascending, alike in heads that share a selection; theta: fp32 ``[H]``; on any device.
         plan: how to look at it.
 
     Returns:
@@ -126,6 +126,9 @@ def one_pass(operands: Operands, dense: Tensor, tau: Tensor, theta: Tensor, plan
         part, mine, sight = operands.grouped(some.start, some.stop), dense[:, some], look.of_heads(some)
         places = Places(sight.visible, sight.always, sight.blurred, None if plan.rows is None else sight.rows)
         level = levels_of(part, plan.shape, plan.policy, places, theta[some].tolist() if has_theta else None)[0]
+        if plan.shape.heads > 1:  # live for one is live for all, at a tau that they share
+            together = level.unflatten(0, (-1, plan.shape.heads)).amin(1)
+            level = together.repeat_interleave(plan.shape.heads, 0)
         visit = visit_order(level, sight.partial[0], sight.always[0])
         # A block is live at tau when its level lies below tau: the levels ascend, so a count says which.
         limits = tau[some, None].expand(-1, len(sight.rows), -1).contiguous()

@@ -23,26 +23,15 @@ from afbs_compile.kernels.select.lists_triton import Limits, near_blocks, select
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
-# One compilation for most sizes and limits: it takes half a second, and a calibration meets many.
-@triton.jit(
-    do_not_specialize=["heads", "groups", "q_len", "k_len", "upper", "position", "count_q", "programs_q", "local_keys",
-                       "first_whole"]
-)  # fmt: skip
-def _select_kernel(
-    lists, whole_counts, partial_counts, similarity, thresholds, heads, groups, q_len, k_len, upper, position, count_q,
-    count_k, programs_q, local_keys, first_whole,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, COUNT_PAD: tl.constexpr,
+@triton.jit
+def _live_of_head(
+    lists, similarity, thresholds, head, block, cols, visible, heads, groups, count_q, count_k, programs_q, first_whole
 ):  # fmt: skip
-    """One query block: read its scores from ``lists``, decide, and overwrite them with the live blocks."""
-    program = tl.program_id(0)
-    block = program % count_q
-    head = program // count_q
+    """The blocks that one head keeps, beside those near the query block."""
+    program = head * count_q + block
     head_k = head // heads * (heads // groups) + head % heads // groups
     tau_head = tl.load(thresholds + head % heads)
     theta_head = tl.load(thresholds + heads + head % heads)
-
-    cols = tl.arange(0, COUNT_PAD)
-    visible = visible_blocks(cols, block, q_len, k_len, upper, BLOCK_Q, BLOCK_K, BOUNDED)
     row = lists + program.to(tl.int64) * count_k
     scores = tl.load(row + cols, mask=visible, other=0).to(tl.float32, bitcast=True)
     of_keys = similarity + programs_q + head_k.to(tl.int64) * count_k
@@ -66,11 +55,35 @@ def _select_kernel(
         threshold = tl.where(above < tau_head, threshold, threshold + half)
     keep_all = (tau_head >= 1.0) | (coherent_row == 0) | (total != total) | (block >= first_whole)
     threshold = tl.where(keep_all, -0x80000000, threshold)
+    return visible & ((bits >= threshold) | (coherent == 0))
 
-    near = near_blocks(cols, block, position, local_keys, BLOCK_Q, BLOCK_K)
-    live = visible & ((bits >= threshold) | (coherent == 0) | near)
+
+# One compilation for most sizes and limits: it takes half a second, and a calibration meets many.
+@triton.jit(
+    do_not_specialize=["heads", "groups", "q_len", "k_len", "upper", "position", "count_q", "programs_q", "local_keys",
+                       "first_whole"]
+)  # fmt: skip
+def _select_kernel(
+    lists, whole_counts, partial_counts, similarity, thresholds, heads, groups, q_len, k_len, upper, position, count_q,
+    count_k, programs_q, local_keys, first_whole,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEADS: tl.constexpr, BOUNDED: tl.constexpr, COUNT_PAD: tl.constexpr,
+):  # fmt: skip
+    """One query block of ``HEADS`` heads: read scores from ``lists``, decide, and write the live blocks over them."""
+    block = tl.program_id(0) % count_q
+    first = tl.program_id(0) // count_q * HEADS
+    cols = tl.arange(0, COUNT_PAD)
+    visible = visible_blocks(cols, block, q_len, k_len, upper, BLOCK_Q, BLOCK_K, BOUNDED)
+    live = visible & near_blocks(cols, block, position, local_keys, BLOCK_Q, BLOCK_K)
+    for head in tl.static_range(HEADS):
+        live = live | _live_of_head(
+            lists, similarity, thresholds, first + head, block, cols, visible, heads, groups, count_q, count_k,
+            programs_q, first_whole,
+        )  # fmt: skip
     whole = whole_blocks(cols, block, k_len, upper, BLOCK_Q, BLOCK_K, BOUNDED)
-    write_lists(row, whole_counts, partial_counts, program, cols, count_k, live, whole)
+    for head in tl.static_range(HEADS):
+        program = (first + head) * count_q + block
+        row = lists + program.to(tl.int64) * count_k
+        write_lists(row, whole_counts, partial_counts, program, cols, count_k, live, whole)
 
 
 _selection = Launcher(_select_kernel)
@@ -91,7 +104,7 @@ def select_by_mass(lists: BlockLists, similarity: Tensor, operands: Operands, ca
         thresholds = device_constants((*call.tau, *call.theta), lists.indices.device)
         _selection(
             (layout(lists.indices), operands.groups, call.shape, limits),
-            batch * heads * count_q,
+            batch * heads * count_q // call.shape.heads,
             *(lists.indices, lists.whole, lists.partial, similarity, thresholds),
             *(heads, operands.groups, limits.q_len, limits.k_len, limits.band.upper, limits.position),
             *(count_q, count_k, batch * heads * count_q, limits.local_keys, limits.first_whole),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.blocks import BlockLists, lists_of
+from afbs_compile.kernels.blocks import BlockLists, lists_of, shared
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.operands import Operands, taken
 from afbs_compile.kernels.policies.base import Policy
@@ -34,7 +34,8 @@ def select(operands: Operands, call: SparseCall) -> BlockLists:
         mine = call.taken(heads, operands.k.shape[1])
         places = tuple(x if x.shape[1] == 1 else taken(x, heads) for x in (sight.visible, always, sight.blurred))
         parts.append(_live(policy_named(name), operands.taken(heads), mine, *places))
-    return lists_of(in_order(parts, list(by_policy.values())), sight.whole)
+    live = in_order(parts, list(by_policy.values()))
+    return lists_of(shared(live, call.shape.heads) & sight.visible, sight.whole)
 
 
 def in_order(parts: list[Tensor], heads: list[list[int]]) -> Tensor:

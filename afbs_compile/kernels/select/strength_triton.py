@@ -22,32 +22,37 @@ from afbs_compile.kernels.select.lists_triton import Limits, near_blocks, select
 def _select_kernel(
     lists, whole_counts, partial_counts, odds, heads, q_len, k_len, upper, position, count_q, count_k, local_keys,
     first_whole,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, SHARE: tl.constexpr, COUNT_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEADS: tl.constexpr, BOUNDED: tl.constexpr, SHARE: tl.constexpr,
+    COUNT_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One query block: read its scores from ``lists``, decide, and overwrite them with the live blocks."""
-    program = tl.program_id(0)
-    block = program % count_q
+    """One query block of ``HEADS`` heads: read scores from ``lists``, decide, and write the live blocks over them."""
+    block = tl.program_id(0) % count_q
+    first = tl.program_id(0) // count_q * HEADS
     cols = tl.arange(0, COUNT_PAD)
     visible = visible_blocks(cols, block, q_len, k_len, upper, BLOCK_Q, BLOCK_K, BOUNDED)
-    row = lists + program.to(tl.int64) * count_k
-    scores = tl.load(row + cols, mask=visible, other=0).to(tl.float32, bitcast=True)
-    scores = tl.where(visible, scores, float("-inf"))
-    if SHARE:
-        # strength_j = p_j * n ** (1/4), p the softmax over the n visible blocks
-        peak = tl.max(scores, 0)
-        weights = tl.exp(scores - peak)
-        total = tl.sum(weights, 0)
-        count = tl.sum(visible.to(tl.int32), 0).to(tl.float32)
-        strength = weights * (tl.sqrt(tl.sqrt(count)) / total)
-    else:
-        strength = tl.exp(scores)
-    # Any NaN among the strengths reaches their sum. Infinite ones are no NaN.
-    flaws = tl.sum(tl.where(strength == strength, 0.0, strength), 0)
-    near = near_blocks(cols, block, position, local_keys, BLOCK_Q, BLOCK_K)
-    kept = near | (strength > tl.load(odds + program // count_q % heads))
-    kept = tl.where((flaws != flaws) | (block >= first_whole), visible, kept)
+    kept = near_blocks(cols, block, position, local_keys, BLOCK_Q, BLOCK_K)
+    for head in tl.static_range(HEADS):
+        row = lists + ((first + head) * count_q + block).to(tl.int64) * count_k
+        scores = tl.load(row + cols, mask=visible, other=0).to(tl.float32, bitcast=True)
+        scores = tl.where(visible, scores, float("-inf"))
+        if SHARE:
+            # strength_j = p_j * n ** (1/4), p the softmax over the n visible blocks
+            peak = tl.max(scores, 0)
+            weights = tl.exp(scores - peak)
+            total = tl.sum(weights, 0)
+            count = tl.sum(visible.to(tl.int32), 0).to(tl.float32)
+            strength = weights * (tl.sqrt(tl.sqrt(count)) / total)
+        else:
+            strength = tl.exp(scores)
+        # Any NaN among the strengths reaches their sum. Infinite ones are no NaN.
+        flaws = tl.sum(tl.where(strength == strength, 0.0, strength), 0)
+        kept = kept | (strength > tl.load(odds + (first + head) % heads))
+        kept = tl.where((flaws != flaws) | (block >= first_whole), visible, kept)
     whole = whole_blocks(cols, block, k_len, upper, BLOCK_Q, BLOCK_K, BOUNDED)
-    write_lists(row, whole_counts, partial_counts, program, cols, count_k, visible & kept, whole)
+    for head in tl.static_range(HEADS):
+        program = (first + head) * count_q + block
+        row = lists + program.to(tl.int64) * count_k
+        write_lists(row, whole_counts, partial_counts, program, cols, count_k, visible & kept, whole)
 
 
 _selection = Launcher(_select_kernel)
@@ -68,7 +73,7 @@ def select_by_strength(lists: BlockLists, operands: Operands, call: SparseCall, 
         constants = device_constants(tuple(map(odds_of, call.tau)), lists.indices.device)
         _selection(
             (layout(lists.indices), call.shape, limits, share),
-            batch * heads * count_q,
+            batch * heads * count_q // call.shape.heads,
             *(lists.indices, lists.whole, lists.partial, constants),
             *(heads, limits.q_len, limits.k_len, limits.band.upper, limits.position),
             *(count_q, count_k, limits.local_keys, limits.first_whole),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.blocks import BlockShape, block_count
+from afbs_compile.kernels.blocks import BlockShape, block_count, shared
 from afbs_compile.kernels.call import Kept, SparseCall
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import heads_by, policy_named
@@ -136,4 +136,4 @@ def live_blocks(operands: Operands, call: SparseCall) -> Tensor:
         scores = policy.scores(part, call.shape)
         level = block_levels(scores, policy.rule, (visible, always, blurred), similar, theta)
         live[:, heads] = level < tau.clamp_max(1.0)
-    return live
+    return shared(live, call.shape.heads) & sight.visible

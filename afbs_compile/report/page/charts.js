@@ -41,7 +41,7 @@ function stageLegend(steps) {
 /** Everything the search tried on a head, one object each, in order. */
 function stepsOf(head) {
   return head.search.flatMap((path) => path.tau.map((tau, i) => ({
-    stage: path.stage, length: path.length, policy: path.policy, block: path.shape.join("x"),
+    stage: path.stage, length: path.length, policy: path.policy, block: path.shape.slice(0, 2).join("x"),
     s: path.s.length ? path.s[i] : null, tau, theta: path.theta[i], lam: path.lam[i],
     sparsity: path.sparsity[i], error: path.error[i] < 0 ? null : path.error[i],
   })));

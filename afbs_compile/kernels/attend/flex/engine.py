@@ -126,7 +126,7 @@ def _fused(
         lists.indices.gather(-1, place.clamp_max(lists.indices.shape[-1] - 1)),
         lists.whole,
         lists.indices,
-        BLOCK_SIZE=tiles,
+        BLOCK_SIZE=tiles.rows,
         mask_mod=_mask_mod(rules),
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=False,
@@ -264,7 +264,7 @@ def _cleaned(operands: Operands) -> Operands:
 
 def _cut(operands: Operands, lists: BlockLists, shape: BlockShape, tiles: BlockShape) -> BlockLists:
     """The same lists over smaller blocks, those that no row sees dropped; tiles divide blocks."""
-    if tiles == shape:
+    if tiles.rows == shape.rows:
         return lists
     grid, live = operands.grid(tiles), live_of(lists)
     for dim, block, tile, count in ((2, shape.q, tiles.q, grid.count_q), (3, shape.k, tiles.k, grid.count_k)):

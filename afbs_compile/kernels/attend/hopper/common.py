@@ -14,6 +14,9 @@ STEP = gl.constexpr(128)
 CHUNK = gl.constexpr(64)
 """Columns of a copy: 128 bytes, the widest swizzle. The chunks of a step lie column by column, as wgmma reads them."""
 
+ROWS = gl.constexpr(64)
+"""Query rows of a consumer."""
+
 QUERY_STAGES = gl.constexpr(2)
 """Tiles of which the FP8 kernel keeps queries and notes: they stay in shared memory there, for want of registers."""
 
@@ -61,6 +64,12 @@ def locate(tile, planes, section, count_q, BOUNDED: gl.constexpr):
         plane = gl.where(tile < ahead, tile, plane)
         block = gl.where(tile < ahead, count_q - 1, count_q - 2 - block)
     return plane, block
+
+
+@gluon.jit
+def rows_of(head, block, PART: gl.constexpr, HEADS: gl.constexpr):
+    """Head and first row of a consumer's part of a tile: half of one head's rows, or those of one of two heads."""
+    return head * HEADS + PART % HEADS, (block * (2 // HEADS) + PART // HEADS) * ROWS
 
 
 @gluon.jit

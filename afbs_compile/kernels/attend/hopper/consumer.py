@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from afbs_compile.kernels.attend.hopper.common import STEP, after, read_tile
+from afbs_compile.kernels.attend.hopper.common import ROWS, STEP, after, read_tile, rows_of
 from afbs_compile.kernels.attend.hopper.softmax import (
     decayed,
     exponents,
@@ -70,11 +70,11 @@ def store(place, stride_row, acc, total, rows_left):
 @gluon.jit
 def consumer(
     out, strides, indices, valid, stride_valid, rings, notes, scale, steep, sizes,
-    PART: gl.constexpr, DTYPE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    PART: gl.constexpr, DTYPE: gl.constexpr, HEAD_DIM: gl.constexpr, HEADS: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, FORM: gl.constexpr, MORE_MASKS: gl.constexpr, VALID: gl.constexpr,
     CLEAN: gl.constexpr,
 ):  # fmt: skip
-    """Half ``PART`` of the rows of every tile that the producer tells of.
+    """Half ``PART`` of the rows of every tile that the producer tells of, which has those of ``HEADS`` heads.
 
     ``FORM`` as in :mod:`afbs_compile.kernels.masks.band_triton`; ``VALID``: whether ``valid`` says which keys are
     valid; ``CLEAN``: whether there may be keys that no row of a tile sees, or rows that see nothing.
@@ -86,12 +86,12 @@ def consumer(
     numbers, told = notes
     q_len, k_len, upper, width, heads, _, _, _, count_q, count_k = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
-    ROWS: gl.constexpr = BLOCK_Q // 2
+    BLOCK_Q: gl.constexpr = 2 * ROWS // HEADS
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     query_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
-    rows_of: gl.constexpr = gl.SliceLayout(1, score_layout)
+    row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STEP, HEAD_DIM], DTYPE)
     half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], DTYPE)
     keys = key_smem._reinterpret(DTYPE, [STAGES, STEP, HEAD_DIM], tile_layout)
@@ -115,9 +115,9 @@ def consumer(
         # In registers, or wgmma would read the queries from shared memory again for every step.
         query = queries.load(query_layout)
         mbarrier.arrive(query_free.index(0), count=1)
-        first_row = block * BLOCK_Q + PART * ROWS
-        place = place_of(out, strides, batch, head, first_row)
-        rows = first_row + gl.arange(0, ROWS, layout=rows_of)
+        own_head, first_row = rows_of(head, block, PART, HEADS)
+        place = place_of(out, strides, batch, own_head, first_row)
+        rows = first_row + gl.arange(0, ROWS, layout=row_layout)
         steps = (count + PARTS - 1) // PARTS
         of_batch = valid
         if VALID:
@@ -128,13 +128,13 @@ def consumer(
             top, bottom = block * BLOCK_Q, gl.minimum(block * BLOCK_Q + BLOCK_Q, q_len) - 1
             dirty = (partial > 0) & holds_unseen(top, bottom, left, right, upper, width, BLOCK_K, FORM, VALID)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=out_layout)
-        peak, c, shift, decay = follow(scores, lowest(steep, ROWS, rows_of), scale, steep)
+        peak, c, shift, decay = follow(scores, lowest(steep, ROWS, row_layout), scale, steep)
         left_half, right_half = halves(gl.exp2(exponents(scores, c, shift)))
         sums = part_sums(left_half) + part_sums(right_half)
         weight = gl.convert_layout(join(left_half, right_half).to(DTYPE), weight_layout)
         # An odd list has one entry in its first step, the others two a step.
         odd = count % PARTS
-        entries = indices + ((batch * heads + head) * count_q + block).to(gl.int64) * count_k
+        entries = indices + ((batch * heads + head) * HEADS * count_q + block).to(gl.int64) * count_k
         near, near_phase = after(slot, phase, STAGES)
         mbarrier.wait(key_ready.index(near), near_phase, pred=steps > 1)
         for step in range(1, steps):
@@ -199,7 +199,7 @@ def consumer(
         # After the last tile there is no next one: a product of what lies there, which nobody reads.
         scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc, weight = warpgroup_mma_wait(1, deps=[acc, weight])
-        total = row_sums(sums, rows_of)
+        total = row_sums(sums, row_layout)
         if CLEAN:  # a row that sees nothing is 0, and so is its accumulator
             total = gl.where(total == 0.0, 1.0, total)
         store(place, strides[2], acc, total, q_len - first_row)

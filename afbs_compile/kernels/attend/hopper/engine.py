@@ -35,6 +35,8 @@ def unsuited(operands: Operands, call: SparseCall, accepted: Sequence[BlockShape
         return f"head_dim is {q.shape[3]}, of v {operands.v.shape[3]}; accepted: {HEAD_DIMS}, the same for both"
     if shape not in accepted:
         return f"blocks are {shape}; accepted: {', '.join(map(str, accepted))}"
+    if operands.groups % shape.heads:
+        return f"{shape.heads} heads share a selection and {operands.groups} a key head; accepted: a multiple of those"
     if call.uses_lambda:
         return f"lam is {list(call.lam)}; accepted: at most {LAMBDA_OFF} for every head, which skips nothing"
     return None
@@ -57,7 +59,7 @@ class Hopper(TritonFamily):
 
     name = "hopper"
     title = "the Hopper kernel"
-    shapes = (BlockShape(128, 128), BlockShape(128, 64))
+    shapes = (BlockShape(128, 128), BlockShape(128, 64), BlockShape(64, 64, heads=2))
 
     def refusal(self, operands: Operands, call: SparseCall) -> str | None:
         """See :meth:`Engine.refusal`."""

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from afbs_compile.kernels.attend.hopper.chip import ALIGNMENT, processors
-from afbs_compile.kernels.attend.hopper.common import CHUNK
+from afbs_compile.kernels.attend.hopper.common import CHUNK, ROWS
 from afbs_compile.kernels.attend.hopper.kernel import forward_kernel
 from afbs_compile.kernels.blocks import BlockLists, BlockShape
 from afbs_compile.kernels.call import SparseCall
@@ -55,7 +55,7 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def walk(operands: Operands, shape: BlockShape, element_bytes: int) -> dict[str, Any]:
-    """What a kernel's warp groups are told of sizes and of the mask's bound.
+    """What a kernel's warp groups are told of sizes and of the mask's bound; heads that share a selection are one.
 
     Args:
         operands: of the call; shape: rows per block.
@@ -66,10 +66,10 @@ def walk(operands: Operands, shape: BlockShape, element_bytes: int) -> dict[str,
         "q_len": grid.q_len,
         "k_len": grid.k_len,
         "upper": band.upper,
-        "heads": heads,
-        "groups": operands.groups,
-        "planes": batch * heads,
-        "section": section(grid.k_len, dim, operands.groups, element_bytes),
+        "heads": heads // shape.heads,
+        "groups": operands.groups // shape.heads,
+        "planes": batch * heads // shape.heads,
+        "section": section(grid.k_len, dim, operands.groups // shape.heads, element_bytes),
         "count_q": grid.count_q,
         "count_k": grid.count_k,
     }
@@ -77,7 +77,7 @@ def walk(operands: Operands, shape: BlockShape, element_bytes: int) -> dict[str,
 
 def programs(operands: Operands, shape: BlockShape) -> tuple[int]:
     """A launch grid of programs that stay on their multiprocessor."""
-    tiles = operands.q.shape[0] * operands.heads * operands.grid(shape).count_q
+    tiles = operands.q.shape[0] * operands.heads // shape.heads * operands.grid(shape).count_q
     return (min(processors(operands.device), tiles),)
 
 
@@ -92,7 +92,7 @@ def attend(operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor)
     scale, dim = operands.scale * LOG2_E, operands.q.shape[3]
     with torch.cuda.device_of(out):  # Triton launches on the current device.
         forward_kernel[programs(operands, call.shape)](
-            _descriptor(operands.q, call.shape.q // 2, dim),
+            _descriptor(operands.q, ROWS.value, dim),
             _descriptor(operands.k, call.shape.k, CHUNK.value),
             _descriptor(operands.v, call.shape.k, CHUNK.value),
             out,
@@ -107,7 +107,7 @@ def attend(operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor)
             width=max(band.width, 1),
             FORM=form(band),
             HEAD_DIM=dim,
-            BLOCK_Q=call.shape.q,
+            HEADS=call.shape.heads,
             BLOCK_K=call.shape.k,
             MORE_MASKS=clean or partial_at_most(operands, call.shape) > 1,
             VALID=valid is not None,

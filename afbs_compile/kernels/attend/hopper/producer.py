@@ -8,21 +8,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from afbs_compile.kernels.attend.hopper.common import CHUNK, STEP, after, locate, tell_tile
+from afbs_compile.kernels.attend.hopper.common import CHUNK, ROWS, STEP, after, locate, rows_of, tell_tile
 
 
 @gluon.jit
 def ends(
-    tile, lists, planes, section, count_q, count_k, BOUNDED: gl.constexpr, PARTS: gl.constexpr, EMPTY: gl.constexpr
-):
+    tile, lists, planes, section, count_q, count_k, BOUNDED: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr,
+    EMPTY: gl.constexpr,
+):  # fmt: skip
     """Length of a tile's list, its partial blocks, its last two entries.
 
     Two where two make a step; one entry twice where there is one. ``EMPTY``: whether lists may be empty. Every tile has
-    a step, so an empty list becomes one of a block past the end: zeros, which the mask hides.
+    a step, so an empty list becomes one of a block past the end: zeros, which the mask hides. Of ``HEADS`` heads of a
+    tile the first one's list is read; the others' are the same.
     """
     whole, partials, indices = lists
     plane, block = locate(gl.minimum(tile, planes * count_q - 1), planes, section, count_q, BOUNDED)
-    row = plane * count_q + block
+    row = plane * HEADS * count_q + block
     partial = gl.load(partials + row)
     count = gl.load(whole + row) + partial
     empty = count == 0
@@ -56,7 +58,7 @@ def _copy(desc, batch, head, left, right, ring, slot, PARTS: gl.constexpr, HEAD_
 @gluon.jit
 def producer(
     descriptors, lists, counter, rings, notes, sizes,
-    HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BOUNDED: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEADS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BOUNDED: gl.constexpr,
     EMPTY: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles and copy what they need, as far ahead as the rings allow."""
@@ -67,19 +69,18 @@ def producer(
     numbers, told = notes
     _, _, _, _, heads, groups, planes, section, count_q, count_k = sizes
     PARTS: gl.constexpr = STEP // BLOCK_K
-    HALF: gl.constexpr = BLOCK_Q // 2
 
     slot = 0
     phase = 1
     query_phase = 1
     tile = gl.program_id(0)
-    count, partial, last, before = ends(tile, lists, planes, section, count_q, count_k, BOUNDED, PARTS, EMPTY)
+    count, partial, last, before = ends(tile, lists, planes, section, count_q, count_k, BOUNDED, HEADS, PARTS, EMPTY)
     while tile < planes * count_q:
         plane, block = locate(tile, planes, section, count_q, BOUNDED)
         batch = plane // heads
         head = plane % heads
         head_k = head // groups
-        entries = indices + (plane * count_q + block).to(gl.int64) * count_k
+        entries = indices + (plane * HEADS * count_q + block).to(gl.int64) * count_k
         steps = (count + PARTS - 1) // PARTS
         left = last * BLOCK_K
         right = left
@@ -95,14 +96,10 @@ def producer(
         tell_tile(numbers, 0, batch, head, block, count, partial, left, right)
         mbarrier.arrive(told.index(0), count=1)
         ready = query_ready.index(0)
-        mbarrier.expect(ready, BLOCK_Q * HEAD_DIM * 2)
-        for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                query_desc,
-                [batch, head, block * BLOCK_Q + half * HALF, 0],
-                ready,
-                query_smem.index(half),
-            )
+        mbarrier.expect(ready, 2 * ROWS * HEAD_DIM * 2)
+        for part in gl.static_range(2):
+            place = rows_of(head, block, part, HEADS)
+            tma.async_copy_global_to_shared(query_desc, [batch, place[0], place[1], 0], ready, query_smem.index(part))
         query_phase ^= 1
         for step in range(steps):
             # The next entry is on its way while this one waits for its place.
@@ -122,7 +119,7 @@ def producer(
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
                 count, partial, last, before = ends(
-                    tile, lists, planes, section, count_q, count_k, BOUNDED, PARTS, EMPTY
+                    tile, lists, planes, section, count_q, count_k, BOUNDED, HEADS, PARTS, EMPTY
                 )
 
     mbarrier.wait(query_free.index(0), query_phase)

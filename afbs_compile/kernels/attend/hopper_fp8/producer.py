@@ -36,7 +36,7 @@ def producer(
     query_slot = 0
     query_phase = 1
     tile = gl.program_id(0)
-    count, partial, last, _ = ends(tile, lists, planes, section, count_q, count_k, BOUNDED, 1, False)
+    count, partial, last, _ = ends(tile, lists, planes, section, count_q, count_k, BOUNDED, 1, 1, False)
     while tile < planes * count_q:
         plane, block = locate(tile, planes, section, count_q, BOUNDED)
         batch = plane // heads
@@ -91,7 +91,7 @@ def producer(
             if step == 0:
                 # The rings are filling: time to find out what comes after this tile.
                 tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-                count, partial, last, _ = ends(tile, lists, planes, section, count_q, count_k, BOUNDED, 1, False)
+                count, partial, last, _ = ends(tile, lists, planes, section, count_q, count_k, BOUNDED, 1, 1, False)
 
     mbarrier.wait(query_free.index(query_slot), query_phase)
     tell_tile(numbers, query_slot, -1, 0, 0, 0, 0, 0, 0)

@@ -31,7 +31,7 @@ def attend(operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor)
     layouts = tuple(map(layout, (q, k, v, out, *lists, *extras[:3])))
 
     def launch(tiles: LaunchShape) -> None:
-        has_lambda = call.uses_lambda and tiles[:2] == shape
+        has_lambda = call.uses_lambda and tiles[:2] == shape.rows
         _forward(
             (layouts, shape, extras[3:], has_lambda, tiles),
             batch * heads * grid.count_q * (shape.q // tiles.tile_q),
@@ -41,7 +41,7 @@ def attend(operands: Operands, call: SparseCall, lists: BlockLists, out: Tensor)
             *(extras.scale, grid.q_len, grid.k_len, extras.upper, extras.width, extras.natural, extras.softcap),
             *(heads, operands.groups, grid.count_q, grid.count_k),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *extras.strides),
-            *(dim, kind.dim_pad, *shape, tiles.tile_q, tiles.tile_k),
+            *(dim, kind.dim_pad, *shape.rows, tiles.tile_q, tiles.tile_k),
             *(extras.form, kind.masked, has_lambda, fp32_products(q.device)),
             *(extras.has_valid, extras.has_mask, extras.capped, extras.has_sinks, extras.changed, extras.blind),
             warps=tiles.warps,

@@ -163,7 +163,7 @@ def _shapes(kind: Kind) -> tuple[LaunchShape, ...]:
     """What a kind of call chooses from; whole blocks where Triton only interprets."""
     sizes = (kind.shape, kind.dim_pad, kind.itemsize)
     if not runs_triton(kind.device):
-        return (LaunchShape(*kind.shape, 4, 1),)
+        return (LaunchShape(*kind.shape.rows, 4, 1),)
     properties = triton.runtime.driver.active.utils.get_device_properties(kind.device.index)
     shared = int(properties["max_shared_mem"])
     if capability(kind.device) == 9:
