@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="windows of each text to calibrate on")
     parser.add_argument("--test-windows", type=int, default=4)
     parser.add_argument("--passkeys", type=int, default=20, help="prompts; 0 for none")
-    parser.add_argument("--blocks", metavar="QxK", help="this block shape only, by default those of the device")
+    parser.add_argument("--blocks", metavar="QxK", help="these shapes only, by default those of the device", nargs="+")
     parser.add_argument("--policies", nargs="+", default=[p.name for p in POLICIES.values() if p.explored])
     parser.add_argument("--no-calibration", action="store_true", help="thresholds and oracle only")
     parser.add_argument("--no-oracle", action="store_true", help="without the true mass, which takes the longest")
@@ -69,7 +69,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = list(shapes_on(torch.device(device)))
     if arguments.blocks:
-        shapes = [BlockShape(*map(int, arguments.blocks.split("x")))]
+        shapes = [BlockShape(*map(int, blocks.split("x"))) for blocks in arguments.blocks]
         for engine in engines_on(torch.device(device)):
             type(engine).shapes = tuple(shapes)
     model, tokenizer = load(arguments.model, device, getattr(torch, arguments.dtype))
@@ -91,7 +91,7 @@ def main() -> None:
         for shape in shapes:
             for policy in arguments.policies:
                 rows += curve(f"{policy} {shape}", text, partial(bench.uniform, policy, shape))
-            for rule in () if arguments.no_oracle else ("share", "mass"):
+            for rule in () if arguments.no_oracle or shape.heads > 1 else ("share", "mass"):
                 rows += curve(f"oracle, {rule} {shape}", text, partial(bench.oracle, rule, shape))
         if not arguments.no_calibration:
             samples = [w for other, some in known.items() if other != text for w in some] or known[text]
