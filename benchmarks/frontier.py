@@ -180,16 +180,23 @@ def calibrated(model: Any, samples: Sequence[Any], tolerance: Any, text: str, be
     """A recipe of other texts, measured on this one."""
     recipe = calibrate(model, samples, tolerance=tolerance)
     calls = {site.name: site.calibrated for site in recipe.sites if site.heads}
-    row = bench.measured(lambda name, ops: measure.attend_sparsely(ops, calls[name]) if name in calls else None)
+    sparsities: list[float] = []
+
+    def attention(site: str, operands: Any) -> Any:
+        out, counts = measure.run(operands, calls[site])
+        sparsities.append(float(measure.sparsity_of(operands, calls[site].shape, counts).mean()))
+        return out
+
     name = "budget" if isinstance(tolerance, Mapping) else "tolerance"
-    row = {"curve": name, "text": text, "setting": recipe.goal, **row}
-    row["sparsity"] = mean(head.sparsity for site in recipe.sites for head in site.heads)
+    row = {"curve": name, "text": text, "setting": recipe.goal, **bench.measured(attention)}
+    row["sparsity"] = mean(sparsities)
     row["calibration_seconds"] = sum(graph.seconds for graph in recipe.graphs)
     kinds = {(call.policy[0], call.shape) for call in calls.values()}
     row["kinds"] = sorted(f"{policy} {shape}" for policy, shape in kinds)
     if recipe.budget is not None:
         row["passes"] = recipe.budget.forward_passes
-        row["promised"] = recipe.budget.checked_upper
+        row |= {"promised": recipe.budget.checked_upper, "threshold": recipe.budget.threshold}
+        row |= {"measured": recipe.budget.measured, "checked": recipe.budget.checked}
     if len(kinds) == 1:
         row |= bench.time(row["sparsity"], *next(iter(kinds)))
     show(row)

@@ -337,7 +337,7 @@ def test_a_recipe_of_version_0_1_says_the_same_today(tmp_path):
     assert recipe.sites[0].calibrated.kept == Kept(64, 128)
     assert any(head.search for head in recipe.sites[0].heads)
     recipe.save(tmp_path / "recipe.json")
-    assert json.loads((tmp_path / "recipe.json").read_text())["schema_version"] == 5
+    assert json.loads((tmp_path / "recipe.json").read_text())["schema_version"] == 6
     assert Recipe.load(tmp_path / "recipe.json") == recipe
 
 

@@ -41,7 +41,7 @@ TRIES_OF_CONTENDER = 2
 MOST_STEPS_BACK = 3
 """Times that a threshold which failed the check is made more careful, before all heads stay dense."""
 
-CAREFUL, LEAST_STEP = 0.9, 0.7
+CAREFUL, LEAST_STEP = 0.9, 0.85
 """The first step back aims at this share of the budget, as if the cost grew with the threshold itself, and is this at
 most; the second is two such steps, the third three."""
 

@@ -105,7 +105,7 @@ def test_what_tensorrt_refuses_is_told_and_leaves_nothing(tmp_path):
 
 FIELDS = {
     "tau": [0.5, 0.7], "theta": [-1.0, 0.25], "lam": [-1000.0, -1000.0], "scale": 0.25, "block_q": 32, "block_k": 16,
-    "min_length": 0, "max_length": 0, "last_rows": 8, "local_keys": 4,
+    "block_heads": 1, "min_length": 0, "max_length": 0, "last_rows": 8, "local_keys": 4,
 }  # fmt: skip
 
 

@@ -231,7 +231,7 @@ def test_the_engines_of_the_package() -> None:
     assert [engine.name for engine in engines.ENGINES] == ["fp8", "hopper", "portable", "flex"]
     assert engines.shapes_on(torch.device("cpu")) == (BlockShape(64, 64),)
     cuda = engines.shapes_on(torch.device("cuda"))
-    assert cuda == (BlockShape(128, 128), BlockShape(128, 64), BlockShape(64, 64))
+    assert cuda == (BlockShape(128, 128), BlockShape(128, 64), BlockShape(64, 64, heads=2), BlockShape(64, 64))
 
 
 @pytest.mark.usefixtures("on_hopper")

@@ -97,7 +97,7 @@ def test_a_step_back_that_went_too_far_is_taken_back_in_part(slope):
 
 def test_what_fails_again_between_leaves_the_step_back():
     def jumps(threshold):
-        return 0.3 * LIMIT if threshold < 0.014 else 1.2 * LIMIT
+        return 0.3 * LIMIT if threshold < 0.0145 else 1.2 * LIMIT
 
     spending = spent(FakeJudge(power(0.02, 1.5), jumps))
     assert spending.steps_back == 1

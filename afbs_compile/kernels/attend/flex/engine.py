@@ -232,7 +232,7 @@ def _try_fused(operands: Operands, shape: BlockShape, lists: BlockLists, out: Te
         UnfusedAttentionWarning: it should have, but cannot be compiled.
     """
     tiles = _tiles(operands.q.dtype, shape)
-    if max(operands.q_len, operands.k_len) <= min(tiles) or operands.sinks is not None:
+    if max(operands.q_len, operands.k_len) <= min(tiles.rows) or operands.sinks is not None:
         return False  # FlexAttention would compile a length of one block on its own, and has no place for sinks.
     reason = _uncompilable.get(_kind(operands), "")
     if not reason:
