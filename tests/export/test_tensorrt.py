@@ -110,11 +110,12 @@ def test_the_operator_is_the_sparse_one_with_its_arguments_as_text():
 
 @pytest.mark.slow
 def test_every_argument_of_a_call_reaches_the_operator():
-    q, k, v = (torch.randn(1, heads, 200, 16) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, heads, 200, 16) for heads in (8, 4, 4))
     given = {
-        "tau": [0.3, 0.3, 0.3, 0.9], "theta": [0.2, -1.0, -1.0, -1.0], "lam": [-1000.0] * 4, "mask": "causal",
-        "scale": 0.3, "block_q": 32, "block_k": 16, "min_length": 5, "max_length": 250,
-        "policy": ["meansim", "cumulant", "sink_window", "meanshare"], "last_rows": 20, "local_keys": 40,
+        "tau": [0.3, 0.3, 0.3, 0.9] * 2, "theta": [0.2] + [-1.0] * 7, "lam": [-1000.0] * 8, "mask": "causal",
+        "scale": 0.3, "block_q": 32, "block_k": 16, "block_heads": 2, "min_length": 5, "max_length": 250,
+        "policy": [name for name in ("meansim", "cumulant", "sink_window", "meanshare") for _ in range(2)],
+        "last_rows": 20, "local_keys": 40,
     }  # fmt: skip
     known = {argument.name for argument in torch.ops.afbs.sparse_attention.default._schema.arguments}
     tensors = {"valid", "attn_mask", "sinks"}  # of the other plugin
@@ -136,9 +137,9 @@ def test_every_argument_of_a_call_reaches_the_operator():
     seen = [converted()]
     assert torch.equal(seen[0], sparse_attention(q, k, v, **given))
     for changed in (
-        {"tau": [0.9, 0.3, 0.3, 0.3]}, {"theta": [-1.0] * 4}, {"mask": "full"}, {"scale": 0.2}, {"block_q": 16},
-        {"block_k": 32}, {"min_length": 201}, {"max_length": 199}, {"policy": ["meansim"] * 4, "theta": [-1.0] * 4},
-        {"last_rows": 0}, {"local_keys": 0}, {"softcap": 0.5},
+        {"tau": [0.3] * 8}, {"theta": [-1.0] * 8}, {"mask": "full"}, {"scale": 0.2}, {"block_q": 16},
+        {"block_k": 32}, {"block_heads": 1}, {"min_length": 201}, {"max_length": 199},
+        {"policy": ["meansim"] * 8, "theta": [-1.0] * 8}, {"last_rows": 0}, {"local_keys": 0}, {"softcap": 0.5},
     ):  # fmt: skip
         seen.append(converted(**changed))
         assert torch.equal(seen[-1], sparse_attention(q, k, v, **{**given, **changed})), changed

@@ -12,6 +12,7 @@ import afbs_compile
 from afbs_compile.errors import OptionError, RecipeError
 from afbs_compile.kernels import op
 from afbs_compile.kernels.attend.run import run
+from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.spec.fp8 import Fp8Constants
 from afbs_compile.recipe import Recipe
@@ -51,7 +52,7 @@ def sharp(sample: Operands, head: int) -> Operands:
 def test_heads_within_the_tolerance_are_in_fp8_and_the_others_say_why():
     samples = [sharp(operands(seed), 3) for seed in range(2)]
     result = tune_site(samples, FP8)
-    assert result.call.shape == (128, 128)
+    assert result.call.shape == BlockShape(128, 128)
     assert result.precision_reasons is not None
     assert result.call.precision[3] == "own"
     assert result.precision_reasons[3].startswith("error ")

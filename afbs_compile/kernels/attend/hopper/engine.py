@@ -18,6 +18,9 @@ from afbs_compile.kernels.operands import Operands
 
 HEAD_DIMS = (64, 128)
 
+SHAPES = (BlockShape(128, 128), BlockShape(128, 64), BlockShape(64, 64, heads=2))
+"""What a tile may be; others would compute something else."""
+
 
 def unsuited(operands: Operands, call: SparseCall, accepted: Sequence[BlockShape]) -> str | None:
     """What of a call but its layout no Hopper kernel takes, or ``None``.
@@ -59,11 +62,11 @@ class Hopper(TritonFamily):
 
     name = "hopper"
     title = "the Hopper kernel"
-    shapes = (BlockShape(128, 128), BlockShape(128, 64), BlockShape(64, 64, heads=2))
+    shapes = SHAPES
 
     def refusal(self, operands: Operands, call: SparseCall) -> str | None:
         """See :meth:`Engine.refusal`."""
-        reason = unsuited(operands, call, self.shapes) or band.extras_refusal(operands, takes_valid=True)
+        reason = unsuited(operands, call, SHAPES) or band.extras_refusal(operands, takes_valid=True)
         if reason is not None:
             return reason
         for name, x in (("q", operands.q), ("k", operands.k), ("v", operands.v)):
