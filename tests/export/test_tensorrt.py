@@ -112,7 +112,7 @@ def test_the_operator_is_the_sparse_one_with_its_arguments_as_text():
 def test_every_argument_of_a_call_reaches_the_operator():
     q, k, v = (torch.randn(1, heads, 200, 16) for heads in (8, 4, 4))
     given = {
-        "tau": [0.3, 0.3, 0.3, 0.9] * 2, "theta": [0.2] + [-1.0] * 7, "lam": [-1000.0] * 8, "mask": "causal",
+        "tau": [0.3] * 7 + [0.9], "theta": [0.2] + [-1.0] * 7, "lam": [-1000.0] * 8, "mask": "causal",
         "scale": 0.3, "block_q": 32, "block_k": 16, "block_heads": 2, "min_length": 5, "max_length": 250,
         "policy": [name for name in ("meansim", "cumulant", "sink_window", "meanshare") for _ in range(2)],
         "last_rows": 20, "local_keys": 40,
