@@ -5,21 +5,25 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
-from afbs_compile.kernels.attend.run import run
-from afbs_compile.kernels.blocks import BlockShape
+from afbs_compile.kernels.attend.engines import engine_of
+from afbs_compile.kernels.blocks import BlockShape, lists_of
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.dense import dense_attention
 from afbs_compile.kernels.masks.registry import mask_of
-from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.operands import Operands, empty_output
+from afbs_compile.kernels.policies.registry import POLICIES
+from afbs_compile.kernels.sight import resolved, sight_of
+from afbs_compile.kernels.spec.selection import kept_blocks
 from afbs_compile.tuner.clock import timed
-from afbs_compile.tuner.measure import LOCAL_KEPT, sparsity_of
+from afbs_compile.tuner.measure import LOCAL_KEPT
 from afbs_compile.tuner.speed import Stopwatch
 
 HEADS, KV_HEADS, DIM, LENGTH = 32, 8, 128, 32768
 
-SPARSITY, CLOSE, STEPS = 0.85, 0.03, 20
-"""The rate of live blocks is measured at about this sparsity; where next to nothing is live, tiles cost the most."""
+LIVE = 0.15
+"""Share of the blocks, at random in every row, that the rate of live blocks is measured with, beside those near it."""
 
 
 class LlamaTime:
@@ -37,21 +41,30 @@ class LlamaTime:
 
     def of(self, sparsity: float, policy: str, shape: BlockShape) -> dict[str, float]:
         """Times dense attention's speed, and the predictor's share of dense attention's time."""
-        call = self._call(policy, shape)
+        tau = 0.9 if POLICIES[policy].rule == "mass" else 0.98
+        call = SparseCall.uniform(HEADS, tau, policy=policy, shape=shape, kept=LOCAL_KEPT)
         predictor = self._watch.predictor_ms(self._operands, call)
-        everything = self._watch.attention_ms(self._operands, call)
-        ms = predictor + (1 - sparsity) * everything
+        ms = predictor + (1 - sparsity) * self._everything_ms(shape)
         return {"llama_x": self.dense_ms / ms, "predictor_share": predictor / self.dense_ms}
 
     @functools.cache  # noqa: B019 (one object lives as long as the program)
-    def _call(self, policy: str, shape: BlockShape) -> SparseCall:
-        """A call that skips about :data:`SPARSITY` of the random operands' blocks."""
-        low, high = 0.0, 1.0  # of 1 - tau, which more is skipped with
-        for _ in range(STEPS):
-            tau = 1 - (low + high) / 2
-            call = SparseCall.uniform(HEADS, tau, policy=policy, shape=shape, kept=LOCAL_KEPT)
-            found = float(sparsity_of(self._operands, shape, run(self._operands, call)[1]).mean())
-            if abs(found - SPARSITY) < CLOSE:
-                break
-            low, high = ((low + high) / 2, high) if found < SPARSITY else (low, (low + high) / 2)
-        return call
+    def _everything_ms(self, shape: BlockShape) -> float:
+        """Milliseconds that all visible blocks would take, at the rate of live ones.
+
+        What is live is drawn: no threshold gives random operands lists like those of a text.
+        """
+        operands, call = self._operands, SparseCall.uniform(HEADS, 0.5, shape=shape)
+        sight = sight_of(resolved(operands), shape)
+        near = kept_blocks(operands, shape, LOCAL_KEPT)
+        generator = torch.Generator("cuda").manual_seed(1)
+        drawn = torch.rand(1, HEADS // shape.heads, *near.shape[2:], device="cuda", generator=generator) < LIVE
+        live = (drawn.repeat_interleave(shape.heads, 1) | near) & sight.visible
+        lists, out = lists_of(live, sight.whole), empty_output(operands.q, operands.v)
+        engine, _ = engine_of(operands, call)
+
+        def attended() -> Tensor:
+            engine.attend(operands, call, lists, out)
+            return out
+
+        (ms,) = timed([attended]).ms
+        return ms * float(sight.visible.sum() * HEADS / live.sum())
