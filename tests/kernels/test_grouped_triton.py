@@ -108,6 +108,31 @@ def test_the_mass_of_every_policy_by_groups(
     torch.testing.assert_close(came, expected, rtol=rounding, atol=1e-6)
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+def test_tilings_hold_a_row_and_whole_blocks(dim: int, large: bool) -> None:
+    for size, per_k in ((2, 8), (2, 128), (4, 4)):
+        tiling = grouped.Tiling.of(dim, size, per_k, large=large)
+        assert tiling.depth * tiling.chunks >= dim
+        assert tiling.cols % per_k == tiling.columns % tiling.cols == tiling.rows % grouped.ROWS_NORMALISED == 0
+        held = (tiling.rows + tiling.cols * tiling.stages) * tiling.depth * size
+        assert held <= (96 if large else 64) * 1024
+
+
+def test_long_rows_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU with much shared memory."""
+    monkeypatch.setattr(grouped, "capability", lambda _: 9)
+    shape = SHAPES[2]
+    operands = operands_of(shape)
+    moved = replace(operands, q=operands.q.to(TRITON_DEVICE), k=operands.k.to(TRITON_DEVICE))
+    features = POLICIES["cumulant"].features_on_gpu(moved)
+    assert grouped.Tiling.of(features.q.shape[3], 2, 8, large=True).chunks == 1
+    out = torch.empty(1, 1, 11, 11, dtype=torch.int32, device=TRITON_DEVICE)
+    grouped.write_log_mass(features, moved, shape.block_shape, out)
+    expected = block_mass(POLICIES["cumulant"].features(operands), operands, shape.block_shape)
+    torch.testing.assert_close(out.view(torch.float32).exp().cpu(), expected, rtol=2e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 32)])
 def test_rows_behind_a_cache(blocks: tuple[int, int]) -> None:
     shape = Shape(length=200, heads=2, kv_heads=1, blocks=blocks)

@@ -13,6 +13,7 @@ from torch import Tensor
 from afbs_compile.kernels.attend.hopper import engine
 from afbs_compile.kernels.attend.hopper.engine import Hopper
 from afbs_compile.kernels.attend.hopper_fp8.engine import HopperFp8
+from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.registry import mask_of
 from afbs_compile.kernels.operands import Operands
@@ -77,6 +78,14 @@ def test_what_it_refuses_and_why(reason: str, case: dict[str, Any]) -> None:
     said = refusal(**case)
     assert said is not None
     assert re.search(reason, said)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_calibration_compares_is_not_what_a_tile_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hopper, "shapes", (BlockShape(64, 64),))
+    said = refusal(tensors(), blocks=(64, 64))
+    assert said is not None
+    assert said.startswith("blocks are 64x64; accepted: 128x128")
 
 
 @pytest.mark.usefixtures("on_hopper")
