@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels.attend.engines import engine_of
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
+from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.registry import POLICIES
 from afbs_compile.passes.capture import SampleRun, capture
 from afbs_compile.tuner.curves import SMALLEST
@@ -127,11 +129,7 @@ def contenders(
     with closing(capture(runs[:1])) as walk:
         for name, operands in walk:
             inputs = SiteInputs(operands)
-            shapes = [
-                shape
-                for shape in settings.shapes_on(operands[0].device)
-                if all(number % shape.heads == 0 for number in groups)
-            ]
+            shapes = [s for s in settings.shapes_on(operands[0].device) if _serves(s, inputs.explored, groups)]
             kept[name] = choose_kept(inputs.explored, inputs.kept, shapes[0], START)
             plain[name] = SparseCall.uniform(inputs.heads, 0.0, kept=kept[name].kept)
             for shape in shapes if name in explored else ():
@@ -151,6 +149,18 @@ def contenders(
     least = ordered[0].ms_at_equal_error()
     close = [each for each in ordered if each.ms_at_equal_error() <= BEHIND * least]
     return close[: MOST if least else 1], kept
+
+
+def _serves(shape: BlockShape, sample: Operands, groups: set[int]) -> bool:
+    """Whether a shape is worth a look: heads that share a selection are for an engine that computes them together.
+
+    Args:
+        groups: how many query heads share a key head, at all sites.
+    """
+    if shape.heads == 1 or any(number % shape.heads for number in groups):
+        return shape.heads == 1
+    engine, _ = engine_of(sample, SparseCall.uniform(sample.heads, 0.5, shape=shape))
+    return shape in engine.shapes
 
 
 def fastest(times: Sequence[float]) -> int:

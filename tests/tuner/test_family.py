@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from afbs_compile.found import FoundGraph
+from afbs_compile.kernels.attend.flex.engine import Flex
 from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes.capture import SampleRun
@@ -55,9 +56,12 @@ def test_each_policy_contends_with_its_fastest_shape(monkeypatch):
     assert len(set(policies)) == len(policies) <= MOST
 
 
-def test_heads_share_a_selection_only_where_they_share_a_key_head(monkeypatch):
+def test_heads_share_a_selection_where_they_share_a_key_head_and_an_engine_gains_by_it(monkeypatch):
     pair = BlockShape(64, 64, heads=2)
     shapes, fast = (*SHAPES, pair), {pair: 0.1}
+    grouped = contending(monkeypatch, attention=fast, shapes=shapes, model=Grouped())
+    assert pair not in {shape for _, shape in grouped}
+    monkeypatch.setattr(Flex, "shapes", shapes)
     assert pair not in {shape for _, shape in contending(monkeypatch, attention=fast, shapes=shapes)}
     grouped = contending(monkeypatch, attention=fast, shapes=shapes, model=Grouped())
     assert {shape for _, shape in grouped} == {pair}
