@@ -183,6 +183,8 @@ def calibrated(model: Any, samples: Sequence[Any], tolerance: Any, text: str, be
     sparsities: list[float] = []
 
     def attention(site: str, operands: Any) -> Any:
+        if site not in calls:  # refused
+            return None
         out, counts = measure.run(operands, calls[site])
         sparsities.append(float(measure.sparsity_of(operands, calls[site].shape, counts).mean()))
         return out

@@ -270,6 +270,8 @@ class SparseCall:
         if together not in BLOCK_HEADS or self.heads % together:
             fitting = ", ".join(str(number) for number in BLOCK_HEADS if self.heads % number == 0)
             raise ValueError(f"block_heads is {shown(together)}; accepted for {self.heads} heads: {fitting}")
+        if together == 1:
+            return
         for name in ("policy", "precision"):
             values = getattr(self, name)
             if any(values[h] != values[h - h % together] for h in range(self.heads)):
