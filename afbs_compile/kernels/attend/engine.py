@@ -20,7 +20,8 @@ class Engine(ABC):
         name: of the engine; title: what a sentence calls it.
         family: engines that select alike and share recipes.
         precision: the heads that it computes, as :data:`afbs_compile.kernels.call.PRECISIONS` names them.
-        shapes: block shapes that calibration compares where the engine is the first of its device.
+        shapes: block shapes that calibration compares where the engine is the first of its device; those of several
+            heads only where it is the one that computes the call.
     """
 
     name: ClassVar[str]
