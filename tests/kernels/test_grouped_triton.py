@@ -119,6 +119,23 @@ def test_tilings_hold_a_row_and_whole_blocks(dim: int, large: bool) -> None:
         assert held <= (96 if large else 64) * 1024
 
 
+@pytest.mark.parametrize("policy", ["antidiagonal", "cumulant", "vertical_slash"])
+def test_logits_that_leave_fp32_are_marked_where_they_lie(policy: str) -> None:
+    shape = Shape(330, heads=4, kv_heads=2, blocks=(64, 32))
+    operands = operands_of(shape)
+    operands.q[0, 1, 70] = operands.q[0, 1, 64] = 1e21
+    operands.k[0, 0, 130] = operands.k[0, 0, 128] = 1e21
+    features = POLICIES[policy].features(operands)  # type: ignore[attr-defined]
+    out = torch.zeros(1, 4, 6, 11, dtype=torch.int32)
+    grouped.mark_overflow(features, shape.block_shape, out)
+    marked = out.view(torch.float32).isnan()
+    expected = torch.zeros_like(marked)
+    expected[0, 1, 1, 4] = True  # only there both are large
+    if policy == "cumulant":  # whose second order squares either
+        expected[0, 1, 1] = expected[0, :2, :, 4] = True
+    assert torch.equal(marked, expected)
+
+
 def test_long_rows_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU with much shared memory."""
     monkeypatch.setattr(grouped, "capability", lambda _: 9)

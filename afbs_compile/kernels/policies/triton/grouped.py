@@ -6,7 +6,7 @@ The first writes the logarithm of the sum of ``exp(logit)`` over each key block 
 nothing, so no row's maximum has to be known and keys are divided among programs too. The second makes a softmax over
 blocks of them. What lies between has a number for each query group and key block; groups are taken as many at a time
 as fit in a fixed amount of memory. Products of half precision numbers are exact; those of fp32 ones take three TF32
-products each, which is fp32 but for the last bits.
+products each, which is fp32 but for the last bits, and but for what leaves fp32: that is looked for beside.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ BLOCKS, ROWS_NORMALISED = 64, 32
 
 SUMS_AT_ONCE = 1 << 26
 """Numbers between the two kernels, fp32: 256 MiB."""
+
+
+LARGEST = torch.finfo(torch.float32).max / 4
+"""Up to here a logit, or any sum on the way to it, is taken for what it is."""
 
 
 class Tiling(NamedTuple):
@@ -298,3 +302,26 @@ def write_log_mass(
                 *(tiling.rows, ROWS_NORMALISED, BLOCKS),
                 warps=4,
             )
+    if precision == "tf32x3":
+        mark_overflow(features, shape, out)
+
+
+def mark_overflow(features: Features, shape: BlockShape, out: torch.Tensor) -> None:
+    """Write NaN where a logit may leave fp32: three TF32 products make 0 of it, and a row with NaN keeps every block.
+
+    Arguments: see :func:`write_log_mass`. Neither waits for the device nor looks at later keys.
+    """
+    (count_q, count_k), heads = out.shape[2:], features.q.shape[1]
+
+    def largest(x: torch.Tensor, rows: int, count: int) -> torch.Tensor:
+        """``[B, H, count]``: of blocks of so many rows; NaN where there is any."""
+        peaks = torch.nn.functional.pad(x.abs().amax(-1), (0, count * rows - x.shape[2]))
+        found: torch.Tensor = peaks.unflatten(2, (count, rows)).amax(-1)
+        return found
+
+    of_q = largest(features.q, shape.q // GROUP * features.parts, count_q)
+    of_k = largest(features.k, shape.k // features.span * features.parts, count_k)
+    of_k = of_k.repeat_interleave(heads // of_k.shape[1], 1)
+    products = features.q.shape[3] * features.parts * max(1.0, abs(features.scale))
+    bound = of_q[..., None] * products * of_k[:, :, None]
+    out.view(torch.float32).masked_fill_(~(bound < LARGEST), math.nan)
