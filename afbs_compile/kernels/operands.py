@@ -15,6 +15,9 @@ from torch import Tensor
 from afbs_compile.kernels.blocks import BlockShape, Grid
 from afbs_compile.kernels.masks.base import Mask
 
+LARGEST_SCORE = torch.finfo(torch.float32).max / 4
+"""Up to here an fp32 score is taken for what it is, with room for the sums on its way and the change to log2 units."""
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(1, 513)
 

@@ -126,10 +126,12 @@ def contenders(
     found: dict[tuple[str, BlockShape], list[SiteTimes]] = defaultdict(list)
     plain: dict[str, SparseCall] = {}
     kept: dict[str, KeptChoice] = {}
+    shapes: list[BlockShape] = []
     with closing(capture(runs[:1])) as walk:
         for name, operands in walk:
             inputs = SiteInputs(operands)
-            shapes = [s for s in settings.shapes_on(operands[0].device) if _serves(s, inputs.explored, groups)]
+            if not shapes:  # the same at all sites, or their times could not be added up
+                shapes = [s for s in settings.shapes_on(operands[0].device) if _serves(s, inputs.explored, groups)]
             kept[name] = choose_kept(inputs.explored, inputs.kept, shapes[0], START)
             plain[name] = SparseCall.uniform(inputs.heads, 0.0, kept=kept[name].kept)
             for shape in shapes if name in explored else ():
@@ -157,8 +159,10 @@ def _serves(shape: BlockShape, sample: Operands, groups: set[int]) -> bool:
     Args:
         groups: how many query heads share a key head, at all sites.
     """
-    if shape.heads == 1 or any(number % shape.heads for number in groups):
-        return shape.heads == 1
+    if shape.heads == 1:
+        return True
+    if any(number % shape.heads for number in groups):
+        return False
     engine, _ = engine_of(sample, SparseCall.uniform(sample.heads, 0.5, shape=shape))
     return shape in engine.shapes
 

@@ -23,7 +23,7 @@ from afbs_compile.kernels.operands import Operands
 from afbs_compile.kernels.policies.cumulant import Cumulant
 from afbs_compile.kernels.sight import rows_that_count
 from afbs_compile.recipe import KeptTrial
-from afbs_compile.tuner.measure import L1_ELEMENTS, nothing_to_skip, sparsity_of
+from afbs_compile.tuner.measure import nothing_to_skip, some_heads, sparsity_of
 
 LOCAL_KEYS = (0, 64, 128, 256)
 """Keys before a query block that are tried."""
@@ -76,14 +76,8 @@ def choose_kept(sample: Operands, usual: Kept, shape: BlockShape, threshold: flo
     dense = dense_attention(short)
 
     def at(local_keys: int, threshold: float) -> KeptTrial:
-        call = SparseCall.uniform(
-            # Last rows that are whole have no error, and it is asked what they would lose.
-            short.heads,
-            1 / (1 + threshold),
-            policy=POLICY,
-            shape=shape,
-            kept=Kept(0, local_keys),
-        )
+        kept = Kept(0, local_keys)  # last rows that are whole have no error, and it is asked what they would lose
+        call = SparseCall.uniform(short.heads, 1 / (1 + threshold), policy=POLICY, shape=shape, kept=kept)
         return _trial(short, dense, call)
 
     tried = tuple(at(local_keys, threshold) for local_keys in LOCAL_KEYS)
@@ -127,10 +121,8 @@ def row_errors(out: Tensor, dense: Tensor) -> Tensor:
     Args:
         out, dense: ``[B, H, N, D]``.
     """
-    # A few heads at a time: fp32 copies of long sequences would take more memory than the operands.
-    some = max(1, L1_ELEMENTS // out[:, 0].numel())
     parts = []
-    for a, b in zip(out.split(some, 1), dense.split(some, 1), strict=True):
+    for a, b in some_heads(out, dense):
         apart, size = ((x.float().square().sum(-1)) for x in (a.float() - b.float(), b))
         parts.append(apart / size.clamp_min(torch.finfo(torch.float32).tiny))
     return torch.cat(parts, 1)

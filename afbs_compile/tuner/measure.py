@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -185,9 +185,7 @@ def relative_l1(out: Tensor, dense: Tensor, windows: int = 1, block: int = 1, co
     Returns:
         ``[B * windows, H]`` fp32; 0 where both sums are 0, NaN where an output is NaN.
     """
-    # A few heads at a time: fp32 copies of long sequences would take more memory than the operands.
-    some = max(1, L1_ELEMENTS // out[:, 0].numel())
-    pairs = list(zip(out.split(some, 1), dense.split(some, 1), strict=True))
+    pairs = list(some_heads(out, dense))
     difference = torch.cat([_row_sums(a.float() - b) for a, b in pairs], 1)
     magnitude = torch.cat([_row_sums(b) for _, b in pairs], 1)
     if counted is not None:
@@ -197,6 +195,12 @@ def relative_l1(out: Tensor, dense: Tensor, windows: int = 1, block: int = 1, co
     pieces = zip(difference.tensor_split(edges, -1), magnitude.tensor_split(edges, -1), strict=True)
     tiny = torch.finfo(torch.float32).tiny
     return torch.cat([d.sum(-1) / m.sum(-1).clamp_min(tiny) for d, m in pieces])
+
+
+def some_heads(out: Tensor, dense: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both a few heads at a time: fp32 copies of long sequences would take more memory than the operands."""
+    some = max(1, L1_ELEMENTS // out[:, 0].numel())
+    return zip(out.split(some, 1), dense.split(some, 1), strict=True)
 
 
 def _row_sums(x: Tensor) -> Tensor:

@@ -61,17 +61,22 @@ def near_blocks(blocks, query_block, position, local_keys, BLOCK_Q: tl.constexpr
 
 
 @triton.jit
-def write_lists(row, whole_counts, partial_counts, program, blocks, count_k, live, whole):
-    """Overwrite a row of scores with its live blocks, whole ones first, and store how many there are of either.
+def write_lists(
+    lists, whole_counts, partial_counts, first_head, block, blocks, count_q, count_k, live, whole, HEADS: tl.constexpr
+):
+    """Overwrite the scores of ``HEADS`` heads with their live blocks, whole ones first, and store how many of either.
 
-    Every store depends on a sum over the whole row, so no score is overwritten before it is read.
+    Every store depends on a sum over whole rows, so no score is overwritten before it is read.
     """
     first = (live & whole).to(tl.int32)
     rest = (live & (whole == 0)).to(tl.int32)
     count = tl.sum(first, 0)
     others = tl.sum(rest, 0)
     place = tl.where(whole, tl.cumsum(first, 0) - first, count + tl.cumsum(rest, 0) - rest)
-    tl.store(row + place, blocks, mask=live)
-    tl.store(row + blocks, tl.zeros_like(blocks), mask=(blocks < count_k) & (blocks >= count + others))
-    tl.store(whole_counts + program, count)
-    tl.store(partial_counts + program, others)
+    for head in tl.static_range(HEADS):
+        program = (first_head + head) * count_q + block
+        row = lists + program.to(tl.int64) * count_k
+        tl.store(row + place, blocks, mask=live)
+        tl.store(row + blocks, tl.zeros_like(blocks), mask=(blocks < count_k) & (blocks >= count + others))
+        tl.store(whole_counts + program, count)
+        tl.store(partial_counts + program, others)

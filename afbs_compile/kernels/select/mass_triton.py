@@ -80,10 +80,9 @@ def _select_kernel(
             programs_q, first_whole,
         )  # fmt: skip
     whole = whole_blocks(cols, block, k_len, upper, BLOCK_Q, BLOCK_K, BOUNDED)
-    for head in tl.static_range(HEADS):
-        program = (first + head) * count_q + block
-        row = lists + program.to(tl.int64) * count_k
-        write_lists(row, whole_counts, partial_counts, program, cols, count_k, live, whole)
+    write_lists(
+        lists, whole_counts, partial_counts, first, block, cols, count_q, count_k, live, whole, HEADS
+    )  # fmt: skip
 
 
 _selection = Launcher(_select_kernel)

@@ -49,10 +49,9 @@ def _select_kernel(
         kept = kept | (strength > tl.load(odds + (first + head) % heads))
         kept = tl.where((flaws != flaws) | (block >= first_whole), visible, kept)
     whole = whole_blocks(cols, block, k_len, upper, BLOCK_Q, BLOCK_K, BOUNDED)
-    for head in tl.static_range(HEADS):
-        program = (first + head) * count_q + block
-        row = lists + program.to(tl.int64) * count_k
-        write_lists(row, whole_counts, partial_counts, program, cols, count_k, visible & kept, whole)
+    write_lists(
+        lists, whole_counts, partial_counts, first, block, cols, count_q, count_k, visible & kept, whole, HEADS
+    )  # fmt: skip
 
 
 _selection = Launcher(_select_kernel)

@@ -33,7 +33,7 @@ from afbs_compile.kernels.call import SparseCall
 from afbs_compile.kernels.compilations import forget_compilations, note_compilation
 from afbs_compile.kernels.masks.base import Mask
 from afbs_compile.kernels.masks.causal import Causal
-from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.operands import LARGEST_SCORE, Operands
 from afbs_compile.kernels.select import plain
 from afbs_compile.kernels.sight import (
     ROWS_AT_ONCE,
@@ -48,9 +48,6 @@ from afbs_compile.kernels.sight import (
 LARGEST_TILE = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 64}
 """Rows per block handed to FlexAttention; larger blocks are cut. On the CPU 128 x 128 takes 6 to 28 % less time than
 64 x 64 in fp32. In bf16 the two are within noise of each other, and 128 x 128 was once seen to be ten times slower."""
-
-LARGEST_SCORE = torch.finfo(torch.float32).max / 4
-"""Up to here FlexAttention takes a score for what it is, with room for the change to log2 units."""
 
 COMMONEST = Causal()
 """What a call without partial blocks is compiled with, for its mask is not looked at: no kernel of its own."""

@@ -61,15 +61,16 @@ def walk(operands: Operands, shape: BlockShape, element_bytes: int) -> dict[str,
         operands: of the call; shape: rows per block.
         element_bytes: of a key's element as the kernel reads it.
     """
-    grid, band, (batch, heads, _, dim) = operands.grid(shape), as_band(operands), operands.q.shape
+    grid, band, (batch, _, _, dim) = operands.grid(shape), as_band(operands), operands.q.shape
+    heads, groups = operands.heads // shape.heads, operands.groups // shape.heads
     return {
         "q_len": grid.q_len,
         "k_len": grid.k_len,
         "upper": band.upper,
-        "heads": heads // shape.heads,
-        "groups": operands.groups // shape.heads,
-        "planes": batch * heads // shape.heads,
-        "section": section(grid.k_len, dim, operands.groups // shape.heads, element_bytes),
+        "heads": heads,
+        "groups": groups,
+        "planes": batch * heads,
+        "section": section(grid.k_len, dim, groups, element_bytes),
         "count_q": grid.count_q,
         "count_k": grid.count_k,
     }

@@ -22,7 +22,7 @@ from afbs_compile.kernels.attend.machine import capability, fp32_products
 from afbs_compile.kernels.blocks import BlockShape, block_count, chunks
 from afbs_compile.kernels.launcher import Launcher, layout, padded
 from afbs_compile.kernels.masks.band import told
-from afbs_compile.kernels.operands import Operands
+from afbs_compile.kernels.operands import LARGEST_SCORE, Operands
 from afbs_compile.kernels.policies.features import GROUP, Features
 
 COLUMNS = 2048
@@ -39,10 +39,6 @@ BLOCKS, ROWS_NORMALISED = 64, 32
 
 SUMS_AT_ONCE = 1 << 26
 """Numbers between the two kernels, fp32: 256 MiB."""
-
-
-LARGEST = torch.finfo(torch.float32).max / 4
-"""Up to here a logit, or any sum on the way to it, is taken for what it is."""
 
 
 class Tiling(NamedTuple):
@@ -324,4 +320,4 @@ def mark_overflow(features: Features, shape: BlockShape, out: torch.Tensor) -> N
     of_k = of_k.repeat_interleave(heads // of_k.shape[1], 1)
     products = features.q.shape[3] * features.parts * max(1.0, abs(features.scale))
     bound = of_q[..., None] * products * of_k[:, :, None]
-    out.view(torch.float32).masked_fill_(~(bound < LARGEST), math.nan)
+    out.view(torch.float32).masked_fill_(~(bound < LARGEST_SCORE), math.nan)
