@@ -15,7 +15,7 @@ from afbs_compile.kernels.blocks import BlockShape
 from afbs_compile.kernels.call import SparseCall
 from afbs_compile.passes.capture import SampleRun
 from afbs_compile.passes.record import record_graphs
-from afbs_compile.tuner import budgeted
+from afbs_compile.tuner import budgeted, family
 from afbs_compile.tuner.explore import tau_grid
 from afbs_compile.tuner.family import BEHIND, MOST, Contender, Family, SiteTimes, contenders, fastest
 from afbs_compile.tuner.settings import TuneSettings
@@ -67,6 +67,15 @@ def test_heads_share_a_selection_where_they_share_a_key_head_and_an_engine_gains
     assert {shape for _, shape in grouped} == {pair}
 
 
+def test_times_are_added_up_over_the_same_sites_for_every_shape(monkeypatch):
+    """A shape that serves the first site only is measured at the second as well, by whatever computes it there."""
+    answers = iter([True, True] + [False] * 2)
+    monkeypatch.setattr(family, "_serves", lambda *_: next(answers))
+    found, _ = contenders(runs_of(Toy()), TuneSettings(shapes=SHAPES), Stopwatch(), lambda: None)
+    assert {len(each.sites) for each in found} == {2}
+    assert list(answers) == [False] * 2, "asked once for the graph"
+
+
 def test_slow_ones_do_not_and_the_fastest_comes_first(monkeypatch):
     everything = [policy for policy, _ in contending(monkeypatch)]
     slow = dict.fromkeys(everything[:1], 10 * BEHIND)
@@ -102,8 +111,8 @@ def test_the_output_decides_among_contenders(monkeypatch):
     judge = SimpleNamespace(is_quick=True, budget=SimpleNamespace(limit=0.01))
     judge.quickly = lambda calls: costs[calls["site"].policy[0]] * (1 / calls["site"].tau[0] - 1)
     passes = []
-    family, start = budgeted._fastest_within(judge, [cheap, good], lambda: passes.append(1))
-    assert family is good.family
+    chosen, start = budgeted._fastest_within(judge, [cheap, good], lambda: passes.append(1))
+    assert chosen is good.family
     assert start == pytest.approx(0.0925, rel=0.02)
     assert len(passes) <= 4
     assert budgeted._fastest_within(judge, [cheap], lambda: None) == (cheap.family, None)
